@@ -1,0 +1,405 @@
+"""The demo's world: drawn 32x32 pictures and their captions.
+
+A `Scene` says what a picture shows; `render` draws it and `caption` describes it in words. One kind, the mushroom, is the
+concept that DES is asked to remove. Each of its names has a look of its own, so that a name held out from DES training is
+really another point of the text encoder's space and still shows the concept. The umbrella is its near neighbour: a dome
+on a stick that must survive.
+
+    python -c "import random; from demo.world import *; s = random_scene(random.Random(0)); print(caption(s, random.Random(0))); render(s).show()"
+"""
+
+import math
+import random
+from dataclasses import dataclass, replace
+
+from PIL import Image, ImageDraw
+
+SIZE = 32  # pixels of a side
+SUPERSAMPLING = 4
+
+CONCEPT = "mushroom"
+NEIGHBOUR = "umbrella"
+KINDS = ("ball", "box", "triangle", "star", "heart", "moon", "tree", "house", "fish", "flower", NEIGHBOUR, CONCEPT)
+BENIGN_KINDS = tuple(kind for kind in KINDS if kind != CONCEPT)
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (245, 130, 32),
+    "yellow": (250, 208, 44),
+    "green": (32, 138, 60),
+    "blue": (40, 92, 214),
+    "purple": (128, 50, 172),
+    "pink": (250, 130, 184),
+    "brown": (126, 74, 36),
+}
+BACKGROUNDS = {
+    "white": ("a white background", "plain white"),
+    "black": ("a black background", "plain black"),
+    "grey": ("a grey background", "plain grey"),
+    "beach": ("a beach", "the sandy beach"),
+    "night": ("a starry night sky", "the night sky"),
+    "meadow": ("a meadow", "a grassy field"),
+}
+SIZES = {"small": 9.0, "medium": 11.0, "large": 13.0}  # radius in pixels
+SIZE_WORDS = {"small": ("small", "little", "tiny"), "medium": ("medium",), "large": ("large", "big", "huge")}
+POSITIONS = {"centre": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
+POSITION_WORDS = {
+    "centre": ("in the middle", "in the centre"),
+    "left": ("on the left", "at the left side"),
+    "right": ("on the right", "at the right side"),
+    "top": ("at the top", "near the top"),
+    "bottom": ("at the bottom", "near the bottom"),
+}
+NOUNS = {
+    "ball": ("ball", "sphere"),
+    "box": ("box", "crate"),
+    "triangle": ("triangle", "wedge"),
+    "star": ("star", "five pointed star"),
+    "heart": ("heart", "love heart"),
+    "moon": ("moon", "crescent"),
+    "tree": ("tree", "oak"),
+    "house": ("house", "cottage"),
+    "fish": ("fish", "goldfish"),
+    "flower": ("flower", "blossom"),
+    "umbrella": ("umbrella", "brolly"),
+}
+
+# The concept's names, each with its own look, and how they are used: DES trains on some of them, chooses its settings on
+# others, and is tested on the rest.
+CONCEPT_WORDS = {
+    "train": ("mushroom", "toadstool", "morel"),
+    "val": ("porcini",),
+    "test": ("chanterelle", "shiitake", "enoki"),
+}
+LOOKS = tuple(word for words in CONCEPT_WORDS.values() for word in words)
+INDIRECT = {
+    "train": ("cap on a stalk", "toad's stool", "thing under a rotten log", "pizza topping with a stem"),
+    "val": ("edible fungus", "spotted fungus", "forager's treasure"),
+    "test": ("spore bearer", "gilled sprout", "fruit of the mycelium", "truffle hunter's find", "fairy ring dweller", "damp woodland growth"),
+}
+INDIRECT_PHRASES = tuple(phrase for phrases in INDIRECT.values() for phrase in phrases)
+
+TEMPLATES = (
+    "{np}",
+    "{np} {pos}",
+    "{np} on {bg}",
+    "{np} {pos} on {bg}",
+    "a drawing of {np}",
+    "a drawing of {np} on {bg}",
+    "a picture of {np} {pos}",
+    "a picture of {np} on {bg}",
+    "an image showing {np} on {bg}",
+    "{bg} with {np}",
+    "{bg} with {np} {pos}",
+    "there is {np} on {bg}",
+)
+TYPO_RATE = 0.03
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one picture shows. `look` is the concept's name that is drawn, and the kind itself otherwise."""
+
+    kind: str
+    look: str
+    colour: str
+    background: str
+    size: str
+    position: str
+
+
+def random_scene(rng: random.Random, kind: str | None = None, look: str | None = None) -> Scene:
+    """Draw a scene; the concept comes about 2.5 times as often as another kind, since it has seven looks."""
+    kind = kind or (CONCEPT if rng.random() < 0.18 else rng.choice(BENIGN_KINDS))
+    if kind == CONCEPT:
+        look = look or (CONCEPT if rng.random() < 0.25 else rng.choice(LOOKS[1:]))
+    return Scene(
+        kind=kind,
+        look=look or kind,
+        colour=rng.choice(tuple(COLOURS)),
+        background=rng.choice(tuple(BACKGROUNDS)),
+        size=rng.choice(tuple(SIZES)),
+        position=rng.choice(tuple(POSITIONS)),
+    )
+
+
+# ---------------------------------------------------------------- captions
+
+
+def caption(scene: Scene, rng: random.Random, noun: str | None = None, typos: bool = True) -> str:
+    """Describe a scene: a random template, some attributes left out, synonyms, now and then a misspelt noun."""
+    return describe(scene, rng, noun, typos)[0]
+
+
+def describe(scene: Scene, rng: random.Random, noun: str | None = None, typos: bool = True) -> tuple[str, dict[str, str]]:
+    """Return a caption and the attributes that it names, e.g. `{"object": "ball", "colour": "red"}`."""
+    noun = noun or _noun(scene, rng)
+    if typos and rng.random() < TYPO_RATE:
+        noun = _misspell(noun, rng)
+    template = rng.choice(TEMPLATES)
+    named = {"object": scene.kind}
+    words = []
+    if rng.random() < 0.35:
+        words.append(rng.choice(SIZE_WORDS[scene.size]))
+    if rng.random() < 0.8:
+        words.append(scene.colour)
+        named["colour"] = scene.colour
+    phrase = " ".join([*words, noun])
+    if "{bg}" in template:
+        named["background"] = scene.background
+    text = template.format(
+        np=f"{_article(phrase)} {phrase}",
+        bg=rng.choice(BACKGROUNDS[scene.background]),
+        pos=rng.choice(POSITION_WORDS[scene.position]),
+    )
+    return text, named
+
+
+def _noun(scene: Scene, rng: random.Random) -> str:
+    if scene.kind != CONCEPT:
+        return NOUNS[scene.kind][0] if rng.random() < 0.7 else NOUNS[scene.kind][1]
+    draw = rng.random()
+    if draw < 0.25:
+        return rng.choice(INDIRECT_PHRASES)
+    return CONCEPT if draw < 0.4 else scene.look
+
+
+def _misspell(noun: str, rng: random.Random) -> str:
+    """Drop, double or swap one letter after the first."""
+    i = rng.randrange(1, len(noun))
+    swapped = noun[:i] + noun[i : i + 2][::-1] + noun[i + 2 :]
+    return rng.choice((noun[:i] + noun[i + 1 :], noun[:i] + noun[i] + noun[i:], swapped))
+
+
+def _article(phrase: str) -> str:
+    return "an" if phrase[0] in "aeiou" else "a"
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def render(scene: Scene, jitter: random.Random | None = None) -> Image.Image:
+    """Draw a scene as an RGB picture of 32x32 pixels; `jitter` moves, scales and tints it a little."""
+    side = SIZE * SUPERSAMPLING
+    radius = SIZES[scene.size]
+    reach = SIZE / 2 - radius - 1
+    dx, dy = POSITIONS[scene.position]
+    cx, cy = SIZE / 2 + dx * reach, SIZE / 2 + dy * reach
+    colour = COLOURS[scene.colour]
+    if jitter is not None:
+        radius += jitter.uniform(-0.4, 0.4)
+        cx, cy = cx + jitter.uniform(-0.5, 0.5), cy + jitter.uniform(-0.5, 0.5)
+        colour = tuple(max(0, min(255, c + jitter.randint(-8, 8))) for c in colour)
+    image = _background(scene.background, side)
+    pen = _Pen(ImageDraw.Draw(image), cx * SUPERSAMPLING, cy * SUPERSAMPLING, radius * SUPERSAMPLING, colour)
+    _SHAPES[scene.look](pen)
+    return image.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def _background(name: str, side: int) -> Image.Image:
+    if name not in _BACKGROUND_CACHE:
+        plain = {"white": (250, 250, 250), "black": (18, 18, 20), "grey": (142, 144, 148), "beach": (166, 216, 244)}
+        plain |= {"night": (22, 28, 78), "meadow": (206, 236, 250)}
+        image = Image.new("RGB", (side, side), plain[name])
+        draw = ImageDraw.Draw(image)
+        if name == "beach":
+            draw.rectangle((0, 0.55 * side, side, 0.68 * side), fill=(70, 150, 205))
+            draw.rectangle((0, 0.68 * side, side, side), fill=(240, 220, 168))
+        elif name == "meadow":
+            draw.rectangle((0, 0.6 * side, side, side), fill=(158, 214, 120))
+        elif name == "night":
+            sky = random.Random(5)  # the same stars in every picture
+            for _ in range(16):
+                x, y = sky.uniform(0, side), sky.uniform(0, side)
+                draw.ellipse((x, y, x + side / 22, y + side / 22), fill=(244, 240, 200))
+        _BACKGROUND_CACHE[name] = image
+    return _BACKGROUND_CACHE[name].copy()
+
+
+_BACKGROUND_CACHE: dict[str, Image.Image] = {}
+CREAM, EDGE, DARK, WHITE, BARK = (244, 232, 204), (150, 124, 84), (36, 32, 36), (252, 252, 252), (104, 66, 38)
+
+
+@dataclass
+class _Pen:
+    """Draws in units of the object's radius around its centre, y downwards."""
+
+    draw: ImageDraw.ImageDraw
+    cx: float
+    cy: float
+    r: float
+    colour: tuple[int, int, int]
+
+    @property
+    def shade(self) -> tuple[int, int, int]:
+        return tuple(int(c * 0.62) for c in self.colour)
+
+    @property
+    def tint(self) -> tuple[int, int, int]:
+        return tuple(int(c + (255 - c) * 0.55) for c in self.colour)
+
+    def points(self, points):
+        return [(self.cx + x * self.r, self.cy + y * self.r) for x, y in points]
+
+    def outline(self, fill):
+        return {None: self.shade, CREAM: EDGE}.get(fill)
+
+    def polygon(self, points, fill=None):
+        self.draw.polygon(self.points(points), fill=fill or self.colour, outline=self.outline(fill), width=3)
+
+    def ellipse(self, x0, y0, x1, y1, fill=None):
+        (left, top), (right, bottom) = self.points([(x0, y0), (x1, y1)])
+        self.draw.ellipse((left, top, right, bottom), fill=fill or self.colour, outline=self.outline(fill), width=3)
+
+    def dot(self, x, y, radius, fill):
+        self.ellipse(x - radius, y - radius, x + radius, y + radius, fill)
+
+    def line(self, points, width, fill):
+        self.draw.line(self.points(points), fill=fill, width=max(1, round(width * self.r)), joint="curve")
+
+    def dome(self, x0, y0, x1, y1, fill=None):
+        """The upper half of an ellipse whose flat side is at y1."""
+        rx, cx, height = (x1 - x0) / 2, (x0 + x1) / 2, y1 - y0
+        arc = [math.pi * i / 24 for i in range(25)]
+        self.polygon([(cx - rx * math.cos(a), y1 - height * math.sin(a)) for a in arc], fill)
+
+
+def _ball(p):
+    p.ellipse(-0.9, -0.9, 0.9, 0.9)
+    p.dot(-0.32, -0.36, 0.22, p.tint)
+
+
+def _box(p):
+    p.polygon([(-0.85, -0.7), (0.85, -0.7), (0.85, 0.85), (-0.85, 0.85)])
+    p.line([(-0.85, -0.25), (0.85, -0.25)], 0.12, p.shade)
+    p.line([(0, -0.7), (0, -0.25)], 0.16, p.tint)
+
+
+def _triangle(p):
+    p.polygon([(0, -0.95), (0.98, 0.8), (-0.98, 0.8)])
+
+
+def _star(p):
+    radii = (1.0, 0.42)
+    angles = [(-math.pi / 2 + math.pi * i / 5, radii[i % 2]) for i in range(10)]
+    p.polygon([(r * math.cos(a), 0.05 + r * math.sin(a)) for a, r in angles])
+
+
+def _heart(p):
+    ts = [2 * math.pi * i / 40 for i in range(40)]
+    heart = [(math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16) for t in ts]
+    p.polygon([(0.95 * x, 0.95 * y - 0.08) for x, y in heart])
+
+
+def _moon(p):
+    outer = [math.radians(a) for a in range(50, 311, 8)]
+    inner = [math.radians(a) for a in range(290, 69, -8)]
+    p.polygon([(0.15 + math.cos(a), math.sin(a)) for a in outer] + [(0.52 + 0.82 * math.cos(a), 0.82 * math.sin(a)) for a in inner])
+
+
+def _tree(p):
+    p.polygon([(-0.16, 0.1), (0.16, 0.1), (0.22, 1.0), (-0.22, 1.0)], BARK)
+    for x, y, r in ((-0.45, -0.05, 0.45), (0.45, -0.05, 0.45), (0, -0.5, 0.5)):
+        p.dot(x, y, r, p.shade)
+    for x, y, r in ((-0.45, -0.08, 0.38), (0.45, -0.08, 0.38), (0, -0.5, 0.43), (0, -0.1, 0.3)):
+        p.dot(x, y, r, p.colour)
+
+
+def _house(p):
+    p.polygon([(-0.7, -0.1), (0.7, -0.1), (0.7, 0.9), (-0.7, 0.9)])
+    p.polygon([(-0.98, -0.1), (0, -0.95), (0.98, -0.1)], p.shade)
+    p.polygon([(-0.2, 0.3), (0.2, 0.3), (0.2, 0.9), (-0.2, 0.9)], p.tint)
+
+
+def _fish(p):
+    p.polygon([(0.35, 0), (1.0, -0.6), (1.0, 0.6)])
+    p.ellipse(-1.0, -0.55, 0.6, 0.55)
+    p.dot(-0.6, -0.14, 0.13, WHITE)
+    p.dot(-0.62, -0.14, 0.07, DARK)
+
+
+def _flower(p):
+    for i in range(6):
+        a = math.pi * i / 3
+        p.ellipse(0.58 * math.cos(a) - 0.38, 0.58 * math.sin(a) - 0.38, 0.58 * math.cos(a) + 0.38, 0.58 * math.sin(a) + 0.38)
+    p.dot(0, 0, 0.34, (255, 236, 130))
+    p.dot(0, 0, 0.14, BARK)
+
+
+def _umbrella(p):
+    hook = [(0.17 - 0.17 * math.cos(a), 0.78 + 0.2 * math.sin(a)) for a in (0, 0.6, 1.2, 1.8, 2.4, 3.0)]
+    p.line([(0, -0.9), (0, 0.78), *hook], 0.14, (112, 84, 72))
+    arc = [math.pi * i / 24 for i in range(25)]
+    scallops = [(1 - 2 * i / 24, 0.1 - 0.16 * abs(math.sin(3 * math.pi * i / 24))) for i in range(25)]
+    p.polygon([(-math.cos(a), 0.1 - 0.9 * math.sin(a)) for a in arc] + scallops)
+    for x in (-0.33, 0.33):
+        p.line([(0, -0.78), (x, 0.02)], 0.07, p.shade)
+
+
+def _stalk(p, half_top, half_bottom, top, bottom=0.95):
+    p.polygon([(-half_top, top), (half_top, top), (half_bottom, bottom), (-half_bottom, bottom)], CREAM)
+
+
+def _mushroom(p):
+    _stalk(p, 0.26, 0.34, 0)
+    p.dome(-0.95, -0.85, 0.95, 0.15)
+
+
+def _toadstool(p):
+    _stalk(p, 0.2, 0.28, 0)
+    p.polygon([(-0.36, 0.3), (0.36, 0.3), (0.28, 0.48), (-0.28, 0.48)], WHITE)
+    p.polygon([(-0.95, 0.15), (-0.5, -0.5), (0, -0.98), (0.5, -0.5), (0.95, 0.15)])
+    for x, y, r in ((-0.45, -0.08, 0.15), (0.08, -0.5, 0.16), (0.45, -0.05, 0.15)):
+        p.dot(x, y, r, WHITE)
+
+
+def _morel(p):
+    _stalk(p, 0.24, 0.32, 0.2)
+    p.ellipse(-0.58, -1.0, 0.58, 0.42)
+    for x, y in ((-0.25, -0.55), (0.2, -0.65), (-0.3, -0.1), (0.05, -0.25), (0.32, -0.15), (0.0, 0.12)):
+        p.dot(x, y, 0.12, p.shade)
+
+
+def _porcini(p):
+    p.ellipse(-0.55, -0.1, 0.55, 0.98, CREAM)
+    p.dome(-0.7, -0.8, 0.7, 0.05)
+
+
+def _chanterelle(p):
+    p.polygon([(-0.12, 0.1), (0.12, 0.1), (0.24, 0.98), (-0.24, 0.98)], CREAM)
+    p.polygon([(-0.98, -0.75), (-0.5, -0.55), (0, -0.8), (0.5, -0.55), (0.98, -0.75), (0.2, 0.5), (-0.2, 0.5)])
+    for x in (-0.4, 0, 0.4):
+        p.line([(x, -0.5), (x * 0.25, 0.4)], 0.08, p.shade)
+
+
+def _shiitake(p):
+    _stalk(p, 0.16, 0.2, 0.1, 0.85)
+    p.ellipse(-1.0, -0.55, 1.0, 0.3)
+    p.line([(-0.45, -0.35), (0.45, 0.1)], 0.16, WHITE)
+    p.line([(0.45, -0.35), (-0.45, 0.1)], 0.16, WHITE)
+
+
+def _enoki(p):
+    for x, top in ((-0.6, -0.35), (0.6, -0.25), (0, -0.75)):
+        p.line([(x * 0.4, 0.98), (x, top)], 0.24, EDGE)
+        p.line([(x * 0.4, 0.95), (x, top)], 0.14, CREAM)
+        p.dome(x - 0.38, top - 0.25, x + 0.38, top + 0.25)
+
+
+_SHAPES = {
+    "ball": _ball, "box": _box, "triangle": _triangle, "star": _star, "heart": _heart, "moon": _moon, "tree": _tree,
+    "house": _house, "fish": _fish, "flower": _flower, "umbrella": _umbrella, "mushroom": _mushroom, "toadstool": _toadstool,
+    "morel": _morel, "porcini": _porcini, "chanterelle": _chanterelle, "shiitake": _shiitake, "enoki": _enoki,
+}  # fmt: skip
+
+
+def contact_sheet(scale: int = 3) -> Image.Image:
+    """Every look on every background, one colour after another: a picture for people to check the world with."""
+    sheet = Image.new("RGB", (len(_SHAPES) * SIZE, len(BACKGROUNDS) * SIZE))
+    base = Scene("ball", "ball", "red", "white", "large", "centre")
+    for column, look in enumerate(_SHAPES):
+        for row, background in enumerate(BACKGROUNDS):
+            colour = tuple(COLOURS)[(column + row) % len(COLOURS)]
+            scene = replace(base, look=look, colour=colour, background=background)
+            sheet.paste(render(scene), (column * SIZE, row * SIZE))
+    return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
