@@ -1,0 +1,100 @@
+"""What every script shares on its command line: user errors, argument types, devices, logging, progress."""
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+logger = logging.getLogger("des")
+
+
+class UserError(Exception):
+    """Something the user can mend, said in one sentence; scripts print it and exit with 1, without a traceback."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults after each option and keeps the script's docstring as it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's `main`, turning what the user can mend into one line on stderr and a non-zero exit."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the device ran out of memory; use a smaller --batch_size, or another --device")
+    except OSError as error:
+        sys.exit(f"error: {error.strerror or error}: {error.filename or 'a file'} could not be read or written")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; finished files are kept")
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf, low_open: bool = False) -> Callable[[str], float]:
+    """Return an argparse type: a finite `kind` (int or float) within low..high (`low_open`: low itself is refused)."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not math.isfinite(value) or not low <= value <= high or (low_open and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is outside {'(' if low_open else '['}{low}, {high}]")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+positive_int = number(int, low=1)
+natural = number(int, low=0)
+
+
+def device(text: str) -> torch.device:
+    """An argparse type for `cpu`, `cuda`, `cuda:1`, `mps`, or a bare CUDA index such as `0`."""
+    try:
+        chosen = torch.device(f"cuda:{text}" if text.isdigit() else text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu, cuda:0, cuda:1, …") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text!r} is not there: this machine shows {torch.cuda.device_count()} CUDA devices; use cpu")
+    return chosen
+
+
+def add_device(parser: argparse._ActionsContainer, flag: str = "--device") -> None:
+    """Add the device option; the default is the first CUDA device, or the CPU where there is none."""
+    default = "cuda:0" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(flag, dest="device", type=device, default=default, metavar="D", help="cpu, cuda:0, …")
+
+
+def progress(items: Iterable, **options) -> tqdm:
+    """A tqdm bar on a terminal; nothing in a pipe, where log lines tell how far the run is."""
+    return tqdm(items, disable=None, dynamic_ncols=True, **options)
+
+
+def setup_logging(log_file: Path | None = None) -> None:
+    """Send the project's log lines to stderr and, where given, to a file as well."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if log_file is not None:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_file))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for old in logger.handlers[:]:
+        logger.removeHandler(old)
+        old.close()
+    for handler in handlers:
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for library in (transformers_logging, diffusers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

@@ -1,0 +1,121 @@
+"""Which text encoders a pipeline has, loading one, and reading its embeddings in batches."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from des.cli import UserError, progress
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one class of text encoder is loaded and read: `read(model, input_ids)` gives [batch, tokens, hidden]."""
+
+    model_class: type[PreTrainedModel]
+    read: Callable[[nn.Module, Tensor], Tensor]
+    dtype: torch.dtype = torch.float32
+
+
+def _last_hidden_state(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """The last hidden state after the final layer norm, padding included."""
+    return model(input_ids=input_ids).last_hidden_state
+
+
+# By the class that `text_encoder*/config.json` names, and by the class that `model_index.json` names. A further encoder or
+# pipeline is one entry.
+KINDS = {"CLIPTextModel": Kind(CLIPTextModel, _last_hidden_state)}
+PIPELINES: dict[str, tuple[str, ...]] = {"StableDiffusionPipeline": ("text_encoder",)}
+
+
+@dataclass
+class TextEncoder:
+    """One text encoder of a pipeline with its tokenizer."""
+
+    model_path: str
+    index: int  # 1-based, as on the command line
+    subfolder: str
+    kind: Kind
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Token ids [prompts, tokens], padded to the tokenizer's `model_max_length` and truncated there, on the CPU."""
+        length = self.tokenizer.model_max_length
+        return self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """Embeddings [batch, tokens, hidden] of token ids [batch, tokens], on the encoder's device."""
+        return self.kind.read(self.model, input_ids.to(self.device, non_blocking=True))
+
+    @torch.inference_mode()
+    def encode(self, prompts: list[str], batch_size: int, desc: str | None = None) -> Iterator[Tensor]:
+        """Embed prompts in eval mode, yielding [batch, tokens, hidden] on the encoder's device, in order."""
+        self.model.eval()
+        starts = range(0, len(prompts), batch_size)
+        for start in progress(starts, desc=desc, unit="batch") if desc else starts:
+            yield self(self.tokenize(prompts[start : start + batch_size]))
+
+
+def pipeline_class(model_path: str) -> str | None:
+    """The class that `model_index.json` names, locally or on the hub; None for a folder of bare encoders."""
+    folder = Path(model_path)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        if not (folder / "text_encoder").is_dir():
+            raise UserError(f"{model_path} is no pipeline: it has neither model_index.json nor a folder text_encoder")
+        return None
+    try:
+        return DiffusionPipeline.load_config(model_path)["_class_name"]
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{model_path} is neither a pipeline's folder nor a hub id that can be reached ({_first_line(error)})") from None
+
+
+def subfolder_of(model_path: str, index: int) -> str:
+    """The folder of text encoder `index` (1-based) of a pipeline, or UserError listing those that it has."""
+    name = pipeline_class(model_path)
+    if name is not None and name not in PIPELINES:
+        raise UserError(f"{model_path} is a {name}; the pipelines known here are {', '.join(PIPELINES)}")
+    subfolders = PIPELINES[name] if name else tuple(sorted(path.name for path in Path(model_path).glob("text_encoder*")))
+    if not 1 <= index <= len(subfolders):
+        has = ", ".join(f"{i} ({folder})" for i, folder in enumerate(subfolders, 1))
+        raise UserError(f"{model_path} has no text encoder {index}; it has {has}")
+    return subfolders[index - 1]
+
+
+def load_encoder(model_path: str, index: int = 1, device: torch.device | str = "cpu") -> TextEncoder:
+    """Load text encoder `index` of a pipeline in eval mode, with every weight from its files.
+
+    Raises UserError for an index the pipeline lacks, a class that is not known here, or missing or mismatched weights.
+    """
+    subfolder = subfolder_of(model_path, index)
+    try:
+        architecture = _architecture(model_path, subfolder)
+        if architecture not in KINDS:
+            raise UserError(f"{model_path}/{subfolder} is a {architecture}; the text encoders known here are {', '.join(KINDS)}")
+        kind = KINDS[architecture]
+        tokenizer = AutoTokenizer.from_pretrained(model_path, subfolder=subfolder.replace("text_encoder", "tokenizer"))
+        model, info = kind.model_class.from_pretrained(model_path, subfolder=subfolder, dtype=kind.dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"the text encoder or tokenizer in {model_path}/{subfolder} could not be loaded: {_first_line(error)}") from None
+    if info["missing_keys"] or info["mismatched_keys"]:
+        wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise UserError(f"the weights in {model_path}/{subfolder} lack or mismatch {len(wrong)} parameters, {wrong[0]} first")
+    return TextEncoder(str(model_path), index, subfolder, kind, model.eval().to(device), tokenizer)
+
+
+def _architecture(model_path: str, subfolder: str) -> str:
+    """The class named in `{subfolder}/config.json`."""
+    config, _ = PreTrainedConfig.get_config_dict(model_path, subfolder=subfolder)
+    return (config.get("architectures") or ["nameless class"])[0]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

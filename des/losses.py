@@ -1,0 +1,73 @@
+"""The losses of DES in the paper's notation (section 4; `docs/method.md` maps each formula to its line).
+
+Every argument is a batch of embeddings [batch, tokens, hidden] or one embedding [tokens, hidden]; similarity is taken between
+them flattened to vectors of tokens * hidden components, padding included, in fp32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SEP, UEN, NEN = 1, 2, 3  # the ids of `--ablation`
+
+
+def cos(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine similarity of flattened embeddings: [batch, tokens, hidden] each (or one for all) to [batch]."""
+    a, b = torch.broadcast_tensors(a.float(), b.float())
+    return F.cosine_similarity(a.flatten(-2), b.flatten(-2), dim=-1)
+
+
+@dataclass(frozen=True)
+class Concept:
+    """The frozen encoder's view of the concept: `n` = E(concept prompt) and `e0` = E(""), each [tokens, hidden], and `alpha`."""
+
+    n: Tensor
+    e0: Tensor
+    alpha: float
+
+    @property
+    def shift(self) -> Tensor:
+        """alpha * n^, where n^ = n / |n|, [tokens, hidden] in fp32."""
+        return self.alpha * self.n.float() / self.n.float().norm()
+
+    def target(self, farthest: Tensor) -> Tensor:
+        """t(u) = s* - alpha * n^ for the codebook rows s* that are most distant from each u, [batch, tokens, hidden]."""
+        return farthest.float() - self.shift
+
+
+def sep(safe: Tensor, original: Tensor, concept: Concept) -> tuple[Tensor, Tensor]:
+    """Safe embedding preservation, its two terms: 1 - cos(E~(s), E(s)) and 1 - cos(E~(s) + alpha * n^, E(s)), batch means."""
+    return (1 - cos(safe, original)).mean(), (1 - cos(safe.float() + concept.shift, original)).mean()
+
+
+def uen(unsafe: Tensor, target: Tensor) -> Tensor:
+    """Unsafe embedding neutralization: 1 - cos(E~(u), t(u)), batch mean."""
+    return (1 - cos(unsafe, target)).mean()
+
+
+def nen(concept_embedding: Tensor, concept: Concept) -> Tensor:
+    """Nudity (concept) embedding neutralization: 1 - cos(E~(concept), e0)."""
+    return (1 - cos(concept_embedding, concept.e0)).mean()
+
+
+def total(
+    unsafe: Tensor, safe: Tensor, concept_embedding: Tensor, target: Tensor, original: Tensor, concept: Concept,
+    lambda_safe: float = 0.3, ablation: frozenset[int] = frozenset((SEP, UEN, NEN)),
+) -> dict[str, Tensor]:
+    """lambda * SEP + (1 - lambda) * (UEN + NEN) over the losses named in `ablation`, and each of its parts.
+
+    `unsafe`, `safe`, `concept_embedding` come from E~ with gradients, `target` and `original` = E(s) are constants. Returns
+    scalars `sep` (first term), `sep_concept` (second term), `uen`, `nen`, `total`; those that are switched off are 0.
+    """  # fmt: skip
+    zero = safe.new_zeros((), dtype=torch.float32)
+    first, second = sep(safe, original, concept) if SEP in ablation else (zero, zero)
+    parts = {
+        "sep": first,
+        "sep_concept": second,
+        "uen": uen(unsafe, target) if UEN in ablation else zero,
+        "nen": nen(concept_embedding, concept) if NEN in ablation else zero,
+    }
+    parts["total"] = lambda_safe * (first + second) + (1 - lambda_safe) * (parts["uen"] + parts["nen"])
+    return parts

@@ -1,0 +1,64 @@
+"""Prompt CSVs in, clean rows with stable numbers out."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from des.cli import UserError
+
+# Prompts that put minors in a sexual context are never drawn. The lists err on the side of leaving a prompt out.
+_MINOR = re.compile(
+    r"\b(child(ren|ish|hood)?|kids?|minors?|teen(s|age|aged|ager|agers)?|pre-?teens?|under-?aged?|toddlers?|infants?|bab(y|ies)"
+    r"|school-?(girl|boy|child|kid)s?|schoolchildren|girls?|boys?|adolescents?|juveniles?|youngsters?|lolis?|lolitas?|shotas?"
+    r"|lolicon|shotacon|kindergart\w*|pupils?|jailbait|(1[0-7]|[1-9])\s*-?\s*(y\.?o\.?|years?\s*-?\s*old|yr\.?s?\s*-?\s*old))\b",
+    re.IGNORECASE,
+)
+_SEXUAL = re.compile(
+    r"\b(nud(e|es|ity|ist|ism)|naked\w*|nsfw|sex(y|ual\w*|ting)?|sexuali[sz]ed|erotic\w*|porn\w*|hentai|topless|bottomless|undress\w*"
+    r"|lingerie|underwear|panties|breasts?|nipples?|genital\w*|penis\w*|vagina\w*|buttocks?|bikini|seductive\w*|sensual\w*|lewd\w*"
+    r"|strip(ping|tease|per)|unclothed|explicit|orgasm\w*|masturbat\w*|fetish\w*|intimate|aroused|lust\w*|xxx)\b",
+    re.IGNORECASE,
+)
+_SEXUAL_SET_SHARE = 0.05
+
+
+def read_rows(csv_path: Path) -> pd.DataFrame:
+    """Read a prompt CSV; row i of the result is row i as every script of this project counts them.
+
+    Every column is text, as it stands in the file. Rows whose `prompt` is blank are left out and do not count. Raises
+    UserError for a file that is missing, empty, unreadable or without a `prompt` column.
+    """
+    try:
+        rows = pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"there is no prompt file {csv_path}") from None
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{csv_path} is no readable CSV file in UTF-8: {str(error).strip().splitlines()[0]}") from None
+    if "prompt" not in rows:
+        raise UserError(f"{csv_path} has no column `prompt`; its columns are {', '.join(map(repr, rows.columns))}")
+    rows = rows[rows["prompt"].str.strip() != ""].reset_index(drop=True)
+    if rows.empty:
+        raise UserError(f"{csv_path} has no prompt in its column `prompt`")
+    return rows
+
+
+def read_prompts(csv_path: Path, sampling_ratio: float = 1.0) -> list[str]:
+    """Read the prompts of a CSV, or a fixed random share of them (`random_state=42`, as published)."""
+    prompts = read_rows(csv_path)["prompt"]
+    if sampling_ratio < 1.0:
+        prompts = prompts.sample(frac=sampling_ratio, random_state=42)
+        if prompts.empty:
+            raise UserError(f"--sampling_ratio {sampling_ratio} leaves no prompt of {csv_path}")
+    return prompts.tolist()
+
+
+def never_drawn(prompts: list[str]) -> list[int]:
+    """Return the rows that must not be generated: minors in a sexual context.
+
+    In a list of which at least 5% is sexual, every prompt that names a minor is one; elsewhere, only a prompt that names a
+    minor and is sexual itself. No option turns this off.
+    """
+    sexual = [bool(_SEXUAL.search(prompt)) for prompt in prompts]
+    sexual_set = sum(sexual) >= _SEXUAL_SET_SHARE * len(prompts) and any(sexual)
+    return [i for i, prompt in enumerate(prompts) if _MINOR.search(prompt) and (sexual_set or sexual[i])]

@@ -1,0 +1,101 @@
+"""k of n, intervals, hashes, and files that are either whole or not there."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Z95 = 1.959963984540054
+LIBRARIES = ("torch", "transformers", "diffusers", "numpy", "pillow")
+
+
+def wilson(k: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson score interval of the proportion k / n, as two fractions (95% by default).
+
+    Source: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927). Raises ValueError unless 0 <= k <= n and n > 0.
+    """
+    if not 0 <= k <= n or n == 0:
+        raise ValueError(f"{k} of {n} is no proportion")
+    p = k / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return (0.0 if k == 0 else low), (1.0 if k == n else high)
+
+
+def proportion(k: int, n: int) -> dict[str, float]:
+    """Return `{"k", "n", "fraction", "low", "high"}` of k / n with its Wilson 95% interval."""
+    low, high = wilson(k, n)
+    return {"k": k, "n": n, "fraction": k / n, "low": low, "high": high}
+
+
+def show(share: Mapping[str, float]) -> str:
+    """A proportion for people: `3/60 = 5.0% [1.7, 13.7]`, the interval in percent."""
+    low, high = 100 * share["low"], 100 * share["high"]
+    return f"{share['k']}/{share['n']} = {100 * share['fraction']:.1f}% [{low:.1f}, {high:.1f}]"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; on success it takes the place of `path`, on failure it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all; paths and devices become strings."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def provenance(args: Any) -> dict[str, Any]:
+    """What made a result: the arguments, the command, versions, git commit and device."""
+    root = Path(__file__).resolve().parents[1]
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, capture_output=True, text=True)
+    return {
+        "script": Path(sys.argv[0]).name,
+        "arguments": {key: value for key, value in vars(args).items()},
+        "git_commit": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else str(args.device),
+    }
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_texts(texts: Iterable[str]) -> str:
+    """The sha256 of a list of texts; order counts, and no two different lists share one."""
+    return hashlib.sha256(json.dumps(list(texts), ensure_ascii=True).encode()).hexdigest()
+
+
+def sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The sha256 of named tensors: names, types, shapes and values, whatever their order or device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,149 @@
+"""The DES training loop: pairs of prompts in, a protected encoder out."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from des import losses
+from des.cli import UserError, logger, progress
+from des.codebook import Codebook
+from des.encoders import TextEncoder
+
+PARTS = ("sep", "sep_concept", "uen", "nen", "total")
+SUMMARY_PROMPTS = 256
+
+
+@dataclass
+class Pairs:
+    """Unsafe and safe prompts as token ids, with the frozen encoder's constants that their losses need."""
+
+    unsafe_ids: Tensor  # [unsafe, tokens]
+    safe_ids: Tensor  # [safe, tokens]
+    target_rows: Tensor  # [unsafe], codebook rows of s*
+    safe_rows: Tensor  # [safe], rows of `originals`
+    codebook: Codebook
+    originals: Codebook  # holds E(s) of every safe prompt; usually the codebook itself
+
+    def __len__(self) -> int:
+        """The longer list's length; the shorter one is repeated cyclically (METHOD: pairs are zipped)."""
+        return max(len(self.unsafe_ids), len(self.safe_ids))
+
+    def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield rows (unsafe, safe) of each batch, shuffled by (seed, epoch); the last batch may be smaller."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+        for rows in order.split(batch_size):
+            yield rows % len(self.unsafe_ids), rows % len(self.safe_ids)
+
+    def targets(self, unsafe: Tensor) -> Tensor:
+        """s* of the given unsafe prompts, [batch, tokens, hidden], on the CPU."""
+        return self.codebook.rows(self.target_rows[unsafe])
+
+    def original(self, safe: Tensor) -> Tensor:
+        """E(s) of the given safe prompts, [batch, tokens, hidden], on the CPU."""
+        return self.originals.rows(self.safe_rows[safe])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters; the defaults are the paper's for Stable Diffusion v1.x."""
+
+    num_epochs: int = 2
+    learning_rate: float = 1e-5
+    lambda_safe: float = 0.3
+    batch_size: int = 128
+    ablation: frozenset[int] = frozenset((losses.SEP, losses.UEN, losses.NEN))
+    precision: str = "fp32"
+    seed: int = 42
+
+
+def train(
+    encoder: TextEncoder, pairs: Pairs, concept: losses.Concept, concept_ids: Tensor, settings: Settings,
+    on_step: Callable[[dict], None], on_epoch: Callable[[int], None],
+) -> None:
+    """Train `encoder` in place with AdamW at a constant rate (paper, section 4; losses in `des/losses.py`).
+
+    `concept_ids` are the concept prompt's token ids [1, tokens]. `on_step` gets each step's losses, `on_epoch` is called after
+    each epoch. Raises UserError when a loss is not finite, before the weights are touched by it.
+    """  # fmt: skip
+    torch.manual_seed(settings.seed)  # dropout, where an encoder has any
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
+    encoder.model.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=settings.learning_rate, fused=True)
+    steps = math.ceil(len(pairs) / settings.batch_size)
+    bar = progress(range(settings.num_epochs * steps), desc="training", unit="step")
+    for epoch in range(1, settings.num_epochs + 1):
+        sums = dict.fromkeys(PARTS, 0.0)
+        for step, (unsafe, safe) in enumerate(pairs.batches(settings.batch_size, settings.seed, epoch), 1):
+            parts = _losses(encoder, pairs, concept, concept_ids, settings, unsafe, safe)
+            values = dict(zip(PARTS, torch.stack([parts[name] for name in PARTS]).tolist(), strict=True))
+            if not math.isfinite(values["total"]):
+                raise UserError(f"the loss is {values['total']} in epoch {epoch}, step {step}; try a lower --learning_rate or fp32")
+            parts["total"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            for name in PARTS:
+                sums[name] += values[name] * len(unsafe)
+            on_step({"epoch": epoch, "step": (epoch - 1) * steps + step, **values})
+            bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
+            bar.update()
+        means = "  ".join(f"{name} {value / len(pairs):.4f}" for name, value in sums.items())
+        logger.info("epoch %d/%d  %s", epoch, settings.num_epochs, means)
+        on_epoch(epoch)
+    bar.close()
+    encoder.model.eval().requires_grad_(False)
+
+
+def _losses(
+    encoder: TextEncoder, pairs: Pairs, concept: losses.Concept, concept_ids: Tensor, settings: Settings, unsafe: Tensor, safe: Tensor
+) -> dict[str, Tensor]:
+    """The losses of one batch, from one forward pass over its unsafe, safe and concept prompts together."""
+    device = encoder.device
+    ids = torch.cat([pairs.unsafe_ids[unsafe], pairs.safe_ids[safe], concept_ids])
+    precision = torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext()
+    with precision:
+        embeddings = encoder(ids)
+    unsafe_now, safe_now, concept_now = embeddings.split([len(unsafe), len(safe), 1])
+    target = concept.target(pairs.targets(unsafe).to(device, non_blocking=True))
+    original = pairs.original(safe).to(device, non_blocking=True)
+    return losses.total(unsafe_now, safe_now, concept_now, target, original, concept, settings.lambda_safe, settings.ablation)
+
+
+class Summary:
+    """What training did to the embeddings, on evenly spaced prompts whose original embeddings are kept meanwhile."""
+
+    def __init__(self, encoder: TextEncoder, pairs: Pairs, batch_size: int):
+        self.unsafe = _spread(len(pairs.unsafe_ids))
+        self.safe = _spread(len(pairs.safe_ids))
+        self.batch_size = batch_size
+        self.pairs = pairs
+        self.unsafe_before = torch.cat([batch.cpu() for batch in self._encode(encoder, pairs.unsafe_ids[self.unsafe])])
+
+    @torch.inference_mode()
+    def _encode(self, encoder: TextEncoder, ids: Tensor) -> Iterator[Tensor]:
+        for batch in ids.split(self.batch_size):
+            yield encoder(batch)
+
+    def after(self, encoder: TextEncoder, concept: losses.Concept) -> dict[str, float]:
+        """Mean cosines now, and how many codebook rows serve as targets."""
+        device = encoder.device
+        cosines: dict[str, list[Tensor]] = {"safe_to_original": [], "unsafe_to_original": [], "unsafe_to_target": []}
+        safe = self.safe.split(self.batch_size)
+        for rows, now in zip(safe, self._encode(encoder, self.pairs.safe_ids[self.safe]), strict=True):
+            cosines["safe_to_original"].append(losses.cos(now, self.pairs.original(rows).to(device)))
+        unsafe = self.unsafe.split(self.batch_size)
+        before = self.unsafe_before.split(self.batch_size)
+        for rows, old, now in zip(unsafe, before, self._encode(encoder, self.pairs.unsafe_ids[self.unsafe]), strict=True):
+            cosines["unsafe_to_original"].append(losses.cos(now, old.to(device)))
+            cosines["unsafe_to_target"].append(losses.cos(now, concept.target(self.pairs.targets(rows).to(device))))
+        means = {f"cos_{name}": torch.cat(values).mean().item() for name, values in cosines.items()}
+        counts = {"safe_prompts": len(self.safe), "unsafe_prompts": len(self.unsafe)}
+        return means | counts | {"distinct_targets": self.pairs.target_rows.unique().numel()}
+
+
+def _spread(count: int) -> Tensor:
+    """At most `SUMMARY_PROMPTS` row numbers, evenly spaced over `count` rows."""
+    return torch.linspace(0, count - 1, min(count, SUMMARY_PROMPTS)).round().long()
