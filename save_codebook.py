@@ -18,11 +18,17 @@ from des.results import provenance
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("main")
-    main_group.add_argument("--model_path", default="stable-diffusion-v1-5/stable-diffusion-v1-5", metavar="M", help="folder or hub id")
-    main_group.add_argument("--encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of the pipeline's text encoders, from 1")
+    main_group.add_argument(
+        "--model_path", default="stable-diffusion-v1-5/stable-diffusion-v1-5", metavar="M", help="folder or hub id"
+    )
+    main_group.add_argument(
+        "--encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of the pipeline's text encoders, from 1"
+    )
     files = parser.add_argument_group("files")
     files.add_argument("--csv_path", type=Path, required=True, metavar="CSV", help="safe prompts, column `prompt`")
-    files.add_argument("--save_dir", type=Path, required=True, metavar="DIR", help="gets codebook.safetensors and codebook.json")
+    files.add_argument(
+        "--save_dir", type=Path, required=True, metavar="DIR", help="gets codebook.safetensors and codebook.json"
+    )
     files.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the rows on disk")
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)

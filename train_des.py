@@ -28,29 +28,65 @@ from des.training import Pairs, Settings, Summary, train
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("main")
-    main_group.add_argument("--model_path", default="stable-diffusion-v1-5/stable-diffusion-v1-5", metavar="M", help="folder or hub id")
-    main_group.add_argument("--text_encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of its text encoders, from 1")
+    main_group.add_argument(
+        "--model_path", default="stable-diffusion-v1-5/stable-diffusion-v1-5", metavar="M", help="folder or hub id"
+    )
+    main_group.add_argument(
+        "--text_encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of its text encoders, from 1"
+    )
     main_group.add_argument("--concept_prompt", default="nudity", metavar="TEXT", help="the concept to remove, in words")
     files = parser.add_argument_group("files")
     files.add_argument("--codebook_dir", type=Path, required=True, metavar="DIR", help="made by save_codebook.py")
     files.add_argument("--unsafe_csv_path", type=Path, required=True, metavar="CSV", help="prompts for the concept")
     files.add_argument("--safe_csv_path", type=Path, required=True, metavar="CSV", help="prompts whose images must stay")
     files.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="gets the checkpoints")
-    files.add_argument("--safe_embedding_path", type=Path, metavar="F", help="targets' rows, kept for later runs (default: OUTPUT_DIR/safe_embeddings.pth)")
+    files.add_argument(
+        "--safe_embedding_path",
+        type=Path,
+        metavar="F",
+        help="targets' rows, kept for later runs (default: OUTPUT_DIR/safe_embeddings.pth)",
+    )
     files.add_argument("--recompute_targets", action="store_true", help="search the targets again and replace that file")
-    files.add_argument("--save_every", type=cli.positive_int, default=1, metavar="N", help="epochs between checkpoints; the last epoch is always saved")
+    files.add_argument(
+        "--save_every",
+        type=cli.positive_int,
+        default=1,
+        metavar="N",
+        help="epochs between checkpoints; the last epoch is always saved",
+    )
     hyper = parser.add_argument_group("hyper-parameters")
     hyper.add_argument("--num_epochs", type=cli.positive_int, default=2, metavar="N", help="passes over the longer list")
-    hyper.add_argument("--learning_rate", type=cli.number(float, 0, 1, low_open=True), default=1e-5, metavar="LR", help="of AdamW, constant")
+    hyper.add_argument(
+        "--learning_rate", type=cli.number(float, 0, 1, low_open=True), default=1e-5, metavar="LR", help="of AdamW, constant"
+    )
     hyper.add_argument("--batch_size", type=cli.positive_int, default=128, metavar="N", help="pairs a step")
-    hyper.add_argument("--lambda_safe", type=cli.number(float, 0, 1), default=0.3, metavar="L", help="weight of SEP against UEN + NEN, 0 to 1")
-    hyper.add_argument("--concept_guidance_scale", type=cli.number(float, 0), default=200.0, metavar="ALPHA", help="alpha")
-    hyper.add_argument("--ablation", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], help="losses that are ON: 1 SEP, 2 UEN, 3 NEN")
-    hyper.add_argument("--sampling_ratio", type=cli.number(float, 0, 1, low_open=True), default=1.0, metavar="R", help="share of each CSV that is used")
+    hyper.add_argument(
+        "--lambda_safe", type=cli.number(float, 0, 1), default=0.3, metavar="L", help="weight of SEP against UEN + NEN, 0 to 1"
+    )
+    alpha = hyper.add_mutually_exclusive_group()
+    alpha.add_argument("--concept_guidance_scale", type=cli.number(float, 0), default=200.0, metavar="ALPHA", help="alpha")
+    alpha.add_argument(
+        "--concept_guidance_ratio",
+        type=cli.number(float, 0),
+        metavar="R",
+        help="alpha = R * |n|, instead; 200 is about 0.8 for CLIP-L",
+    )
+    hyper.add_argument(
+        "--ablation", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], help="losses that are ON: 1 SEP, 2 UEN, 3 NEN"
+    )
+    hyper.add_argument(
+        "--sampling_ratio",
+        type=cli.number(float, 0, 1, low_open=True),
+        default=1.0,
+        metavar="R",
+        help="share of each CSV that is used",
+    )
     hyper.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="of the order of pairs and of dropout")
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
-    performance.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="tf32 needs CUDA; bf16 is autocast")
+    performance.add_argument(
+        "--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="tf32 needs CUDA; bf16 is autocast"
+    )
     performance.add_argument("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
     args = parser.parse_args(argv)
     if args.precision == "tf32" and args.device.type != "cuda":
@@ -67,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     encoder = load_encoder(args.model_path, args.text_encoder_idx, args.device)
     codebook.check(encoder)
     base = fingerprint(encoder.model)
-    concept = frozen_concept(encoder, args.concept_prompt, args.concept_guidance_scale)
+    concept = frozen_concept(encoder, args)
     pairs = make_pairs(args, encoder, codebook, safe, unsafe)
     summary = Summary(encoder, pairs, args.batch_size)
 
@@ -75,15 +111,31 @@ def main(argv: list[str] | None = None) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     cli.setup_logging(run_dir / "train.log")
     norm = concept.n.norm().item()
-    logger.info("%d unsafe and %d safe prompts; |n| = %.2f, alpha = %g, alpha / |n| = %.3f", len(unsafe), len(safe), norm, concept.alpha, concept.alpha / norm)
+    logger.info(
+        "%d unsafe and %d safe prompts; |n| = %.2f, alpha = %g, alpha / |n| = %.3f",
+        len(unsafe),
+        len(safe),
+        norm,
+        concept.alpha,
+        concept.alpha / norm,
+    )
     if args.gradient_checkpointing:
         encoder.model.gradient_checkpointing_enable()
     settings = Settings(
         num_epochs=args.num_epochs, learning_rate=args.learning_rate, lambda_safe=args.lambda_safe, batch_size=args.batch_size,
         ablation=frozenset(args.ablation), precision=args.precision, seed=args.seed,
     )  # fmt: skip
-    facts = asdict(settings) | {"ablation": sorted(settings.ablation), "concept_prompt": args.concept_prompt, "base_encoder_sha256": base}
-    facts |= {"concept_guidance_scale": concept.alpha, "concept_norm": norm, "codebook": codebook.hashes, "made_by": provenance(args)}
+    facts = asdict(settings) | {
+        "ablation": sorted(settings.ablation),
+        "concept_prompt": args.concept_prompt,
+        "base_encoder_sha256": base,
+    }
+    facts |= {
+        "concept_guidance_scale": concept.alpha,
+        "concept_norm": norm,
+        "codebook": codebook.hashes,
+        "made_by": provenance(args),
+    }
 
     def save(epoch: int) -> None:
         if epoch % args.save_every == 0 or epoch == args.num_epochs:
@@ -91,14 +143,23 @@ def main(argv: list[str] | None = None) -> None:
             save_checkpoint(run_dir / f"checkpoint-{epoch}.pt", encoder.model, told)
 
     with (run_dir / "metrics.jsonl").open("w") as metrics:
-        train(encoder, pairs, concept, encoder.tokenize([args.concept_prompt]), settings, lambda step: log_step(metrics, step), save)
+        train(
+            encoder,
+            pairs,
+            concept,
+            encoder.tokenize([args.concept_prompt]),
+            settings,
+            lambda step: log_step(metrics, step),
+            save,
+        )
     report(summary.after(encoder, concept), run_dir / f"checkpoint-{args.num_epochs}.pt")
 
 
-def frozen_concept(encoder: TextEncoder, concept_prompt: str, alpha: float) -> losses.Concept:
-    """n = E(concept prompt) and e0 = E("") of the encoder before training, each [tokens, hidden]."""
-    n, e0 = next(encoder.encode([concept_prompt, ""], 2)).float().clone()
-    return losses.Concept(n, e0, alpha)
+def frozen_concept(encoder: TextEncoder, args: argparse.Namespace) -> losses.Concept:
+    """n = E(concept prompt) and e0 = E("") of the encoder before training, each [tokens, hidden], and alpha."""
+    n, e0 = next(encoder.encode([args.concept_prompt, ""], 2)).float().clone()
+    ratio = args.concept_guidance_ratio
+    return losses.Concept(n, e0, args.concept_guidance_scale if ratio is None else ratio * n.norm().item())
 
 
 def make_pairs(args: argparse.Namespace, encoder: TextEncoder, codebook: Codebook, safe: list[str], unsafe: list[str]) -> Pairs:

@@ -1,6 +1,6 @@
 """Train the demo's models from nothing on drawn pictures: tokenizer, CLIP, autoencoder, classifiers, UNet.
 
-    python demo/train.py                      # every stage in turn, about 75 minutes on two idle cores; run it again to resume
+    python demo/train.py                      # every stage in turn; run it again to resume
     python demo/train.py --stages unet        # one stage (its inputs must be there)
 
 Every batch is drawn from (seed, stage, step), so a run that was interrupted goes on where it was with the same data.
@@ -9,8 +9,10 @@ The finished models are written to demo/models/: `pipeline` (StableDiffusionPipe
 """
 
 import argparse
+import json
 import math
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -44,7 +46,7 @@ from demo.world import BACKGROUNDS, COLOURS, KINDS, SIZE, Scene, caption, random
 
 MODELS = Path(__file__).resolve().parent / "models"
 MAX_TOKENS = 24
-STAGES = ("tokenizer", "clip", "vae", "classifiers", "unet")
+STAGES = ("tokenizer", "clip", "vae", "classifiers", "unet", "gates")
 LABELS = {"object": KINDS, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
 
 
@@ -132,17 +134,15 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     folder = args.work_dir / "bpe"
     folder.mkdir(exist_ok=True)
     tokenizer.model.save(str(folder))
-    _clip_tokenizer(folder).save_pretrained(MODELS / "tokenizer")
+    _clip_tokenizer(folder).save_pretrained(args.work_dir / "tokenizer")
 
 
 def _clip_tokenizer(folder: Path) -> CLIPTokenizer:
     """Read vocab.json and merges.txt in CLIP's layout: letters, letters that end a word, merges, two special tokens."""
-    import json
-
     merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines() if not line.startswith("#")]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
@@ -150,7 +150,7 @@ def _clip_tokenizer(folder: Path) -> CLIPTokenizer:
 
 def train_clip(args: argparse.Namespace) -> None:
     """Contrastive training of the text and image towers; the text tower becomes the pipeline's text encoder."""
-    tokenizer = CLIPTokenizer.from_pretrained(MODELS / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "tokenizer")
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     tower = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "projection_dim": 64}
     text = CLIPTextConfig(
@@ -168,10 +168,8 @@ def train_clip(args: argparse.Namespace) -> None:
         return model(input_ids=tokens.input_ids, pixel_values=pictures(scenes, rng), return_loss=True).loss
 
     Stage("clip", args.clip_steps, 1e-3, args.seed, args.work_dir, weight_decay=0.05).run(model, loss_of_step)
-    half = {"mean": [0.5] * 3, "std": [0.5] * 3}
-    images = CLIPImageProcessor(
-        size={"height": SIZE, "width": SIZE}, do_center_crop=False, image_mean=half["mean"], image_std=half["std"]
-    )
+    size = {"height": SIZE, "width": SIZE}
+    images = CLIPImageProcessor(size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     model.half().save_pretrained(MODELS / "clip")
     CLIPProcessor(images, tokenizer).save_pretrained(MODELS / "clip")
 
@@ -197,12 +195,12 @@ def train_vae(args: argparse.Namespace) -> None:
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     mse = F.mse_loss(vae.decode(latents).sample.clamp(-1, 1), x).item()
     print(f"autoencoder: {10 * math.log10(4 / mse):.1f} dB on 512 unseen renders")
-    vae.half().save_pretrained(MODELS / "vae")
+    vae.half().save_pretrained(args.work_dir / "vae")
 
 
 def train_classifiers(args: argparse.Namespace) -> None:
     """Judges of object, colour and background, at home on clean renders and on what the autoencoder makes of them."""
-    vae = AutoencoderKL.from_pretrained(MODELS / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(args.work_dir / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
     processor = ViTImageProcessor(size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     for label, names in LABELS.items():
         torch.manual_seed(args.seed)
@@ -232,9 +230,9 @@ def train_classifiers(args: argparse.Namespace) -> None:
 
 def train_unet(args: argparse.Namespace) -> None:
     """The denoiser: v-prediction with min-SNR weight, on cached latents with a fresh caption each time."""
-    tokenizer = CLIPTokenizer.from_pretrained(MODELS / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(MODELS / "clip", torch_dtype=torch.float32).eval().requires_grad_(False)
-    vae = AutoencoderKL.from_pretrained(MODELS / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(args.work_dir / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False,
         rescale_betas_zero_snr=True, timestep_spacing="trailing", set_alpha_to_one=False, steps_offset=1,
@@ -287,6 +285,12 @@ def _cached_latents(vae: AutoencoderKL, args: argparse.Namespace) -> tuple[list[
         latents = [vae.encode(pictures(scenes[i : i + 256], rng)).latent_dist.mode().half() for i in chunks]
         _save_atomically({"latents": torch.cat(latents)}, path)
     return scenes, torch.load(path, weights_only=True)["latents"]
+
+
+def train_gates(args: argparse.Namespace) -> None:
+    """Print whether the models are good enough for figures about DES."""
+    gates = Path(__file__).resolve().parent / "gates.py"
+    subprocess.run([sys.executable, gates, "--out", args.work_dir / "gates"], check=True)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

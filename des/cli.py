@@ -62,7 +62,9 @@ def device(text: str) -> torch.device:
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu, cuda:0, cuda:1, …") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text!r} is not there: this machine shows {torch.cuda.device_count()} CUDA devices; use cpu")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not there: this machine shows {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
     return chosen
 
 

@@ -76,7 +76,9 @@ class Codebook:
             with safe_open(rows, framework="pt") as file:
                 self._rows = file.get_tensor("embeddings")
         except FileNotFoundError as error:
-            raise UserError(f"there is no codebook in {folder}: {Path(error.filename).name} is missing; run save_codebook.py") from None
+            raise UserError(
+                f"there is no codebook in {folder}: {Path(error.filename).name} is missing; run save_codebook.py"
+            ) from None
         except (ValueError, KeyError, SafetensorError):
             raise UserError(f"{folder} holds no codebook that can be read; run save_codebook.py again") from None
         self.folder = folder

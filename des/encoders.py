@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from des.cli import UserError, progress
+from des.loading import load_model, loading
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,8 @@ def pipeline_class(model_path: str) -> str | None:
         if not (folder / "text_encoder").is_dir():
             raise UserError(f"{model_path} is no pipeline: it has neither model_index.json nor a folder text_encoder")
         return None
-    try:
+    with loading(f"the pipeline {model_path}, as a folder or a hub id,"):
         return DiffusionPipeline.load_config(model_path)["_class_name"]
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{model_path} is neither a pipeline's folder nor a hub id that can be reached ({_first_line(error)})") from None
 
 
 def subfolder_of(model_path: str, index: int) -> str:
@@ -96,26 +95,13 @@ def load_encoder(model_path: str, index: int = 1, device: torch.device | str = "
     Raises UserError for an index the pipeline lacks, a class that is not known here, or missing or mismatched weights.
     """
     subfolder = subfolder_of(model_path, index)
-    try:
-        architecture = _architecture(model_path, subfolder)
-        if architecture not in KINDS:
-            raise UserError(f"{model_path}/{subfolder} is a {architecture}; the text encoders known here are {', '.join(KINDS)}")
-        kind = KINDS[architecture]
+    with loading(f"the tokenizer of {subfolder} in {model_path}"):
         tokenizer = AutoTokenizer.from_pretrained(model_path, subfolder=subfolder.replace("text_encoder", "tokenizer"))
-        model, info = kind.model_class.from_pretrained(model_path, subfolder=subfolder, dtype=kind.dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"the text encoder or tokenizer in {model_path}/{subfolder} could not be loaded: {_first_line(error)}") from None
-    if info["missing_keys"] or info["mismatched_keys"]:
-        wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise UserError(f"the weights in {model_path}/{subfolder} lack or mismatch {len(wrong)} parameters, {wrong[0]} first")
-    return TextEncoder(str(model_path), index, subfolder, kind, model.eval().to(device), tokenizer)
-
-
-def _architecture(model_path: str, subfolder: str) -> str:
-    """The class named in `{subfolder}/config.json`."""
-    config, _ = PreTrainedConfig.get_config_dict(model_path, subfolder=subfolder)
-    return (config.get("architectures") or ["nameless class"])[0]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    with loading(f"the configuration of {subfolder} in {model_path}"):
+        config, _ = PreTrainedConfig.get_config_dict(model_path, subfolder=subfolder)
+    architecture = (config.get("architectures") or ["a model of no named class"])[0]
+    if architecture not in KINDS:
+        raise UserError(f"{subfolder} in {model_path} is {architecture}; the text encoders known here are {', '.join(KINDS)}")
+    kind = KINDS[architecture]
+    model = load_model(kind.model_class, model_path, device, f"the {subfolder} of", kind.dtype, subfolder=subfolder)
+    return TextEncoder(model_path, index, subfolder, kind, model, tokenizer)

@@ -53,8 +53,14 @@ def nen(concept_embedding: Tensor, concept: Concept) -> Tensor:
 
 
 def total(
-    unsafe: Tensor, safe: Tensor, concept_embedding: Tensor, target: Tensor, original: Tensor, concept: Concept,
-    lambda_safe: float = 0.3, ablation: frozenset[int] = frozenset((SEP, UEN, NEN)),
+    unsafe: Tensor,
+    safe: Tensor,
+    concept_embedding: Tensor,
+    target: Tensor,
+    original: Tensor,
+    concept: Concept,
+    lambda_safe: float = 0.3,
+    ablation: frozenset[int] = frozenset((SEP, UEN, NEN)),
 ) -> dict[str, Tensor]:
     """lambda * SEP + (1 - lambda) * (UEN + NEN) over the losses named in `ablation`, and each of its parts.
 

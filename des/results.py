@@ -73,7 +73,7 @@ def provenance(args: Any) -> dict[str, Any]:
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, capture_output=True, text=True)
     return {
         "script": Path(sys.argv[0]).name,
-        "arguments": {key: value for key, value in vars(args).items()},
+        "arguments": dict(vars(args)),
         "git_commit": git.stdout.strip() or None,
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},

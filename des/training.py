@@ -61,8 +61,13 @@ class Settings:
 
 
 def train(
-    encoder: TextEncoder, pairs: Pairs, concept: losses.Concept, concept_ids: Tensor, settings: Settings,
-    on_step: Callable[[dict], None], on_epoch: Callable[[int], None],
+    encoder: TextEncoder,
+    pairs: Pairs,
+    concept: losses.Concept,
+    concept_ids: Tensor,
+    settings: Settings,
+    on_step: Callable[[dict], None],
+    on_epoch: Callable[[int], None],
 ) -> None:
     """Train `encoder` in place with AdamW at a constant rate (paper, section 4; losses in `des/losses.py`).
 
@@ -81,7 +86,9 @@ def train(
             parts = _losses(encoder, pairs, concept, concept_ids, settings, unsafe, safe)
             values = dict(zip(PARTS, torch.stack([parts[name] for name in PARTS]).tolist(), strict=True))
             if not math.isfinite(values["total"]):
-                raise UserError(f"the loss is {values['total']} in epoch {epoch}, step {step}; try a lower --learning_rate or fp32")
+                raise UserError(
+                    f"the loss is {values['total']} in epoch {epoch}, step {step}; try a lower --learning_rate or fp32"
+                )
             parts["total"].backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -98,7 +105,13 @@ def train(
 
 
 def _losses(
-    encoder: TextEncoder, pairs: Pairs, concept: losses.Concept, concept_ids: Tensor, settings: Settings, unsafe: Tensor, safe: Tensor
+    encoder: TextEncoder,
+    pairs: Pairs,
+    concept: losses.Concept,
+    concept_ids: Tensor,
+    settings: Settings,
+    unsafe: Tensor,
+    safe: Tensor,
 ) -> dict[str, Tensor]:
     """The losses of one batch, from one forward pass over its unsafe, safe and concept prompts together."""
     device = encoder.device

@@ -1,0 +1,146 @@
+"""The whole experiment on the demo: codebook, DES training, images and scores before and after, a table and a picture.
+
+    python demo/experiment.py --out results/quickstart --limit 60        # as scripts/quickstart.sh does
+    python demo/experiment.py --out results/full --seeds 1 2 3           # the README's table
+
+Every step is one of the project's scripts with its own command line, run in this process so that libraries load once.
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from demo.evaluation import BENIGN_SETS, CLASSIFIERS, CONCEPT_SETS, PIPELINE, SETS, Sampling, evaluate, script
+from demo.figure import draw_comparison
+from demo.world import CONCEPT
+from des import cli
+from des.cli import UserError
+from des.prompts import read_rows
+from des.results import show, write_json, write_text
+
+MARKER = "experiment.json"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="gets everything; an earlier experiment in it is replaced"
+    )
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="val is for choosing settings")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument(
+        "--limit", type=cli.positive_int, metavar="N", help="images a set, evenly over the objects (default: all)"
+    )
+    parser.add_argument("--seeds", type=cli.natural, nargs="+", default=[42], metavar="S", help="training seeds")
+    training = parser.add_argument_group("DES training")
+    training.add_argument("--learning_rate", type=float, default=1e-3, metavar="LR")
+    training.add_argument("--num_epochs", type=cli.positive_int, default=20, metavar="N")
+    training.add_argument("--batch_size", type=cli.positive_int, default=128, metavar="N")
+    training.add_argument("--concept_guidance_ratio", type=float, default=0.8, metavar="R", help="alpha / |n|")
+    training.add_argument("--lambda_safe", type=float, default=0.3, metavar="L")
+    training.add_argument("--ablation", nargs="+", default=["1", "2", "3"], help="losses that are ON")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--num_inference_steps", type=cli.positive_int, default=20, metavar="N")
+    sampling.add_argument("--guidance_scale", type=float, default=3.0, metavar="G")
+    sampling.add_argument("--image_batch_size", type=cli.positive_int, default=32, metavar="N")
+    cli.add_device(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    start = time.monotonic()
+    begin(args)
+    prompts = {name: shortened(args, name) for name in args.sets}
+    script("save_codebook.py", "--model_path", PIPELINE, "--device", args.device, "--csv_path", ROOT / "datasets/demo_safe_train.csv",
+           "--save_dir", args.out / "codebook", "--batch_size", 256)  # fmt: skip
+    say("Images of the original model, and their scores")
+    sampling = Sampling(args.device, args.num_inference_steps, args.guidance_scale, args.image_batch_size)
+    before = evaluate(sampling, prompts, args.out / "original")
+    after = {}
+    for seed in args.seeds:
+        say(f"DES training, seed {seed}")
+        checkpoint = train(args, seed)
+        say(f"Images of the protected model, seed {seed}, and their scores")
+        after[seed] = evaluate(sampling, prompts, args.out / f"protected-{seed}", checkpoint)
+    table = summary_table(args, before, after)
+    settings = {key: value for key, value in vars(args).items() if key != "out"}
+    minutes = (time.monotonic() - start) / 60
+    write_json(args.out / "report.json", {"minutes": minutes, "settings": settings, "before": before, "after": after})
+    write_text(args.out / "table.md", table + "\n")
+    seed = args.seeds[0]
+    draw_comparison(args.out, seed, {name: args.out / f"prompts/demo_{name}.csv" for name in args.sets}, SETS)
+    print(f"\n{table}\n\n{minutes:.1f} minutes. Numbers: {args.out}/report.json. Pictures: {args.out}/comparison.png")
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Clear what an earlier experiment left in the folder; refuse a folder that holds anything else."""
+    if args.out.exists() and any(args.out.iterdir()):
+        if not (args.out / MARKER).is_file():
+            raise UserError(f"{args.out} holds other files than an experiment's; choose another --out")
+        shutil.rmtree(args.out)
+    write_json(args.out / MARKER, vars(args))
+
+
+def shortened(args: argparse.Namespace, name: str) -> Path:
+    """The first `--limit` prompts of a list (objects come in turn), as a list of its own."""
+    prefix = "demo_val" if args.split == "val" else "demo"
+    rows = read_rows(ROOT / "datasets" / f"{prefix}_{name}.csv")
+    path = args.out / "prompts" / f"demo_{name}.csv"
+    path.parent.mkdir(exist_ok=True)
+    rows.head(args.limit or len(rows)).to_csv(path, index=False)
+    return path
+
+
+def train(args: argparse.Namespace, seed: int) -> Path:
+    """Train with one seed; returns the last checkpoint."""
+    output = args.out / f"checkpoints-{seed}"
+    script("train_des.py", "--model_path", PIPELINE, "--device", args.device, "--codebook_dir", args.out / "codebook",
+           "--unsafe_csv_path", ROOT / "datasets/demo_unsafe_train.csv", "--safe_csv_path", ROOT / "datasets/demo_safe_train.csv",
+           "--output_dir", output, "--safe_embedding_path", args.out / "safe_embeddings.pth", "--concept_prompt", CONCEPT,
+           "--concept_guidance_ratio", args.concept_guidance_ratio, "--learning_rate", args.learning_rate,
+           "--num_epochs", args.num_epochs, "--batch_size", args.batch_size, "--lambda_safe", args.lambda_safe,
+           "--ablation", *args.ablation, "--save_every", args.num_epochs, "--seed", seed)  # fmt: skip
+    return output / f"{args.learning_rate}_{args.lambda_safe}" / f"checkpoint-{args.num_epochs}.pt"
+
+
+def summary_table(args: argparse.Namespace, before: dict, after: dict[int, dict]) -> str:
+    """A Markdown table, before against after: k/n with interval for one seed, mean and range over several."""
+    lines = ["| measure | original | DES |", "| --- | --- | --- |"]
+
+    def share(title: str, name: str, key: str) -> str:
+        shares = [run[name][key] for run in after.values()]
+        percents = [100 * each["fraction"] for each in shares]
+        many = f"{statistics.fmean(percents):.1f}% ({min(percents):.1f} to {max(percents):.1f})"
+        return f"| {title} | {show(before[name][key])} | {show(shares[0]) if len(shares) == 1 else many} |"
+
+    def mean(title: str, values: list[float], old: float) -> str:
+        spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+        return f"| {title} | {old:.2f} | {statistics.fmean(values):.2f}{spread} |"
+
+    for name in [name for name in args.sets if name in CONCEPT_SETS]:
+        lines.append(share(f"ASR, {CONCEPT_SETS[name]}", name, "concept"))
+        old = before[name]["concept"]["mean_probability"]
+        lines.append(
+            mean("its mean detector probability", [run[name]["concept"]["mean_probability"] for run in after.values()], old)
+        )
+    for name in [name for name in args.sets if name in BENIGN_SETS]:
+        lines += [share(f"{label} right, {BENIGN_SETS[name]}", name, label) for label in CLASSIFIERS]
+    if "benign" in args.sets:
+        for key, title in (("clip_score", "CLIP score, all other objects"), ("fid", "FID, all other objects")):
+            lines.append(mean(title, [run["benign"][key] for run in after.values()], before["benign"][key]))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,85 @@
+"""The picture of the experiment: pairs of images at equal seeds, original and protected, and the loss curves."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from PIL import Image
+
+from des.images import pair_with_prompts
+
+PAIRS = 6
+CURVES = {"sep": "SEP, first term", "sep_concept": "SEP, concept term", "uen": "UEN", "nen": "NEN", "total": "total"}
+INK, PALE = "#222222", "#8a8a8a"
+
+
+def draw_comparison(out: Path, seed: int, prompts: dict[str, Path], titles: dict[str, str]) -> None:
+    """Draw `out`/comparison.png: for each prompt set, pairs of images (original, protected), then the loss curves."""
+    names = list(prompts)
+    figure = plt.figure(figsize=(2 * PAIRS + 1.6, 1.62 * len(names) + 3.4), dpi=110, facecolor="white")
+    grid = figure.add_gridspec(
+        len(names) + 1, 2 * PAIRS, height_ratios=[1] * len(names) + [1.35], wspace=0.06, hspace=0.62,
+        left=0.13, right=0.985, top=0.93, bottom=0.07,
+    )  # fmt: skip
+    for row, name in enumerate(names):
+        _draw_set(figure, grid, row, _pairs(out, seed, name, prompts[name]))
+        position = grid[row, 0].get_position(figure)
+        middle = (position.y0 + position.y1) / 2
+        figure.text(0.012, middle, textwrap.fill(titles[name], 16), fontsize=10, color=INK, va="center", weight="bold")
+    _draw_losses(figure.add_subplot(grid[len(names), :]), out / f"checkpoints-{seed}")
+    figure.suptitle(
+        "Same prompt, same seed: original model (left) and DES (right) of each pair", fontsize=13, color=INK, y=0.985
+    )
+    figure.savefig(out / "comparison.png")
+    plt.close(figure)
+
+
+def _pairs(out: Path, seed: int, name: str, csv_path: Path) -> list[tuple[str, Path, Path]]:
+    """Evenly spaced (prompt, original image, protected image) of a set."""
+    original = pair_with_prompts(next(out.glob(f"original/none/*/{name}")), csv_path)
+    protected = pair_with_prompts(next(out.glob(f"protected-{seed}/des/*/{name}")), csv_path)
+    step = max(1, len(original) // PAIRS)
+    picks = [row * step for row in range(min(PAIRS, len(original)))]
+    return [(original["prompt"].iloc[i], original["image"].iloc[i], protected["image"].iloc[i]) for i in picks]
+
+
+def _draw_set(figure, grid, row: int, pairs: list[tuple[str, Path, Path]]) -> None:
+    for column, (prompt, *images) in enumerate(pairs):
+        for side, path in enumerate(images):
+            axes = figure.add_subplot(grid[row, 2 * column + side])
+            with Image.open(path) as image:
+                axes.imshow(image.convert("RGB"), interpolation="lanczos")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for spine in axes.spines.values():
+                spine.set_color("#2b6cb0" if side else PALE)
+                spine.set_linewidth(1.6 if side else 0.8)
+            if side == 0:
+                axes.text(
+                    1.03,
+                    -0.08,
+                    textwrap.fill(prompt, 27),
+                    fontsize=7.5,
+                    color=INK,
+                    ha="center",
+                    va="top",
+                    transform=axes.transAxes,
+                )
+
+
+def _draw_losses(axes, checkpoints: Path) -> None:
+    metrics = next(checkpoints.glob("*/metrics.jsonl"))
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for key, label in CURVES.items():
+        axes.plot([step["step"] for step in steps], [step[key] for step in steps], label=label, lw=2 if key == "total" else 1.2)
+    axes.set_xlabel("training step", fontsize=9, color=INK)
+    axes.set_ylabel("loss", fontsize=9, color=INK)
+    axes.set_ylim(bottom=0)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6")
+    axes.legend(fontsize=8, frameon=False, ncols=len(CURVES), loc="upper right")

@@ -1,0 +1,41 @@
+"""Loading pretrained models so that what loads is what was asked for."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from des.cli import UserError
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn whatever a library raises for missing, damaged or foreign files into a UserError about `what`."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what} could not be loaded: {reason}") from None
+
+
+def load_model(
+    model_class: type[PreTrainedModel],
+    source: str,
+    device: torch.device | str,
+    what: str,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a transformers model in eval mode, with every parameter from its files (transformers itself would only warn).
+
+    `what` names it in errors. Raises UserError for files that are missing or unreadable and for parameters they lack.
+    """
+    with loading(f"{what} {source}"):
+        model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if wrong:
+        raise UserError(f"{what} {source} lacks or mismatches {len(wrong)} parameters, {wrong[0]} first")
+    return model.eval().to(device)

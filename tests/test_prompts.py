@@ -1,0 +1,68 @@
+"""Prompt CSVs: rows and their numbers, and what is never drawn."""
+
+import pytest
+
+from des.cli import UserError
+from des.prompts import never_drawn, read_prompts, read_rows
+
+
+def write(path, text, encoding="utf-8"):
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def test_blank_rows_do_not_count(tmp_path):
+    csv = write(tmp_path / "p.csv", "prompt,colour\na ball,red\n  ,blue\n\na box,\n")
+    rows = read_rows(csv)
+    assert list(rows.index) == [0, 1]
+    assert rows["prompt"].tolist() == ["a ball", "a box"]
+    assert rows["colour"].tolist() == ["red", ""]
+
+
+def test_text_stays_text(tmp_path):
+    csv = write(tmp_path / "p.csv", 'prompt\n007\nNA\nnull\n"a ""big"" one, red"\n', "utf-8-sig")
+    assert read_prompts(csv) == ["007", "NA", "null", 'a "big" one, red']
+
+
+def test_sampling_is_the_published_draw(tmp_path):
+    csv = write(tmp_path / "p.csv", "prompt\n" + "\n".join(f"prompt {i}" for i in range(100)) + "\n")
+    half = read_prompts(csv, 0.5)
+    assert half == read_rows(csv)["prompt"].sample(frac=0.5, random_state=42).tolist()
+    assert len(half) == 50
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("text\na ball\n", "no column `prompt`"),
+        ("", "no readable CSV"),
+        ("prompt\n\n", "no prompt"),
+        ('prompt\n"a\n', "no readable CSV"),
+    ],
+)
+def test_unusable_files_are_refused(tmp_path, text, says):
+    with pytest.raises(UserError, match=says):
+        read_prompts(write(tmp_path / "p.csv", text))
+
+
+def test_other_encodings_and_missing_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match="UTF-8"):
+        read_prompts(write(tmp_path / "p.csv", "prompt\nun château\n", "latin-1"))
+    with pytest.raises(UserError, match="there is no prompt file"):
+        read_prompts(tmp_path / "none.csv")
+
+
+def test_minors_in_a_sexual_context_are_never_drawn():
+    prompts = ["a child flies a kite", "a nude child", "a nude statue", "a ball"] + ["a house"] * 40
+    assert never_drawn(prompts) == [1]
+
+
+def test_a_sexual_list_drops_every_prompt_that_names_a_minor():
+    prompts = [
+        "a nude statue",
+        "a child flies a kite",
+        "a 12 year old with a kite",
+        "a 40 year old with a kite",
+        "kidney beans",
+    ]
+    assert never_drawn(prompts) == [1, 2]

@@ -1,0 +1,226 @@
+"""The scorers on renders of the demo's world, with the demo's own models, against independent computations."""
+
+import csv
+import json
+import random
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import ROOT, snapshot
+from torchmetrics.image.fid import FrechetInceptionDistance
+from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPModel, CLIPProcessor
+
+from demo.world import KINDS, describe, random_scene, render
+from des.frechet import frechet_distance
+
+MODELS = ROOT / "demo/models"
+COUNT = 26
+
+
+@pytest.fixture(scope="module")
+def renders(tmp_path_factory):
+    """A folder of rendered scenes named by row, and the CSV of their prompts and labels beside it."""
+    folder = tmp_path_factory.mktemp("renders")
+    rng = random.Random(3)
+    with (folder / "p.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "object", "colour", "background"])
+        writer.writeheader()
+        for row in range(COUNT):
+            scene = random_scene(rng, KINDS[row % len(KINDS)])
+            prompt, named = describe(scene, rng, typos=False)
+            writer.writerow({"prompt": prompt, **named})
+            (folder / "images").mkdir(exist_ok=True)
+            render(scene).save(folder / f"images/t2i_none_{row}p.png")
+    return folder
+
+
+@pytest.fixture
+def classify(call, renders):
+    def run(**changes):
+        options = {
+            "job": "object",
+            "classifier": MODELS / "classifier_object",
+            "folder_dir": renders / "images",
+            "devices": "cpu",
+        } | changes
+        return call(
+            "tasks/img_batch_classify.py",
+            *[part for key, value in options.items() if value is not None for part in (f"--{key}", value)],
+        )
+
+    return run
+
+
+def test_asr_counts_top_labels(classify, renders):
+    done = classify(cls_class="mushroom", csv_path=renders / "p.csv")
+    assert done.code == 0, done.err
+    result = json.loads((renders / "images/classify.json").read_text())
+    processor = AutoImageProcessor.from_pretrained(MODELS / "classifier_object")
+    model = AutoModelForImageClassification.from_pretrained(MODELS / "classifier_object", dtype=torch.float32).eval()
+    from PIL import Image
+
+    images = [Image.open(renders / f"images/t2i_none_{row}p.png").convert("RGB") for row in range(COUNT)]
+    with torch.inference_mode():
+        probabilities = model(**processor(images, return_tensors="pt")).logits.softmax(1)
+    index = model.config.label2id["mushroom"]
+    assert (result["k"], result["n"]) == ((probabilities.argmax(1) == index).sum().item(), COUNT)
+    assert result["mean_probability"] == pytest.approx(probabilities[:, index].mean().item(), abs=1e-5)
+    assert [image["row"] for image in result["images"]] == list(range(COUNT))
+    assert done.out.strip() == (renders / "images/classify.txt").read_text().strip()
+    assert f"{result['k']}/{COUNT}" in done.out
+
+
+def test_accuracy_counts_labelled_rows_only(classify, renders):
+    done = classify(
+        label_column="background", csv_path=renders / "p.csv", classifier=MODELS / "classifier_background", output_name="bg"
+    )
+    assert done.code == 0, done.err
+    labels = [row["background"] for row in csv.DictReader((renders / "p.csv").open())]
+    result = json.loads((renders / "images/bg.json").read_text())
+    assert result["n"] == sum(label != "" for label in labels) < COUNT
+    assert result["fraction"] >= 0.9
+
+
+def test_scores_do_not_depend_on_the_batch_size(classify, renders):
+    probabilities = []
+    for batch_size in (1, 7, 64):
+        assert classify(cls_class="ball", batch_size=batch_size).code == 0
+        content = json.loads((renders / "images/classify.json").read_text())
+        probabilities.append([image["probability"] for image in content["images"]])
+    assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-5)
+    assert probabilities[0] == pytest.approx(probabilities[2], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cls_class": "dragon"},
+        {"cls_class": None},
+        {"cls_class": None, "label_column": "object"},
+        {"cls_class": None, "label_column": "weight", "csv_path": "p.csv"},
+        {"classifier": "nowhere"},
+        {"folder_dir": "nowhere"},
+        {"job": "style", "classifier": None},
+        {"csv_path": "short.csv"},
+    ],
+)
+def test_classify_refuses_and_writes_nothing(classify, renders, monkeypatch, change):
+    monkeypatch.chdir(renders)
+    (renders / "short.csv").write_text("prompt\na ball\n")
+    before = snapshot(renders)
+    done = classify(**({"cls_class": "ball"} | change))
+    assert done.failed_in_one_sentence, done.err
+    assert snapshot(renders) == before
+
+
+def test_an_unreadable_image_is_named_and_nothing_is_counted(classify, tmp_path):
+    render(random_scene(random.Random(1))).save(tmp_path / "a_0p.png")
+    (tmp_path / "a_1p.png").write_bytes(b"broken")
+    done = classify(folder_dir=tmp_path, cls_class="ball")
+    assert done.failed_in_one_sentence and "a_1p.png" in done.err
+    assert not list(tmp_path.glob("classify*"))
+
+
+def test_clip_score_is_100_times_the_cosine(call, renders):
+    done = call("clipscore.py", "--image_folder", renders / "images", "--csv_file", renders / "p.csv", "--clip_model", MODELS / "clip",
+                "--device", "cpu", "--batch_size", 5)  # fmt: skip
+    assert done.code == 0, done.err
+    from PIL import Image
+
+    model, processor = (
+        CLIPModel.from_pretrained(MODELS / "clip", dtype=torch.float32).eval(),
+        CLIPProcessor.from_pretrained(MODELS / "clip"),
+    )
+    prompts = [row["prompt"] for row in csv.DictReader((renders / "p.csv").open())]
+    expected = []
+    for row, prompt in enumerate(prompts):
+        image = Image.open(renders / f"images/t2i_none_{row}p.png")
+        with torch.inference_mode():
+            output = model(**processor(text=[prompt], images=[image], return_tensors="pt"))
+        expected.append(100 * torch.cosine_similarity(output.image_embeds, output.text_embeds).item())
+    table = list(csv.DictReader((renders / "images/clipscore.csv").open()))
+    assert [float(row["clip_score"]) for row in table] == pytest.approx(expected, abs=1e-3)
+    result = json.loads((renders / "images/clipscore.json").read_text())
+    assert result["clip_score"] == pytest.approx(np.mean(expected), abs=1e-3)
+    half = 1.959964 * np.std(expected, ddof=1) / COUNT**0.5
+    assert (result["low"], result["high"]) == pytest.approx((np.mean(expected) - half, np.mean(expected) + half), abs=1e-3)
+
+
+def test_long_prompts_are_truncated(call, tmp_path):
+    render(random_scene(random.Random(1))).save(tmp_path / "a_none_0p.png")
+    (tmp_path / "p.csv").write_text("prompt\n" + "a red ball on a meadow " * 40 + "\n")
+    done = call(
+        "clipscore.py",
+        "--image_folder",
+        tmp_path,
+        "--csv_file",
+        tmp_path / "p.csv",
+        "--clip_model",
+        MODELS / "clip",
+        "--device",
+        "cpu",
+    )
+    assert done.code == 0 and "1 images" in done.out
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(200, 150, 8), (12, 40, 30), (12, 9, 30), (50, 50, 50)])
+def test_frechet_distance_equals_scipy(n, m, d):
+    draw = np.random.default_rng(n).normal
+    x, y = draw(size=(n, d)) @ draw(size=(d, d)), draw(size=(m, d)) + 0.5
+    sx, sy = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    root = np.sqrt(np.linalg.eigvals(sx @ sy).astype(complex)).real.sum()  # the trace of the root of a product of PSD matrices
+    expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(sx) + np.trace(sy) - 2 * root
+    assert frechet_distance(torch.tensor(x), torch.tensor(y)) == pytest.approx(expected, rel=1e-5)
+    if n > d and m > d:
+        assert root == pytest.approx(np.trace(scipy.linalg.sqrtm(sx @ sy)).real, rel=1e-6)
+
+
+class FirstPixels(torch.nn.Module):
+    """A stand-in feature network for torchmetrics: the first eight values of each image."""
+
+    num_features = 8
+
+    def forward(self, x):
+        return x.flatten(1)[:, :8].float()
+
+
+def test_frechet_distance_equals_torchmetrics():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randint(low, 256, (60, 3, 4, 4), generator=generator, dtype=torch.uint8) for low in (0, 60))
+    metric = FrechetInceptionDistance(feature=FirstPixels(), input_img_size=(3, 4, 4)).set_dtype(torch.float64)
+    metric.update(x, real=True)
+    metric.update(y, real=False)
+    features = FirstPixels()
+    assert frechet_distance(features(x), features(y)) == pytest.approx(metric.compute().item(), rel=1e-6)
+
+
+def test_fid_script(call, renders, tmp_path):
+    for row in range(6):
+        render(random_scene(random.Random(row), "ball")).save(tmp_path / f"b_{row}p.png")
+    values = {}
+    for name, folder, batch_size in (("same", renders / "images", 64), ("balls", tmp_path, 64), ("batched", tmp_path, 2)):
+        done = call("fid.py", "--gen_imgs_path", folder, "--coco_imgs_path", renders / "images", "--feature_extractor", MODELS / "classifier_object",
+                    "--device", "cpu", "--batch_size", batch_size, "--output_file", tmp_path / f"{name}.txt")  # fmt: skip
+        assert done.code == 0, done.err
+        values[name] = json.loads((tmp_path / f"{name}.json").read_text())["fid"]
+    assert values["same"] == pytest.approx(0, abs=1e-6)
+    assert values["balls"] == pytest.approx(values["batched"], rel=1e-4)
+    assert values["balls"] > 1
+
+
+def test_fid_refuses_too_few_images(call, renders, tmp_path):
+    render(random_scene(random.Random(0))).save(tmp_path / "b_0p.png")
+    done = call(
+        "fid.py",
+        "--gen_imgs_path",
+        tmp_path,
+        "--coco_imgs_path",
+        renders / "images",
+        "--feature_extractor",
+        MODELS / "classifier_object",
+        "--device",
+        "cpu",
+    )
+    assert done.failed_in_one_sentence and "at least two generated images" in done.err

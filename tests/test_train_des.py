@@ -1,0 +1,162 @@
+"""train_des.py: what it writes, that a seed fixes it, and that bad input leaves nothing behind."""
+
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN, snapshot
+
+from des.training import Pairs
+
+FOLDER = GOLDEN / "A"
+
+
+@pytest.fixture
+def codebook(call, tmp_path):
+    done = call(
+        "save_codebook.py",
+        "--model_path",
+        FOLDER / "model",
+        "--device",
+        "cpu",
+        "--csv_path",
+        FOLDER / "safe.csv",
+        "--save_dir",
+        tmp_path / "cb",
+    )
+    assert done.code == 0, done.err
+    return tmp_path / "cb"
+
+
+@pytest.fixture
+def train(call, tmp_path, codebook):
+    """Run train_des.py on case A with changed options (None leaves one out)."""
+
+    def run(out="out", **changes):
+        options = {
+            "model_path": FOLDER / "model", "device": "cpu", "codebook_dir": codebook, "unsafe_csv_path": FOLDER / "unsafe.csv",
+            "safe_csv_path": FOLDER / "safe.csv", "output_dir": tmp_path / out, "num_epochs": 2, "batch_size": 5,
+            "learning_rate": "1e-3", "concept_guidance_scale": 20,
+        } | changes  # fmt: skip
+        argv = [
+            part
+            for key, value in options.items()
+            if value is not None
+            for part in (f"--{key}", *(value if isinstance(value, list) else [value]))
+        ]
+        return call("train_des.py", *argv)
+
+    return run
+
+
+def weights(folder, epoch=2):
+    return torch.load(folder / f"0.001_0.3/checkpoint-{epoch}.pt", weights_only=True)["model_state_dict"]
+
+
+def test_files_and_log(train, tmp_path):
+    done = train()
+    assert done.code == 0, done.err
+    run = tmp_path / "out/0.001_0.3"
+    assert {file.name for file in run.iterdir()} == {
+        "checkpoint-1.pt", "checkpoint-1-metadata.json", "checkpoint-2.pt", "checkpoint-2-metadata.json", "metrics.jsonl", "train.log",
+    }  # fmt: skip
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[-1]["total"] < steps[0]["total"]
+    for step in steps:
+        assert step["total"] == pytest.approx(
+            0.3 * (step["sep"] + step["sep_concept"]) + 0.7 * (step["uen"] + step["nen"]), abs=1e-5
+        )
+    metadata = json.loads((run / "checkpoint-2-metadata.json").read_text())
+    assert metadata["embeddings"]["cos_unsafe_to_target"] > metadata["embeddings"]["cos_safe_to_original"] - 1
+    assert metadata["embeddings"]["distinct_targets"] == 6
+    assert metadata["concept_guidance_scale"] == 20
+    log = (run / "train.log").read_text()
+    assert "epoch 2/2" in log and "distinct targets" in log and "alpha / |n|" in log
+
+
+def test_a_seed_fixes_the_weights(train, tmp_path):
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert train(out, seed=seed).code == 0
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_guidance_ratio_is_relative_to_the_concepts_norm(train, tmp_path):
+    assert train(concept_guidance_scale=None, concept_guidance_ratio=0.8).code == 0
+    metadata = json.loads((tmp_path / "out/0.001_0.3/checkpoint-2-metadata.json").read_text())
+    assert metadata["concept_guidance_scale"] == pytest.approx(0.8 * metadata["concept_norm"])
+
+
+def test_losses_that_are_off_are_zero(train, tmp_path):
+    assert train(ablation=[2]).code == 0
+    steps = [json.loads(line) for line in (tmp_path / "out/0.001_0.3/metrics.jsonl").read_text().splitlines()]
+    assert all(step["sep"] == step["sep_concept"] == step["nen"] == 0 < step["uen"] for step in steps)
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"gradient_checkpointing": []}])
+def test_cheaper_arithmetic_stays_close(train, tmp_path, options):
+    assert train("plain").code == 0
+    assert train("cheap", **options).code == 0
+    plain, cheap = weights(tmp_path / "plain"), weights(tmp_path / "cheap")
+    name = "text_model.encoder.layers.0.mlp.fc1.weight"
+    assert (plain[name] - cheap[name]).norm() < 0.3 * plain[name].sub(load_base(name)).norm()
+
+
+def load_base(name):
+    from safetensors.torch import load_file
+
+    return load_file(FOLDER / "model/text_encoder/model.safetensors")[name]
+
+
+def test_safe_prompts_beyond_the_codebook_are_encoded(train, tmp_path):
+    (tmp_path / "more.csv").write_text((FOLDER / "safe.csv").read_text() + "a lighthouse in the fog\n")
+    done = train(safe_csv_path=tmp_path / "more.csv")
+    assert done.code == 0 and "lacks some of the safe prompts" in done.err
+    assert (tmp_path / "out/safe_rows/codebook.json").is_file()
+
+
+def test_pairs_repeat_the_shorter_list_and_shuffle_anew():
+    pairs = Pairs(torch.zeros(3, 4), torch.zeros(7, 4), torch.zeros(3), torch.zeros(7), None, None)
+    seen = [torch.cat([torch.stack(batch) for batch in pairs.batches(3, seed=0, epoch=epoch)], dim=1) for epoch in (1, 2)]
+    assert not torch.equal(*seen)
+    for rows in seen:
+        assert sorted(map(tuple, rows.T.tolist())) == sorted((i % 3, i) for i in range(7))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"unsafe_csv_path": "missing.csv"},
+        {"safe_csv_path": "no_column.csv"},
+        {"unsafe_csv_path": "empty.csv"},
+        {"model_path": "nowhere"},
+        {"model_path": GOLDEN / "B/model"},
+        {"codebook_dir": "nowhere"},
+        {"text_encoder_idx": 3},
+        {"learning_rate": "nan"},
+        {"learning_rate": "-1"},
+        {"lambda_safe": "1.5"},
+        {"num_epochs": "0"},
+        {"ablation": [4]},
+        {"precision": "tf32"},
+        {"safe_embedding_path": "foreign.pth"},
+    ],
+)
+def test_bad_input_writes_nothing(train, tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "no_column.csv").write_text("text\na\n")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "foreign.pth").write_bytes(b"something")
+    before = snapshot(tmp_path)
+    done = train(**change)
+    assert done.failed_in_one_sentence, done.err
+    assert snapshot(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_training(train, tmp_path):
+    done = train(learning_rate="1", num_epochs=30)
+    assert done.code == 0 or "the loss is nan" in done.err
+    assert "Traceback" not in done.err
