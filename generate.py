@@ -5,7 +5,7 @@
         --training_method des --text_encoder_path checkpoints/des_sexual/1e-05_0.3/checkpoint-2.pt
 
 Images go to results/{training_method}/{model}/{output_path}/{output_path}_{training_method}_{row}p.png, with run.json beside
-them. Image i depends on --seed + i alone: it is the same at any batch size, order or resume.
+them. Image i is drawn from seed S + i: it is the same in any order, shard or resume, and at another --batch_size up to rounding.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL.Image import Image
 
 from des import cli
 from des.cli import UserError, logger, progress
@@ -93,10 +94,11 @@ def main(argv: list[str] | None = None) -> None:
     names = {row: folder / image_name(Path(args.output_path).name, args.training_method, row) for row in rows}
     todo = [row for row in rows if not is_complete(names[row])]
     logger.info("%d images to draw into %s, %d found done", len(todo), folder, len(rows) - len(todo))
+    size = min(args.batch_size, len(prompts))
     with progress(todo, desc=args.output_path, unit="image") as bar:
-        for start in range(0, len(todo), args.batch_size):
-            batch = todo[start : start + args.batch_size]
-            for row, image in zip(batch, draw(pipe, args, [prompts[row] for row in batch], batch), strict=True):
+        for start in range(0, len(todo), size):
+            batch = todo[start : start + size]
+            for row, image in zip(batch, draw(pipe, args, prompts, batch, size), strict=True):
                 with replacing(names[row]) as temporary:
                     image.save(temporary, format="PNG")
             bar.update(len(batch))
@@ -147,12 +149,18 @@ def claim(folder: Path, args: argparse.Namespace, prompts: list[str], encoder_sh
     )
 
 
-def draw(pipe: DiffusionPipeline, args: argparse.Namespace, prompts: list[str], rows: list[int]) -> list:
-    """Draw a batch of PIL images, each from its own generator."""
-    generators = [torch.Generator("cpu").manual_seed(args.seed + row) for row in rows]
-    negative = None if args.negative_prompt is None else [args.negative_prompt] * len(prompts)
+def draw(pipe: DiffusionPipeline, args: argparse.Namespace, prompts: list[str], rows: list[int], size: int) -> list[Image]:
+    """Draw the images of some rows, each from its own generator.
+
+    A batch is filled up to `size` by repeating its last row: arithmetic rounds differently at another batch size, and so each
+    image is the same to the last bit whatever is drawn beside it, or was drawn before.
+    """
+    filled = rows + rows[-1:] * (size - len(rows))
+    generators = [torch.Generator("cpu").manual_seed(args.seed + row) for row in filled]
+    negative = None if args.negative_prompt is None else [args.negative_prompt] * size
     options = {"height": args.height, "width": args.width, "negative_prompt": negative, "generator": generators}
-    return pipe(prompts, num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale, **options).images
+    steps = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    return pipe([prompts[row] for row in filled], **steps, **options).images[: len(rows)]
 
 
 if __name__ == "__main__":

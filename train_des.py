@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         concept.alpha / norm,
     )
     if args.gradient_checkpointing:
-        encoder.model.gradient_checkpointing_enable()
+        encoder.model.activation_checkpointing_enable()
     settings = Settings(
         num_epochs=args.num_epochs, learning_rate=args.learning_rate, lambda_safe=args.lambda_safe, batch_size=args.batch_size,
         ablation=frozenset(args.ablation), precision=args.precision, seed=args.seed,

@@ -6,7 +6,6 @@ to one form here and everything left over on either side is an error.
 """
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from des.cli import UserError
+from des.loading import read_pt
 from des.results import replacing, sha256_tensors, write_json
 
 _PREFIX = "text_model."
@@ -58,9 +58,11 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint file {path}")
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError):
-        raise UserError(f"{path} is no complete checkpoint of tensors: it is truncated, damaged, or holds code") from None
+        content = load_file(path) if path.suffix == ".safetensors" else read_pt(path)
+    except SafetensorError:
+        content = None
+    if content is None:
+        raise UserError(f"{path} is no complete checkpoint of tensors: it is truncated, damaged, or holds code")
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
     if not state or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
         raise UserError(f"{path} has no `model_state_dict` of tensors")

@@ -4,6 +4,7 @@ import argparse
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -97,6 +98,7 @@ def setup_logging(log_file: Path | None = None) -> None:
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # about its own internals
     for library in (transformers_logging, diffusers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

@@ -1,7 +1,6 @@
 """The codebook of safe embeddings: writing it in bounded memory, memory-mapping it, and searching its most distant rows."""
 
 import json
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from des.checkpoints import fingerprint
 from des.cli import UserError, progress
 from des.encoders import TextEncoder
+from des.loading import read_pt
 from des.results import replacing, sha256_file, sha256_tensors, sha256_texts, write_json
 
 DTYPES = {"fp32": (torch.float32, "F32"), "fp16": (torch.float16, "F16"), "bf16": (torch.bfloat16, "BF16")}
@@ -147,11 +147,10 @@ def find_targets(
 
 def _read_targets(path: Path, hashes: dict[str, str]) -> Tensor:
     again = "pass --recompute_targets or name another --safe_embedding_path"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        indices, made_from = content["indices"], content["hashes"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} holds no targets that this version can read ({type(error).__name__}); {again}") from None
+    content = read_pt(path)
+    if not isinstance(content, dict) or not {"indices", "hashes"} <= content.keys():
+        raise UserError(f"{path} holds no targets that this version can read; {again}")
+    indices, made_from = content["indices"], content["hashes"]
     changed = [name for name in hashes if made_from.get(name) != hashes[name]]
     if changed:
         raise UserError(f"{path} is stale: another {' and another '.join(changed)} made it; {again}")

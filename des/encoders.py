@@ -1,5 +1,6 @@
 """Which text encoders a pipeline has, loading one, and reading its embeddings in batches."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ def _last_hidden_state(model: nn.Module, input_ids: Tensor) -> Tensor:
 # pipeline is one entry.
 KINDS = {"CLIPTextModel": Kind(CLIPTextModel, _last_hidden_state)}
 PIPELINES: dict[str, tuple[str, ...]] = {"StableDiffusionPipeline": ("text_encoder",)}
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass
@@ -73,6 +77,8 @@ def pipeline_class(model_path: str) -> str | None:
         if not (folder / "text_encoder").is_dir():
             raise UserError(f"{model_path} is no pipeline: it has neither model_index.json nor a folder text_encoder")
         return None
+    if not folder.exists() and not _HUB_ID.fullmatch(model_path):
+        raise UserError(f"there is no folder {model_path}, and it is no hub id, which would be `owner/name`")
     with loading(f"the pipeline {model_path}, as a folder or a hub id,"):
         return DiffusionPipeline.load_config(model_path)["_class_name"]
 

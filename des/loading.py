@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,16 @@ def loading(what: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{what} could not be loaded: {reason}") from None
+
+
+def read_pt(path: Path) -> Any:
+    """Read a `.pt` file of tensors and plain values on the CPU, or None where it is anything else; no code in it is run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # the restricted unpickler raises errors of any class at damaged bytes
+        return None
 
 
 def load_model(

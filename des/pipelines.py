@@ -44,7 +44,7 @@ def open_pipeline(model_path: str, device: torch.device, model_type: str | None 
         )
     family = FAMILIES[name]
     with loading(f"the pipeline {model_path}"):
-        pipe = family.pipeline.from_pretrained(model_path, torch_dtype=family.dtype, **family.options)
+        pipe = family.pipeline.from_pretrained(model_path, dtype=family.dtype, **family.options)
     is_sd2 = pipe.text_encoder.config.hidden_size == _SD2_WIDTH
     actual = "sd_v2" if is_sd2 else "sd_v1"
     if model_type and model_type != actual:

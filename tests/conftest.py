@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -56,7 +58,7 @@ def call(capfd, monkeypatch):
 def spawn(script: str, *argv: object, cwd: Path = ROOT) -> Finished:
     """Run a script in a process of its own."""
     command = [sys.executable, str(ROOT / script), *map(str, argv)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ)
     return Finished(done.returncode, done.stdout, done.stderr)
 
 

@@ -74,6 +74,17 @@ def test_an_image_is_the_same_at_any_batch_size_order_and_resume(generate, tmp_p
     assert np.abs(images["one"]["t2i_none_0p.png"] - images["one"]["t2i_none_1p.png"]).max() > 1
 
 
+def test_an_image_has_the_same_bytes_whatever_is_drawn_beside_it(generate, tmp_path):
+    runs = {"all": {}, "late": {"start_idx": 4}, "middle": {"start_idx": 1, "end_idx": 3}}
+    for name, options in runs.items():
+        assert generate(results_dir=f"{name}/results", batch_size=3, **options).code == 0
+    whole = snapshot(tmp_path / "all/results")
+    for name, count in (("late", 1), ("middle", 2)):
+        part = {file: content for file, content in snapshot(tmp_path / name / "results").items() if file.endswith("png")}
+        assert len(part) == count
+        assert all(whole[file] == content for file, content in part.items())
+
+
 def test_the_same_command_gives_the_same_bytes(generate, tmp_path):
     for name in ("a", "b"):
         assert generate(results_dir=name).code == 0
@@ -158,6 +169,7 @@ def test_no_image_without_the_protection_asked_for(generate, tmp_path, tiny_pipe
         {"training_method": "des"},
         {"text_encoder_path": "x.pt"},
         {"model_path": "nowhere"},
+        {"model_path": "no/where"},
         {"model_type": "sd_v2"},
         {"start_idx": 5, "end_idx": 5},
         {"start_idx": 99},
