@@ -10,7 +10,7 @@ the targets to --safe_embedding_path. The defaults are the paper's for Stable Di
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -111,47 +111,31 @@ def main(argv: list[str] | None = None) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     cli.setup_logging(run_dir / "train.log")
     norm = concept.n.norm().item()
-    logger.info(
-        "%d unsafe and %d safe prompts; |n| = %.2f, alpha = %g, alpha / |n| = %.3f",
-        len(unsafe),
-        len(safe),
-        norm,
-        concept.alpha,
-        concept.alpha / norm,
-    )
+    told = "%d unsafe and %d safe prompts; |n| = %.2f, alpha = %g, alpha / |n| = %.3f"
+    logger.info(told, len(unsafe), len(safe), norm, concept.alpha, concept.alpha / norm)
     if args.gradient_checkpointing:
         encoder.model.activation_checkpointing_enable()
-    settings = Settings(
-        num_epochs=args.num_epochs, learning_rate=args.learning_rate, lambda_safe=args.lambda_safe, batch_size=args.batch_size,
-        ablation=frozenset(args.ablation), precision=args.precision, seed=args.seed,
-    )  # fmt: skip
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     facts = asdict(settings) | {
-        "ablation": sorted(settings.ablation),
         "concept_prompt": args.concept_prompt,
-        "base_encoder_sha256": base,
-    }
-    facts |= {
         "concept_guidance_scale": concept.alpha,
         "concept_norm": norm,
-        "codebook": codebook.hashes,
-        "made_by": provenance(args),
     }
+    facts |= {"base_encoder_sha256": base, "codebook": codebook.hashes, "made_by": provenance(args)}
+    concept_ids = encoder.tokenize([args.concept_prompt])
 
     def save(epoch: int) -> None:
         if epoch % args.save_every == 0 or epoch == args.num_epochs:
-            told = {"epoch": epoch, **facts, "embeddings": summary.after(encoder, concept)}
-            save_checkpoint(run_dir / f"checkpoint-{epoch}.pt", encoder.model, told)
+            metadata = {"epoch": epoch, **facts, "embeddings": summary.after(encoder, concept)}
+            save_checkpoint(run_dir / f"checkpoint-{epoch}.pt", encoder.model, metadata)
 
     with (run_dir / "metrics.jsonl").open("w") as metrics:
-        train(
-            encoder,
-            pairs,
-            concept,
-            encoder.tokenize([args.concept_prompt]),
-            settings,
-            lambda step: log_step(metrics, step),
-            save,
-        )
+
+        def log_step(step: dict) -> None:
+            metrics.write(json.dumps(step) + "\n")
+            metrics.flush()
+
+        train(encoder, pairs, concept, concept_ids, settings, log_step, save)
     report(summary.after(encoder, concept), run_dir / f"checkpoint-{args.num_epochs}.pt")
 
 
@@ -174,11 +158,6 @@ def make_pairs(args: argparse.Namespace, encoder: TextEncoder, codebook: Codeboo
     row_of = {prompt: row for row, prompt in enumerate(originals.prompts)}
     safe_rows = torch.tensor([row_of[prompt] for prompt in safe])
     return Pairs(encoder.tokenize(unsafe), encoder.tokenize(safe), target_rows, safe_rows, codebook, originals)
-
-
-def log_step(metrics, step: dict) -> None:
-    metrics.write(json.dumps(step) + "\n")
-    metrics.flush()
 
 
 def report(after: dict[str, float], checkpoint: Path) -> None:

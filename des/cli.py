@@ -62,10 +62,10 @@ def device(text: str) -> torch.device:
         chosen = torch.device(f"cuda:{text}" if text.isdigit() else text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu, cuda:0, cuda:1, …") from None
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not there: this machine shows {torch.cuda.device_count()} CUDA devices; use cpu"
-        )
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not there, or this PyTorch cannot use it; cpu always works") from None
     return chosen
 
 

@@ -4,6 +4,7 @@ Every argument is a batch of embeddings [batch, tokens, hidden] or one embedding
 them flattened to vectors of tokens * hidden components, padding included, in fp32.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,7 @@ def total(
     original: Tensor,
     concept: Concept,
     lambda_safe: float = 0.3,
-    ablation: frozenset[int] = frozenset((SEP, UEN, NEN)),
+    ablation: Collection[int] = (SEP, UEN, NEN),
 ) -> dict[str, Tensor]:
     """lambda * SEP + (1 - lambda) * (UEN + NEN) over the losses named in `ablation`, and each of its parts.
 

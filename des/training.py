@@ -1,7 +1,7 @@
 """The DES training loop: pairs of prompts in, a protected encoder out."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -55,7 +55,7 @@ class Settings:
     learning_rate: float = 1e-5
     lambda_safe: float = 0.3
     batch_size: int = 128
-    ablation: frozenset[int] = frozenset((losses.SEP, losses.UEN, losses.NEN))
+    ablation: Sequence[int] = (losses.SEP, losses.UEN, losses.NEN)
     precision: str = "fp32"
     seed: int = 42
 
@@ -76,11 +76,12 @@ def train(
     """  # fmt: skip
     torch.manual_seed(settings.seed)  # dropout, where an encoder has any
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
-    encoder.model.train().requires_grad_(True)
+    encoder.model.requires_grad_(True)
     optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=settings.learning_rate, fused=True)
     steps = math.ceil(len(pairs) / settings.batch_size)
     bar = progress(range(settings.num_epochs * steps), desc="training", unit="step")
     for epoch in range(1, settings.num_epochs + 1):
+        encoder.model.train()
         sums = dict.fromkeys(PARTS, 0.0)
         for step, (unsafe, safe) in enumerate(pairs.batches(settings.batch_size, settings.seed, epoch), 1):
             parts = _losses(encoder, pairs, concept, concept_ids, settings, unsafe, safe)
@@ -137,6 +138,7 @@ class Summary:
 
     @torch.inference_mode()
     def _encode(self, encoder: TextEncoder, ids: Tensor) -> Iterator[Tensor]:
+        encoder.model.eval()
         for batch in ids.split(self.batch_size):
             yield encoder(batch)
 
