@@ -223,7 +223,8 @@ def train_classifiers(args: argparse.Namespace) -> None:
             return F.cross_entropy(model(x).logits, target, label_smoothing=0.02)
 
         name = f"classifier_{label}"
-        Stage(name, args.classifier_steps, 2e-3, args.seed, args.work_dir).run(model, loss_of_step)
+        steps = args.classifier_steps if label == "object" else args.classifier_steps // 2
+        Stage(name, steps, 2e-3, args.seed, args.work_dir).run(model, loss_of_step)
         model.half().save_pretrained(MODELS / name)
         processor.save_pretrained(MODELS / name)
 
@@ -301,7 +302,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clip_steps", type=int, default=3500)
     parser.add_argument("--clip_batch", type=int, default=192)
     parser.add_argument("--vae_steps", type=int, default=2000)
-    parser.add_argument("--classifier_steps", type=int, default=1500)
+    parser.add_argument("--classifier_steps", type=int, default=1000)
     parser.add_argument("--unet_steps", type=int, default=5500)
     parser.add_argument("--latents", type=int, default=40_000, help="pictures in the UNet's training set")
     return parser.parse_args(argv)
