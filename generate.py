@@ -39,9 +39,7 @@ RUN_SETTINGS = (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("main")
-    main_group.add_argument(
-        "--model_path", default="stable-diffusion-v1-5/stable-diffusion-v1-5", metavar="M", help="folder or hub id"
-    )
+    cli.add_model(main_group)
     main_group.add_argument("--model_type", choices=MODEL_TYPES, help="refuse a model that is not of this type")
     main_group.add_argument("--training_method", choices=METHODS, default="none", help="none is the original model")
     main_group.add_argument(

@@ -28,9 +28,7 @@ from des.training import Pairs, Settings, Summary, train
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("main")
-    main_group.add_argument(
-        "--model_path", default="stable-diffusion-v1-5/stable-diffusion-v1-5", metavar="M", help="folder or hub id"
-    )
+    cli.add_model(main_group)
     main_group.add_argument(
         "--text_encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of its text encoders, from 1"
     )

@@ -75,6 +75,12 @@ def add_device(parser: argparse._ActionsContainer, flag: str = "--device") -> No
     parser.add_argument(flag, dest="device", type=device, default=default, metavar="D", help="cpu, cuda:0, …")
 
 
+def add_model(parser: argparse._ActionsContainer) -> None:
+    """Add the model option; the default is the paper's main model."""
+    default = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    parser.add_argument("--model_path", default=default, metavar="M", help="pipeline, a folder or hub id")
+
+
 def progress(items: Iterable, **options) -> tqdm:
     """A tqdm bar on a terminal; nothing in a pipe, where log lines tell how far the run is."""
     return tqdm(items, disable=None, dynamic_ncols=True, **options)
