@@ -160,11 +160,13 @@ def make_pairs(args: argparse.Namespace, encoder: TextEncoder, codebook: Codeboo
 
 def report(after: dict[str, float], checkpoint: Path) -> None:
     """The final summary: where the embeddings went."""
-    logger.info(
-        "mean cosine: safe to original %.4f (%d prompts), unsafe to original %.4f, unsafe to target %.4f (%d prompts); %d distinct targets",
-        after["cos_safe_to_original"], after["safe_prompts"], after["cos_unsafe_to_original"], after["cos_unsafe_to_target"],
-        after["unsafe_prompts"], after["distinct_targets"],
-    )  # fmt: skip
+    told = (
+        "mean cosine: safe to original %(cos_safe_to_original).4f (%(safe_prompts)d prompts), unsafe to original "
+        "%(cos_unsafe_to_original).4f, unsafe to target %(cos_unsafe_to_target).4f (%(unsafe_prompts)d prompts)"
+    )
+    logger.info(told, after)
+    told = "all safe embeddings moved by %(safe_shift).3f of their norm, cosine to the concept %(safe_shift_along_concept).2f"
+    logger.info(told + "; %(distinct_targets)d distinct targets", after)
     logger.info("protected encoder in %s", checkpoint)
 
 

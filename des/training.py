@@ -143,20 +143,27 @@ class Summary:
             yield encoder(batch)
 
     def after(self, encoder: TextEncoder, concept: losses.Concept) -> dict[str, float]:
-        """Mean cosines now, and how many codebook rows serve as targets."""
-        device = encoder.device
-        cosines: dict[str, list[Tensor]] = {"safe_to_original": [], "unsafe_to_original": [], "unsafe_to_target": []}
-        safe = self.safe.split(self.batch_size)
-        for rows, now in zip(safe, self._encode(encoder, self.pairs.safe_ids[self.safe]), strict=True):
-            cosines["safe_to_original"].append(losses.cos(now, self.pairs.original(rows).to(device)))
-        unsafe = self.unsafe.split(self.batch_size)
-        before = self.unsafe_before.split(self.batch_size)
-        for rows, old, now in zip(unsafe, before, self._encode(encoder, self.pairs.unsafe_ids[self.unsafe]), strict=True):
-            cosines["unsafe_to_original"].append(losses.cos(now, old.to(device)))
-            cosines["unsafe_to_target"].append(losses.cos(now, concept.target(self.pairs.targets(rows).to(device))))
-        means = {f"cos_{name}": torch.cat(values).mean().item() for name, values in cosines.items()}
-        counts = {"safe_prompts": len(self.safe), "unsafe_prompts": len(self.unsafe)}
-        return means | counts | {"distinct_targets": self.pairs.target_rows.unique().numel()}
+        """Mean cosines now, how many codebook rows serve as targets, and the shift that all safe embeddings share.
+
+        `safe_shift` is the norm of the mean of E~(s) - E(s) over the mean norm of E(s), `safe_shift_along_concept` its cosine
+        to n^: SEP's concept term draws safe embeddings away from the concept, and a large shift costs benign images.
+        """
+        safe = torch.cat([batch.cpu() for batch in self._encode(encoder, self.pairs.safe_ids[self.safe])])
+        unsafe = torch.cat([batch.cpu() for batch in self._encode(encoder, self.pairs.unsafe_ids[self.unsafe])])
+        original = self.pairs.original(self.safe).float()
+        n, e0 = concept.n.cpu(), concept.e0.cpu()
+        targets = losses.Concept(n, e0, concept.alpha).target(self.pairs.targets(self.unsafe))
+        shift = (safe.float() - original).mean(0)
+        return {
+            "cos_safe_to_original": losses.cos(safe, original).mean().item(),
+            "cos_unsafe_to_original": losses.cos(unsafe, self.unsafe_before).mean().item(),
+            "cos_unsafe_to_target": losses.cos(unsafe, targets).mean().item(),
+            "safe_shift": (shift.norm() / original.flatten(1).norm(dim=1).mean()).item(),
+            "safe_shift_along_concept": losses.cos(shift, n).item(),
+            "safe_prompts": len(self.safe),
+            "unsafe_prompts": len(self.unsafe),
+            "distinct_targets": self.pairs.target_rows.unique().numel(),
+        }
 
 
 def _spread(count: int) -> Tensor:
