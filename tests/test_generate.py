@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import published_form, snapshot, spawn
 from PIL import Image
 
@@ -146,18 +147,23 @@ def test_prompts_that_are_never_drawn_keep_their_numbers(generate, tmp_path, pro
     assert sorted(pixels(tmp_path)) == ["t2i_none_0p.png", "t2i_none_2p.png"]
 
 
-def broken_checkpoint(tmp_path, tiny_pipeline, protected, what):
+def broken_checkpoint(tmp_path, tiny_pipeline, other_width, protected, what):
     path = tmp_path / "broken.pt"
     if what == "truncated":
         path.write_bytes(protected.read_bytes()[:-200])
     elif what == "own weights":
         published_form(tiny_pipeline, path)
+    elif what == "another model":
+        published_form(other_width, path)
+    elif what == "wrong prefix":
+        state = torch.load(protected, weights_only=True)["model_state_dict"]
+        torch.save({"model_state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, path)
     return path
 
 
-@pytest.mark.parametrize("what", ["missing", "truncated", "own weights"])
-def test_no_image_without_the_protection_asked_for(generate, tmp_path, tiny_pipeline, protected_checkpoint, what):
-    path = broken_checkpoint(tmp_path, tiny_pipeline, protected_checkpoint, what)
+@pytest.mark.parametrize("what", ["missing", "truncated", "own weights", "another model", "wrong prefix"])
+def test_no_image_without_the_protection_asked_for(generate, tmp_path, tiny_pipeline, other_width, protected_checkpoint, what):
+    path = broken_checkpoint(tmp_path, tiny_pipeline, other_width, protected_checkpoint, what)
     done = generate(training_method="des", text_encoder_path=path)
     assert done.failed_in_one_sentence, done.err
     assert not (tmp_path / "results").exists()
