@@ -22,7 +22,7 @@ def draw_comparison(out: Path, seed: int, prompts: dict[str, Path], titles: dict
     names = list(prompts)
     figure = plt.figure(figsize=(2 * PAIRS + 1.6, 1.62 * len(names) + 3.4), dpi=110, facecolor="white")
     grid = figure.add_gridspec(
-        len(names) + 1, 2 * PAIRS, height_ratios=[1] * len(names) + [1.35], wspace=0.06, hspace=0.62,
+        len(names) + 1, PAIRS, height_ratios=[1] * len(names) + [1.35], wspace=0.12, hspace=0.62,
         left=0.13, right=0.985, top=0.93, bottom=0.07,
     )  # fmt: skip
     for row, name in enumerate(names):
@@ -32,7 +32,10 @@ def draw_comparison(out: Path, seed: int, prompts: dict[str, Path], titles: dict
         figure.text(0.012, middle, textwrap.fill(titles[name], 16), fontsize=10, color=INK, va="center", weight="bold")
     _draw_losses(figure.add_subplot(grid[len(names), :]), out / f"checkpoints-{seed}")
     figure.suptitle(
-        "Same prompt, same seed: original model (left) and DES (right) of each pair", fontsize=13, color=INK, y=0.985
+        "Same prompt, same seed: the original model on the left, protected by DES on the right (blue frame)",
+        fontsize=13,
+        color=INK,
+        y=0.985,
     )
     figure.savefig(out / "comparison.png")
     plt.close(figure)
@@ -49,8 +52,9 @@ def _pairs(out: Path, seed: int, name: str, csv_path: Path) -> list[tuple[str, P
 
 def _draw_set(figure, grid, row: int, pairs: list[tuple[str, Path, Path]]) -> None:
     for column, (prompt, *images) in enumerate(pairs):
+        pair = grid[row, column].subgridspec(1, 2, wspace=0.04)
         for side, path in enumerate(images):
-            axes = figure.add_subplot(grid[row, 2 * column + side])
+            axes = figure.add_subplot(pair[side])
             with Image.open(path) as image:
                 axes.imshow(image.convert("RGB"), interpolation="lanczos")
             axes.set_xticks([])
@@ -79,6 +83,7 @@ def _draw_losses(axes, checkpoints: Path) -> None:
     axes.set_xlabel("training step", fontsize=9, color=INK)
     axes.set_ylabel("loss", fontsize=9, color=INK)
     axes.set_ylim(bottom=0)
+    axes.margins(x=0.01)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6")
