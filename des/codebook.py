@@ -108,7 +108,7 @@ class Codebook:
             self._norms = torch.cat([self._rows[i : i + block].float().flatten(1).norm(dim=1) for i in starts])
         return self._norms
 
-    def farthest(self, queries: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
+    def farthest(self, queries: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
         """For each query [n, tokens, hidden], the lowest cosine similarity to any row and that row's index, both [n].
 
         The first of equal rows wins. Works block by block through matrix products on the queries' device, in fp32.

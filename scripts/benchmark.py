@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from des import cli, losses
+from des.checkpoints import fingerprint
 from des.codebook import Codebook, find_targets, write_codebook
 from des.encoders import TextEncoder, load_encoder
 from des.results import write_text
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmark.md", metavar="F", help="Markdown page to write")
     parser.add_argument(
-        "--repeats", type=cli.positive_int, default=5, metavar="N", help="timed steps of each side; medians are shown"
+        "--repeats", type=cli.positive_int, default=3, metavar="N", help="timed steps of each side; medians are shown"
     )
     parser.add_argument("--memory_of", nargs=2, metavar=("WHAT", "DIR"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -295,6 +296,7 @@ def measure_memory(what: str, work: Path) -> dict[str, int]:
     """Run one stage and return its peak resident memory beyond that with the loaded model, and the codebook's size, in bytes."""
     encoder = load_encoder(str(work / "model"))
     next(encoder.encode(["warm up"], 1))
+    fingerprint(encoder.model)  # touches every weight, so that all of the memory-mapped model is counted before
     prompts = some_prompts(SIZES[0], seed=4)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # restarts the peak
