@@ -1,6 +1,7 @@
 """Prompt CSVs in, clean rows with stable numbers out."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -30,10 +31,16 @@ def read_rows(csv_path: Path) -> pd.DataFrame:
     UserError for a file that is missing, empty, unreadable or without a `prompt` column.
     """
     try:
-        rows = pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # raised where a row has more cells than the header
+            rows = pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
+    except (pd.errors.ParserWarning, pd.errors.ParserError):
+        raise UserError(
+            f"{csv_path} has a row with more cells than its header, or an open quote; quote prompts with commas"
+        ) from None
     except FileNotFoundError:
         raise UserError(f"there is no prompt file {csv_path}") from None
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (pd.errors.EmptyDataError, UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"{csv_path} is no readable CSV file in UTF-8: {str(error).strip().splitlines()[0]}") from None
     if "prompt" not in rows:
         raise UserError(f"{csv_path} has no column `prompt`; its columns are {', '.join(map(repr, rows.columns))}")

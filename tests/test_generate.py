@@ -141,7 +141,7 @@ def test_other_settings_never_mix_in_one_folder(generate, tmp_path):
 
 
 def test_prompts_that_are_never_drawn_keep_their_numbers(generate, tmp_path, prompts_csv):
-    prompts_csv.write_text("prompt\na house\na nude child\na tree\n")
+    prompts_csv.write_text('prompt\na house\n"kid, nsfw"\na tree\n')
     done = generate()
     assert done.code == 0 and "1 of 3 prompts are left out" in done.err
     assert sorted(pixels(tmp_path)) == ["t2i_none_0p.png", "t2i_none_2p.png"]

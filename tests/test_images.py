@@ -57,7 +57,7 @@ def test_missing_surplus_and_duplicate_images_are_named(folder):
 
 
 def test_rows_that_are_never_drawn_need_no_image(tmp_path):
-    (tmp_path / "p.csv").write_text("prompt\na house\na nude child\na tree\n")
+    (tmp_path / "p.csv").write_text('prompt\na house\n"kid, nsfw"\na tree\n')
     for row in (0, 2):
         save(tmp_path / "images" / image_name("x", "none", row))
     assert pair_with_prompts(tmp_path / "images", tmp_path / "p.csv").index.tolist() == [0, 2]

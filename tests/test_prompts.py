@@ -37,7 +37,9 @@ def test_sampling_is_the_published_draw(tmp_path):
         ("text\na ball\n", "no column `prompt`"),
         ("", "no readable CSV"),
         ("prompt\n\n", "no prompt"),
-        ('prompt\n"a\n', "no readable CSV"),
+        ('prompt\n"a\n', "open quote"),
+        ("prompt\na, b\n", "more cells"),
+        ("prompt\na\nb, c\n", "more cells"),
     ],
 )
 def test_unusable_files_are_refused(tmp_path, text, says):
@@ -53,13 +55,13 @@ def test_other_encodings_and_missing_files_are_refused(tmp_path):
 
 
 def test_minors_in_a_sexual_context_are_never_drawn():
-    prompts = ["a child flies a kite", "a nude child", "a nude statue", "a ball"] + ["a house"] * 40
+    prompts = ["a child flies a kite", "kid, nsfw", "statue, nsfw", "a ball"] + ["a house"] * 40
     assert never_drawn(prompts) == [1]
 
 
 def test_a_sexual_list_drops_every_prompt_that_names_a_minor():
     prompts = [
-        "a nude statue",
+        "statue, nsfw",
         "a child flies a kite",
         "a 12 year old with a kite",
         "a 40 year old with a kite",
