@@ -170,8 +170,8 @@ def train_clip(args: argparse.Namespace) -> None:
     Stage("clip", args.clip_steps, 1e-3, args.seed, args.work_dir, weight_decay=0.05).run(model, loss_of_step)
     size = {"height": SIZE, "width": SIZE}
     images = CLIPImageProcessor(size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    model.half().save_pretrained(MODELS / "clip")
-    CLIPProcessor(images, tokenizer).save_pretrained(MODELS / "clip")
+    model.half().save_pretrained(args.out / "clip")
+    CLIPProcessor(images, tokenizer).save_pretrained(args.out / "clip")
 
 
 def train_vae(args: argparse.Namespace) -> None:
@@ -225,14 +225,14 @@ def train_classifiers(args: argparse.Namespace) -> None:
         name = f"classifier_{label}"
         steps = args.classifier_steps if label == "object" else args.classifier_steps // 2
         Stage(name, steps, 2e-3, args.seed, args.work_dir).run(model, loss_of_step)
-        model.half().save_pretrained(MODELS / name)
-        processor.save_pretrained(MODELS / name)
+        model.half().save_pretrained(args.out / name)
+        processor.save_pretrained(args.out / name)
 
 
 def train_unet(args: argparse.Namespace) -> None:
     """The denoiser: v-prediction with min-SNR weight, on cached latents with a fresh caption each time."""
     tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(MODELS / "clip", torch_dtype=torch.float32).eval().requires_grad_(False)
+    text_encoder = CLIPTextModel.from_pretrained(args.out / "clip", torch_dtype=torch.float32).eval().requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(args.work_dir / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False,
@@ -266,7 +266,7 @@ def train_unet(args: argparse.Namespace) -> None:
     StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).to(torch.float16).save_pretrained(MODELS / "pipeline")  # fmt: skip
+    ).to(torch.float16).save_pretrained(args.out / "pipeline")  # fmt: skip
 
 
 def _blurred(text: torch.Tensor) -> torch.Tensor:
@@ -290,12 +290,15 @@ def _cached_latents(vae: AutoencoderKL, args: argparse.Namespace) -> tuple[list[
 
 def train_gates(args: argparse.Namespace) -> None:
     """Print whether the models are good enough for figures about DES."""
+    if args.out.resolve() != MODELS:
+        sys.exit(f"error: the gates judge the models in {MODELS}; leave --out at its default")
     gates = Path(__file__).resolve().parent / "gates.py"
     subprocess.run([sys.executable, gates, "--out", args.work_dir / "gates"], check=True)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=MODELS, help="gets the finished models")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--work_dir", type=Path, default=MODELS.parent / "work", help="resumable states and caches")
     parser.add_argument("--seed", type=int, default=0)
@@ -311,7 +314,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    MODELS.mkdir(exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     for stage in args.stages:
         start = time.monotonic()
         globals()[f"train_{stage}"](args)

@@ -87,7 +87,7 @@ def progress(items: Iterable, **options) -> tqdm:
 
 
 def setup_logging(log_file: Path | None = None) -> None:
-    """Send the project's log lines to stderr and, where given, to a file as well."""
+    """Send the project's log lines to stderr and, where given, to a file as well, with the details (DEBUG) that stderr omits."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -95,6 +95,7 @@ def setup_logging(log_file: Path | None = None) -> None:
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_file))
+    handlers[0].setLevel(logging.INFO)
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     for old in logger.handlers[:]:
@@ -102,7 +103,7 @@ def setup_logging(log_file: Path | None = None) -> None:
         old.close()
     for handler in handlers:
         logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     logger.propagate = False
     warnings.filterwarnings("ignore", module="huggingface_hub")  # about its own internals
     for library in (transformers_logging, diffusers_logging):

@@ -75,6 +75,7 @@ class Codebook:
                 raise UserError(f"{rows} is not the file that {folder}/codebook.json describes; run save_codebook.py again")
             with safe_open(rows, framework="pt") as file:
                 self._rows = file.get_tensor("embeddings")
+            self._file = rows
         except FileNotFoundError as error:
             raise UserError(
                 f"there is no codebook in {folder}: {Path(error.filename).name} is missing; run save_codebook.py"
@@ -91,6 +92,11 @@ class Codebook:
         """Embeddings [n, tokens, hidden] of the given rows, on the CPU, in the codebook's dtype."""
         return self._rows[indices]
 
+    def _block(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop through a mapping of their own, so that a pass over all rows does not keep them in memory."""
+        with safe_open(self._file, framework="pt") as file:
+            return file.get_slice("embeddings")[start:stop]
+
     def check(self, encoder: TextEncoder) -> None:
         """Raise UserError unless these rows are what `encoder` makes of their prompts."""
         now = dependencies(encoder, self.prompts)
@@ -101,11 +107,11 @@ class Codebook:
                     f"{self.facts['encoder']}); run save_codebook.py for {encoder.model_path}, encoder {encoder.index}"
                 )
 
-    def norms(self, block: int = 256) -> Tensor:
+    def norms(self, block: int = 128) -> Tensor:
         """The fp32 norm of each flattened row, [rows]."""
         if self._norms is None:
             starts = range(0, len(self), block)
-            self._norms = torch.cat([self._rows[i : i + block].float().flatten(1).norm(dim=1) for i in starts])
+            self._norms = torch.cat([self._block(i, i + block).float().flatten(1).norm(dim=1) for i in starts])
         return self._norms
 
     def farthest(self, queries: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
@@ -113,13 +119,14 @@ class Codebook:
 
         The first of equal rows wins. Works block by block through matrix products on the queries' device, in fp32.
         """
-        queries = torch.nn.functional.normalize(queries.float().flatten(1), dim=1)
+        queries = queries.float().flatten(1)
+        lengths = queries.norm(dim=1, keepdim=True)
         best = queries.new_full((len(queries),), torch.inf)
         index = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
         norms = self.norms().to(queries.device)
         for start in range(0, len(self), block):
-            rows = self._rows[start : start + block].to(queries.device).float().flatten(1)
-            lowest, which = (queries @ rows.T / norms[start : start + block]).min(dim=1)
+            rows = self._block(start, start + block).to(queries.device).float().flatten(1)
+            lowest, which = (queries @ rows.T / (lengths * norms[start : start + block])).min(dim=1)
             closer = lowest < best
             best, index = torch.where(closer, lowest, best), torch.where(closer, which + start, index)
         return best, index
@@ -136,6 +143,7 @@ def find_targets(
     if path.exists() and not recompute:
         return _read_targets(path, hashes)
     found = []
+    batch_size = min(batch_size, 32)
     blocks = encoder.encode(unsafe, batch_size)
     for embeddings in progress(blocks, desc="targets", total=-(-len(unsafe) // batch_size), unit="batch"):
         found.append([part.cpu() for part in codebook.farthest(embeddings)])

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from des.activations import use_lean_activations
 from des.cli import UserError, progress
 from des.loading import load_model, loading
 
@@ -110,4 +111,5 @@ def load_encoder(model_path: str, index: int = 1, device: torch.device | str = "
         raise UserError(f"{subfolder} in {model_path} is {architecture}; the text encoders known here are {', '.join(KINDS)}")
     kind = KINDS[architecture]
     model = load_model(kind.model_class, model_path, device, f"the {subfolder} of", kind.dtype, subfolder=subfolder)
+    use_lean_activations(model)
     return TextEncoder(model_path, index, subfolder, kind, model, tokenizer)

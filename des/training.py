@@ -95,6 +95,8 @@ def train(
             optimizer.zero_grad()
             for name in PARTS:
                 sums[name] += values[name] * len(unsafe)
+            told = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            logger.debug("epoch %d, step %d/%d  %s", epoch, step, steps, told)
             on_step({"epoch": epoch, "step": (epoch - 1) * steps + step, **values})
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
             bar.update()

@@ -132,10 +132,10 @@ def row(what: str, published: str, here: str, ratio: float | None, goal: str = "
 # ---------------------------------------------------------------- encoding, search, files
 
 
-def published_encode(encoder: TextEncoder, prompts: list[str]) -> list[torch.Tensor]:
+def published_encode(model: CLIPTextModel, encoder: TextEncoder, prompts: list[str]) -> list[torch.Tensor]:
     """One prompt a call."""
     with torch.no_grad():
-        return [encoder.model(encoder.tokenize([prompt])).last_hidden_state[0] for prompt in prompts]
+        return [model(encoder.tokenize([prompt])).last_hidden_state[0] for prompt in prompts]
 
 
 def published_search(query: torch.Tensor, codebook: torch.Tensor) -> int:
@@ -148,7 +148,8 @@ def encoding_and_disk(work: Path) -> list[str]:
     """Encode prompts both ways; write the codebooks that the search needs; compare bytes on disk."""
     encoder = load_encoder(str(work / "model"))
     prompts = some_prompts(SIZES[-1], seed=1)
-    theirs = statistics.median(seconds(lambda: published_encode(encoder, prompts[:24])) / 24 for _ in range(3))
+    model = CLIPTextModel.from_pretrained(work / "model/text_encoder")
+    theirs = statistics.median(seconds(lambda: published_encode(model, encoder, prompts[:24])) / 24 for _ in range(3))
     here = seconds(lambda: write_codebook(work / "codebook", encoder, prompts, batch_size=32)) / len(prompts)
     rows = Codebook(work / "codebook").rows(slice(None))
     for size in SIZES[:-1]:
@@ -248,10 +249,9 @@ def forward_flops(sequences: int, tokens: int = 77, width: int = 768, layers: in
 
 def time_published(work: Path, codebook: Codebook, batch: int, steps: int = 2) -> float:
     """Seconds of one step after a first one that is not counted."""
-    encoder = load_encoder(str(work / "model"))
-    frozen = load_encoder(str(work / "model")).model
-    concept, concept_ids, ids = case(encoder, batch)
-    model = encoder.model.train().requires_grad_(True)
+    model, frozen = (CLIPTextModel.from_pretrained(work / "model/text_encoder") for _ in range(2))
+    concept, concept_ids, ids = case(load_encoder(str(work / "model")), batch)
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=False, fused=False)
     target = concept.target(codebook.rows(slice(0, batch)))
     inputs = (model, frozen, optimizer, ids[:batch], ids[batch:], concept_ids, target, concept)
@@ -297,14 +297,14 @@ def measure_memory(what: str, work: Path) -> dict[str, int]:
     encoder = load_encoder(str(work / "model"))
     next(encoder.encode(["warm up"], 1))
     fingerprint(encoder.model)  # touches every weight, so that all of the memory-mapped model is counted before
-    prompts = some_prompts(SIZES[0], seed=4)
+    prompts = some_prompts(SIZES[-1] if what == "codebook" else SIZES[0], seed=4)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # restarts the peak
     if what == "codebook":
         write_codebook(work / "codebook_memory", encoder, prompts, batch_size=32)
         size = (work / "codebook_memory/codebook.safetensors").stat().st_size
     else:
-        codebook = Codebook(work / f"codebook_{SIZES[0]}")
+        codebook = Codebook(work / "codebook")
         find_targets(work / "targets.pth", codebook, encoder, prompts, batch_size=64)
         size = (codebook.folder / "codebook.safetensors").stat().st_size
     return {"peak": _status("VmHWM") - before, "codebook": size}

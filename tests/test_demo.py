@@ -6,10 +6,12 @@ import re
 import subprocess
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
+from safetensors.torch import load_file
 
-from demo import prompts, world
+from demo import prompts, train, world
 from des.encoders import load_encoder
 from des.losses import cos
 from des.prompts import read_prompts
@@ -66,6 +68,49 @@ def test_the_models_are_safetensors_and_small(name):
     assert any(path.suffix == ".safetensors" for path in files)
     assert not any(path.suffix in (".bin", ".pt", ".pkl", ".ckpt") for path in files)
     assert sum(path.stat().st_size for path in (ROOT / "demo/models").rglob("*") if path.is_file()) < 25e6
+
+
+def test_the_models_are_trained_from_nothing(tmp_path):
+    steps = [f"--{name}_steps={count}" for name, count in (("clip", 2), ("vae", 2), ("classifier", 2), ("unet", 2))]
+    stages = ["tokenizer", "clip", "vae", "classifiers", "unet"]
+    train.main(
+        [
+            "--out",
+            str(tmp_path / "m"),
+            "--work_dir",
+            str(tmp_path / "w"),
+            "--latents=64",
+            "--clip_batch=4",
+            *steps,
+            "--stages",
+            *stages,
+        ]
+    )
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {path.name for path in (ROOT / "demo/models").iterdir()}
+    for name in ("clip", "pipeline/unet", "pipeline/vae", "pipeline/text_encoder", "classifier_object"):
+        made, shipped = (next((folder / name).glob("*.safetensors")) for folder in (tmp_path / "m", ROOT / "demo/models"))
+        shapes = [{key: tensor.shape for key, tensor in load_file(path).items()} for path in (made, shipped)]
+        assert shapes[0] == shapes[1], name
+
+
+def test_a_training_stage_that_was_interrupted_ends_with_the_same_weights(tmp_path):
+    def run(folder, stop_at=None):
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 1)
+
+        def loss_of_step(step, rng):
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return (model(torch.randn(8, 4)) - rng.random()).square().mean()
+
+        train.Stage("x", 6, 1e-2, 0, folder, save_every=2, ema_decay=0.9).run(model, loss_of_step)
+        return model.weight
+
+    whole = run(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", stop_at=5)
+    assert torch.equal(run(tmp_path / "b"), whole)
 
 
 def test_quick_start_at_reduced_size(tmp_path):

@@ -74,6 +74,7 @@ def test_files_and_log(train, tmp_path):
     assert metadata["embeddings"]["distinct_targets"] == 6
     assert metadata["concept_guidance_scale"] == 20
     log = (run / "train.log").read_text()
+    assert "epoch 2, step 3/3  sep " in log and "epoch 2, step 3/3" not in done.err
     assert "epoch 2/2" in log and "distinct targets" in log and "alpha / |n|" in log
 
 
