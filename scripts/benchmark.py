@@ -40,6 +40,8 @@ SIZES = (400, 800, 1600)
 BATCHES = (8, 16)
 PUBLISHED_QUERIES = 40  # each costs the published search the same
 ALPHA = 200.0
+FILES_NOTE = """Files on disk, as many unsafe as safe prompts: the published side is taken to keep the rows, a normalised copy of them as its search index,
+and a full row for each unsafe prompt; here there are the rows (`save_codebook.py --dtype`, fp32 by default) and a row number for each unsafe prompt."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         work = Path(folder)
         make_model(work / "model")
         lines = [*heading(), *encoding_and_disk(work), *search(work), *training(work, args.repeats), *memory(work)]
+    lines += ["", FILES_NOTE]
     write_text(args.out, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
