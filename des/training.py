@@ -29,7 +29,7 @@ class Pairs:
     originals: Codebook  # holds E(s) of every safe prompt; usually the codebook itself
 
     def __len__(self) -> int:
-        """The longer list's length; the shorter one is repeated cyclically (METHOD: pairs are zipped)."""
+        """The longer list's length; the shorter one is repeated cyclically (pairs are zipped)."""
         return max(len(self.unsafe_ids), len(self.safe_ids))
 
     def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
