@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import GOLDEN, snapshot
 
+from des import losses
 from des.checkpoints import load_checkpoint
 from des.encoders import load_encoder
 from des.prompts import read_prompts
@@ -184,7 +185,13 @@ def test_bad_input_writes_nothing(train, tmp_path, monkeypatch, change):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_training(train, tmp_path):
-    done = train(learning_rate="1", num_epochs=30)
-    assert done.code == 0 or "the loss is nan" in done.err
-    assert "Traceback" not in done.err
+def test_a_loss_that_is_not_finite_stops_training_and_keeps_what_was_saved(train, tmp_path, monkeypatch):
+    calls = iter(range(100))
+    nen = losses.nen
+    monkeypatch.setattr(losses, "nen", lambda *now: nen(*now) * (torch.nan if next(calls) == 4 else 1))
+    done = train()  # three steps an epoch
+    assert done.failed_in_one_sentence
+    assert "the loss is nan in epoch 2, step 2" in done.err
+    run = tmp_path / "out/0.001_0.3"
+    assert {file.name for file in run.glob("checkpoint*")} == {"checkpoint-1.pt", "checkpoint-1-metadata.json"}
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out", epoch=1).values())
