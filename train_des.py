@@ -147,7 +147,7 @@ def frozen_concept(encoder: TextEncoder, args: argparse.Namespace) -> losses.Con
 def make_pairs(args: argparse.Namespace, encoder: TextEncoder, codebook: Codebook, safe: list[str], unsafe: list[str]) -> Pairs:
     """Find the targets, and E(s) of every safe prompt: in the codebook, or encoded now where it lacks some."""
     path = args.safe_embedding_path or args.output_dir / "safe_embeddings.pth"
-    target_rows = find_targets(path, codebook, encoder, unsafe, args.batch_size, args.recompute_targets)
+    target_rows = find_targets(path, codebook, encoder, unsafe, recompute=args.recompute_targets)
     originals = codebook
     if not set(safe) <= set(codebook.prompts):
         logger.info("the codebook lacks some of the safe prompts; encoding them into %s", args.output_dir / "safe_rows")

@@ -67,7 +67,7 @@ def evaluate(sampling: Sampling, prompts: dict[str, Path], results: Path, checkp
                 for label in ("colour", "background")
             }
         if name == "benign":
-            scores[name] |= quality(sampling, folder, csv_path)
+            scores[name] |= quality(sampling, folder, csv_path, results.parent / "reference")
     return scores
 
 
@@ -80,9 +80,9 @@ def classify(sampling: Sampling, folder: Path, csv_path: Path, label: str, *coun
     return {key: content[key] for key in ("k", "n", "fraction", "low", "high", "mean_probability")}
 
 
-def quality(sampling: Sampling, folder: Path, csv_path: Path) -> dict:
+def quality(sampling: Sampling, folder: Path, csv_path: Path, reference: Path) -> dict:
     """CLIP score against the prompts, and FID against renders of other scenes with the object classifier's features."""
-    reference = reference_images(folder.parents[3] / "reference")
+    draw_reference(reference)
     script("clipscore.py", "--image_folder", folder, "--csv_file", csv_path, "--clip_model", CLIP, "--device", sampling.device)
     script("fid.py", "--gen_imgs_path", folder, "--coco_imgs_path", reference, "--feature_extractor", CLASSIFIERS["object"],
            "--device", sampling.device)  # fmt: skip
@@ -92,14 +92,14 @@ def quality(sampling: Sampling, folder: Path, csv_path: Path) -> dict:
     }
 
 
-def reference_images(folder: Path) -> Path:
-    """Renders of benign scenes."""
-    if not folder.is_dir():
-        folder.mkdir()
-        rng = random.Random("reference")
-        for i in range(REFERENCE_IMAGES):
-            render(random_scene(rng, BENIGN_KINDS[i % len(BENIGN_KINDS)]), rng).save(folder / f"reference_{i}p.png")
-    return folder
+def draw_reference(folder: Path) -> None:
+    """Draw the reference images of FID, renders of benign scenes, unless they are there."""
+    if len(list(folder.glob("*.png"))) == REFERENCE_IMAGES:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random("reference")
+    for i in range(REFERENCE_IMAGES):
+        render(random_scene(rng, BENIGN_KINDS[i % len(BENIGN_KINDS)]), rng).save(folder / f"reference_{i}p.png")
 
 
 def read_json(path: Path) -> dict:

@@ -86,12 +86,19 @@ def progress(items: Iterable, **options) -> tqdm:
     return tqdm(items, disable=None, dynamic_ncols=True, **options)
 
 
+class _BesideBars(logging.StreamHandler):
+    """Writes log lines to stderr above progress bars instead of into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def setup_logging(log_file: Path | None = None) -> None:
     """Send the project's log lines to stderr and, where given, to a file as well, with the details (DEBUG) that stderr omits."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    handlers: list[logging.Handler] = [_BesideBars()]
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_file))

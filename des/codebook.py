@@ -133,7 +133,7 @@ class Codebook:
 
 
 def find_targets(
-    path: Path, codebook: Codebook, encoder: TextEncoder, unsafe: list[str], batch_size: int, recompute: bool = False
+    path: Path, codebook: Codebook, encoder: TextEncoder, unsafe: list[str], batch_size: int = 32, recompute: bool = False
 ) -> Tensor:
     """The row of the most distant safe prompt for each unsafe prompt, [unsafe], kept in `path` with the hashes it depends on.
 
@@ -143,7 +143,6 @@ def find_targets(
     if path.exists() and not recompute:
         return _read_targets(path, hashes)
     found = []
-    batch_size = min(batch_size, 32)
     blocks = encoder.encode(unsafe, batch_size)
     for embeddings in progress(blocks, desc="targets", total=-(-len(unsafe) // batch_size), unit="batch"):
         found.append([part.cpu() for part in codebook.farthest(embeddings)])

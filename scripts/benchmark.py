@@ -308,7 +308,7 @@ def measure_memory(what: str, work: Path) -> dict[str, int]:
         size = (work / "codebook_memory/codebook.safetensors").stat().st_size
     else:
         codebook = Codebook(work / "codebook")
-        find_targets(work / "targets.pth", codebook, encoder, prompts, batch_size=64)
+        find_targets(work / "targets.pth", codebook, encoder, prompts)
         size = (codebook.folder / "codebook.safetensors").stat().st_size
     return {"peak": _status("VmHWM") - before, "codebook": size}
 
