@@ -10,16 +10,16 @@ import argparse
 import math
 from pathlib import Path
 
-import torch
-from torch import nn
-from torch.nn.functional import cosine_similarity
-from transformers import CLIPModel, CLIPProcessor
-
 from des import cli
 from des.checkpoints import fingerprint
 from des.images import image_batches, pair_with_prompts
 from des.loading import load_model, loading
 from des.results import Z95, provenance, replacing, write_json, write_text
+
+import torch
+from torch import nn
+from torch.nn.functional import cosine_similarity
+from transformers import CLIPModel, CLIPProcessor
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -9,10 +9,6 @@ not compare. Every image file under both folders counts, subfolders included. Wr
 import argparse
 from pathlib import Path
 
-import torch
-from torch import nn
-from transformers import AutoImageProcessor, AutoModel
-
 from des import cli
 from des.checkpoints import fingerprint
 from des.cli import UserError
@@ -20,6 +16,10 @@ from des.frechet import frechet_distance
 from des.images import image_batches, image_files
 from des.loading import load_model, loading
 from des.results import provenance, write_json, write_text
+
+import torch
+from torch import nn
+from transformers import AutoImageProcessor, AutoModel
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -2,6 +2,8 @@
 
     python save_codebook.py --model_path stable-diffusion-v1-5/stable-diffusion-v1-5 --device cuda:0 \\
         --csv_path datasets/safe_prompts_copro_sexual.csv --save_dir codebook_sexual
+
+For a pipeline with several text encoders (Stable Diffusion XL and 3, FLUX) the folder is {save_dir}_encoder{i}.
 """
 
 import argparse
@@ -9,8 +11,8 @@ from pathlib import Path
 
 from des import cli
 from des.cli import logger
-from des.codebook import DTYPES, write_codebook
-from des.encoders import load_encoder
+from des.codebook import DTYPES, codebook_folder, write_codebook
+from des.encoders import load_encoder, text_encoders
 from des.prompts import read_prompts
 from des.results import provenance
 
@@ -19,29 +21,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("main")
     cli.add_model(main_group)
-    main_group.add_argument(
+    which = main_group.add_mutually_exclusive_group()
+    which.add_argument(
         "--encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of the pipeline's text encoders, from 1"
     )
+    which.add_argument("--save_all_encoders", action="store_true", help="a codebook for each of its text encoders")
+    cli.add_embedding(main_group)
     files = parser.add_argument_group("files")
     files.add_argument("--csv_path", type=Path, required=True, metavar="CSV", help="safe prompts, column `prompt`")
     files.add_argument(
         "--save_dir", type=Path, required=True, metavar="DIR", help="gets codebook.safetensors and codebook.json"
     )
-    files.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the rows on disk")
+    files.add_argument(
+        "--dtype", choices=DTYPES, help="of the rows on disk (default: the encoder's, fp32 for CLIP, bf16 for T5)"
+    )
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
     performance.add_argument("--batch_size", type=cli.positive_int, default=64, metavar="N", help="prompts a forward pass")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.save_all_encoders and args.max_sequence_length:
+        parser.error("--max_sequence_length is T5's; name that encoder by --encoder_idx")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cli.setup_logging()
     prompts = read_prompts(args.csv_path)
-    encoder = load_encoder(args.model_path, args.encoder_idx, args.device)
-    write_codebook(args.save_dir, encoder, prompts, args.dtype, args.batch_size, made_by=provenance(args))
-    size = (args.save_dir / "codebook.safetensors").stat().st_size / 1e6
-    logger.info("codebook of %d safe prompts in %s (%.1f MB)", len(prompts), args.save_dir, size)
+    indices = text_encoders(args.model_path) if args.save_all_encoders else [args.encoder_idx]
+    for index in indices:
+        folder = codebook_folder(args.save_dir, args.model_path, index)
+        encoder = load_encoder(args.model_path, index, args.device, args.embedding, args.max_sequence_length)
+        write_codebook(folder, encoder, prompts, args.dtype, args.batch_size, made_by=provenance(args))
+        size = sum(file.stat().st_size for file in folder.glob("codebook*.safetensors")) / 1e6
+        logger.info("codebook of %d safe prompts in %s (%.1f MB)", len(prompts), folder, size)
 
 
 if __name__ == "__main__":

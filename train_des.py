@@ -5,24 +5,31 @@
         --safe_csv_path datasets/safe_prompts_copro_sexual.csv --output_dir checkpoints/des_sexual
 
 Writes OUTPUT_DIR/{lr}_{lambda}/checkpoint-{epoch}.pt with its metadata, metrics.jsonl and train.log beside it, and the rows of
-the targets to --safe_embedding_path. The defaults are the paper's for Stable Diffusion v1.x.
+the targets to --safe_embedding_path. For a pipeline with several text encoders the folder is encoder{i}_{lr}_{lambda}, and the
+codebook is looked for in {codebook_dir}_encoder{i} first. The defaults are the paper's for Stable Diffusion v1.x; it trained FLUX
+with --batch_size 16 and T5-XXL with 4. --dry_run tells what a run needs. Several GPUs: accelerate launch train_des.py ...
 """
 
 import argparse
 import json
-from dataclasses import asdict, fields
+import os
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from des import cli, losses
-from des.checkpoints import fingerprint, save_checkpoint
-from des.cli import logger
-from des.codebook import Codebook, find_targets, write_codebook
-from des.encoders import TextEncoder, load_encoder
+from des.checkpoints import FORMATS, save_checkpoint
+from des.cli import UserError, logger
+from des.codebook import DTYPES, Codebook, dtype_name, find_codebook, find_targets, write_codebook
+from des.encoders import TextEncoder, load_encoder, own_name
+from des.optimizers import OPTIMIZERS
+from des.plan import describe, make_plan
+from des.processes import Processes
 from des.prompts import read_prompts
 from des.results import provenance
-from des.training import Pairs, Settings, Summary, train
+from des.training import PRECISIONS, Pairs, Settings, Summary, make_trainable, train
+
+import torch
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,6 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group.add_argument(
         "--text_encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of its text encoders, from 1"
     )
+    cli.add_embedding(main_group)
     main_group.add_argument("--concept_prompt", default="nudity", metavar="TEXT", help="the concept to remove, in words")
     files = parser.add_argument_group("files")
     files.add_argument("--codebook_dir", type=Path, required=True, metavar="DIR", help="made by save_codebook.py")
@@ -42,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--safe_embedding_path",
         type=Path,
         metavar="F",
-        help="targets' rows, kept for later runs (default: OUTPUT_DIR/safe_embeddings.pth)",
+        help="targets' rows, kept for later runs (default: OUTPUT_DIR/safe_embeddings.pth, or safe_embeddings_encoder{i}.pth)",
     )
     files.add_argument("--recompute_targets", action="store_true", help="search the targets again and replace that file")
     files.add_argument(
@@ -52,6 +60,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="epochs between checkpoints; the last epoch is always saved",
     )
+    files.add_argument("--save_format", choices=FORMATS, default="pt", help="hf is a folder for from_pretrained")
+    files.add_argument("--dry_run", action="store_true", help="tell what the run needs and stop, before any weight loads")
     hyper = parser.add_argument_group("hyper-parameters")
     hyper.add_argument("--num_epochs", type=cli.positive_int, default=2, metavar="N", help="passes over the longer list")
     hyper.add_argument(
@@ -83,58 +93,122 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
     performance.add_argument(
-        "--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="tf32 needs CUDA; bf16 is autocast"
+        "--precision",
+        choices=PRECISIONS,
+        help="fp32 (default for CLIP), tf32 (needs CUDA), bf16 (autocast over fp32 weights), bf16_weights (default for T5)",
+    )
+    performance.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help="AdamW; with bf16 weights, those with stochastic rounding (default: adamw for fp32 weights, adamw_bf16_sr for bf16)",
     )
     performance.add_argument("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
+    performance.add_argument("--multi_gpu", action="store_true", help="spread the encoder's layers over all GPUs (device_map)")
     args = parser.parse_args(argv)
     if args.precision == "tf32" and args.device.type != "cuda":
         parser.error("--precision tf32 needs a CUDA device")
+    if args.multi_gpu and torch.cuda.device_count() < 2:
+        parser.error(f"--multi_gpu needs two CUDA devices or more, and {torch.cuda.device_count()} are there")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging()
+    processes = Processes(args.device, all_trained=args.embedding == "last_hidden_state")
+    args.device = processes.device
+    cli.setup_logging(quiet=not processes.is_main)
     safe = read_prompts(args.safe_csv_path, args.sampling_ratio)
     unsafe = read_prompts(args.unsafe_csv_path, args.sampling_ratio)
-    codebook = Codebook(args.codebook_dir)
-    encoder = load_encoder(args.model_path, args.text_encoder_idx, args.device)
+    if args.dry_run:
+        print(dry_run(args, processes, safe, unsafe))
+        return
+    if args.multi_gpu and processes.count > 1:
+        raise UserError("--multi_gpu spreads one process over all GPUs; start it without accelerate launch")
+    codebook = find_codebook(args.codebook_dir, args.model_path, args.text_encoder_idx)
+    encoder = load(args, "auto" if args.multi_gpu else None)
+    settings = settings_for(args, encoder)
     codebook.check(encoder)
-    base = fingerprint(encoder.model)
     concept = frozen_concept(encoder, args)
-    pairs = make_pairs(args, encoder, codebook, safe, unsafe)
+    pairs = make_pairs(args, processes, encoder, codebook, safe, unsafe)
     summary = Summary(encoder, pairs, args.batch_size)
 
-    run_dir = args.output_dir / f"{args.learning_rate}_{args.lambda_safe}"
+    run_name = f"{args.learning_rate}_{args.lambda_safe}"
+    run_dir = args.output_dir / own_name(args.model_path, encoder.index, run_name, "encoder{i}_" + run_name)
     run_dir.mkdir(parents=True, exist_ok=True)
-    cli.setup_logging(run_dir / "train.log")
+    if processes.is_main:
+        cli.setup_logging(run_dir / "train.log")
     norm = concept.n.norm().item()
     told = "%d unsafe and %d safe prompts; |n| = %.2f, alpha = %g, alpha / |n| = %.3f"
     logger.info(told, len(unsafe), len(safe), norm, concept.alpha, concept.alpha / norm)
-    if args.gradient_checkpointing:
-        encoder.model.activation_checkpointing_enable()
-    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    facts = asdict(settings) | {
-        "concept_prompt": args.concept_prompt,
-        "concept_guidance_scale": concept.alpha,
-        "concept_norm": norm,
-    }
-    facts |= {"base_encoder_sha256": base, "codebook": codebook.hashes, "made_by": provenance(args)}
+    logger.info(
+        "%s of encoder %d, trained in %s with %s", encoder.embedding, encoder.index, settings.precision, settings.optimizer
+    )
+    if encoder.model.dtype == torch.bfloat16 and settings.precision == "bf16_weights" and settings.optimizer == "adamw":
+        logger.warning("plain AdamW loses small updates of bf16 weights to rounding; the default optimizer does not")
+    facts = facts_of(args, encoder, codebook, concept, settings)
     concept_ids = encoder.tokenize([args.concept_prompt])
-
-    def save(epoch: int) -> None:
-        if epoch % args.save_every == 0 or epoch == args.num_epochs:
-            metadata = {"epoch": epoch, **facts, "embeddings": summary.after(encoder, concept)}
-            save_checkpoint(run_dir / f"checkpoint-{epoch}.pt", encoder.model, metadata)
-
-    with (run_dir / "metrics.jsonl").open("w") as metrics:
+    with (run_dir / "metrics.jsonl" if processes.is_main else Path(os.devnull)).open("w") as metrics:
 
         def log_step(step: dict) -> None:
             metrics.write(json.dumps(step) + "\n")
             metrics.flush()
 
-        train(encoder, pairs, concept, concept_ids, settings, log_step, save)
-    report(summary.after(encoder, concept), run_dir / f"checkpoint-{args.num_epochs}.pt")
+        def save(epoch: int, trained: TextEncoder) -> None:
+            last = epoch == args.num_epochs
+            if not last and epoch % args.save_every:
+                return
+            after, state = summary.after(trained, concept), processes.state_dict(trained.model)
+            if processes.is_main:
+                metadata = {"epoch": epoch, **facts, "embeddings": after}
+                path = save_checkpoint(run_dir / f"checkpoint-{epoch}", encoder.model, state, metadata, args.save_format)
+                if last:
+                    report(after, path)
+            processes.wait()
+
+        train(encoder, pairs, concept, concept_ids, settings, processes, log_step, save)
+
+
+def load(args: argparse.Namespace, device_map: str | None = None, device: torch.device | str | None = None) -> TextEncoder:
+    """The text encoder that the command line names, frozen, with the memory saver that it asks for."""
+    chosen = args.embedding, args.max_sequence_length, device_map
+    encoder = load_encoder(args.model_path, args.text_encoder_idx, device or args.device, *chosen)
+    if args.gradient_checkpointing:
+        encoder.model.activation_checkpointing_enable()
+    return encoder
+
+
+def settings_for(args: argparse.Namespace, encoder: TextEncoder) -> Settings:
+    """The hyper-parameters, with what the encoder's dtype decides where the command line leaves it open."""
+    precision = args.precision or ("bf16_weights" if encoder.model.dtype == torch.bfloat16 else "fp32")
+    optimizer = args.optimizer or ("adamw_bf16_sr" if precision == "bf16_weights" else "adamw")
+    if optimizer == "adamw_bf16_sr" and precision != "bf16_weights":
+        raise UserError("--optimizer adamw_bf16_sr rounds bf16 weights; it needs --precision bf16_weights")
+    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    return Settings(**given | {"precision": precision, "optimizer": optimizer})
+
+
+def dry_run(args: argparse.Namespace, processes: Processes, safe: list[str], unsafe: list[str]) -> str:
+    """What the run would need, from the encoder's configuration alone."""
+    encoder = load(args, device="meta")
+    settings = settings_for(args, encoder)
+    itemsize = DTYPES[dtype_name(encoder)][0].itemsize
+    make_trainable(encoder.model, settings)
+    plan = make_plan(
+        encoder.model, lambda model, ids: replace(encoder, model=model)(ids), encoder.length, args.batch_size,
+        max(len(safe), len(unsafe)), args.num_epochs, len(safe), itemsize, settings.optimizer,
+        torch.bfloat16 if settings.precision == "bf16" else None, args.gradient_checkpointing, processes.count, processes.sharded,
+    )  # fmt: skip
+    return describe(plan)
+
+
+def facts_of(
+    args: argparse.Namespace, encoder: TextEncoder, codebook: Codebook, concept: losses.Concept, settings: Settings
+) -> dict[str, Any]:
+    """What a checkpoint's metadata says about how it was made."""
+    facts = asdict(settings) | {"concept_prompt": args.concept_prompt, "concept_guidance_scale": concept.alpha}
+    facts |= {"concept_norm": concept.n.norm().item(), "encoder": encoder.index, "embedding": encoder.embedding}
+    facts |= {"sequence_length": encoder.length, "base_encoder_sha256": encoder.base_sha256, "codebook": codebook.hashes}
+    return facts | {"made_by": provenance(args)}
 
 
 def frozen_concept(encoder: TextEncoder, args: argparse.Namespace) -> losses.Concept:
@@ -144,15 +218,29 @@ def frozen_concept(encoder: TextEncoder, args: argparse.Namespace) -> losses.Con
     return losses.Concept(n, e0, args.concept_guidance_scale if ratio is None else ratio * n.norm().item())
 
 
-def make_pairs(args: argparse.Namespace, encoder: TextEncoder, codebook: Codebook, safe: list[str], unsafe: list[str]) -> Pairs:
+def make_pairs(
+    args: argparse.Namespace,
+    processes: Processes,
+    encoder: TextEncoder,
+    codebook: Codebook,
+    safe: list[str],
+    unsafe: list[str],
+) -> Pairs:
     """Find the targets, and E(s) of every safe prompt: in the codebook, or encoded now where it lacks some."""
-    path = args.safe_embedding_path or args.output_dir / "safe_embeddings.pth"
-    target_rows = find_targets(path, codebook, encoder, unsafe, recompute=args.recompute_targets)
-    originals = codebook
-    if not set(safe) <= set(codebook.prompts):
-        logger.info("the codebook lacks some of the safe prompts; encoding them into %s", args.output_dir / "safe_rows")
-        write_codebook(args.output_dir / "safe_rows", encoder, safe, batch_size=args.batch_size, made_by=provenance(args))
-        originals = Codebook(args.output_dir / "safe_rows")
+
+    def own(single: str, many: str) -> Path:
+        return args.output_dir / own_name(args.model_path, encoder.index, single, many)
+
+    path = args.safe_embedding_path or own("safe_embeddings.pth", "safe_embeddings_encoder{i}.pth")
+    lacking, rows_dir = not set(safe) <= set(codebook.prompts), own("safe_rows", "safe_rows_encoder{i}")
+    if processes.is_main:
+        find_targets(path, codebook, encoder, unsafe, recompute=args.recompute_targets)
+        if lacking:
+            logger.info("the codebook lacks some of the safe prompts; encoding them into %s", rows_dir)
+            write_codebook(rows_dir, encoder, safe, batch_size=args.batch_size, made_by=provenance(args))
+    processes.wait()
+    target_rows = find_targets(path, codebook, encoder, unsafe)
+    originals = Codebook(rows_dir) if lacking else codebook
     row_of = {prompt: row for row, prompt in enumerate(originals.prompts)}
     safe_rows = torch.tensor([row_of[prompt] for prompt in safe])
     return Pairs(encoder.tokenize(unsafe), encoder.tokenize(safe), target_rows, safe_rows, codebook, originals)

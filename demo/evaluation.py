@@ -10,9 +10,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from demo.world import BENIGN_KINDS, CONCEPT, random_scene, render
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "demo" / "models"

@@ -7,10 +7,10 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+from des.images import pair_with_prompts
+
 import matplotlib.pyplot as plt
 from PIL import Image
-
-from des.images import pair_with_prompts
 
 PAIRS = 6
 CURVES = {"sep": "SEP, first term", "sep_concept": "SEP, concept term", "uen": "UEN", "nen": "NEN", "total": "total"}

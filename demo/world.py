@@ -11,9 +11,9 @@ on a stick that must survive.
 import random
 from dataclasses import dataclass, replace
 
-from PIL import Image, ImageDraw
-
 from demo.shapes import SHAPES, Pen
+
+from PIL import Image, ImageDraw
 
 SIZE = 32  # pixels of a side
 SUPERSAMPLING = 4

@@ -1,8 +1,8 @@
 """Encoder checkpoints: written in the published form, loaded only when every parameter is accounted for.
 
 Published files were written by transformers 4.x, which calls CLIP's parameters `text_model.encoder…`; transformers 5.x calls
-them `encoder…`. A non-strict load of one into the other loads nothing and leaves the model unprotected, so names are brought
-to one form here and everything left over on either side is an error.
+those of a CLIPTextModel `encoder…`. A non-strict load of one into the other loads nothing and leaves the model unprotected, so
+names are brought to one form here and everything left over on either side is an error.
 """
 
 import json
@@ -10,17 +10,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
 from des.cli import UserError
-from des.loading import read_pt
+from des.loading import loading, read_pt
 from des.results import replacing, sha256_tensors, write_json
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+FORMATS = ("pt", "safetensors", "hf")
+PROJECTION = "text_projection.weight"  # of a CLIPTextModelWithProjection; DES leaves it alone, and published files lack it
 _PREFIX = "text_model."
 _BUFFERS = ("embeddings.position_ids",)  # a constant that old files carry
+_TIED = ("shared.weight", "encoder.embed_tokens.weight")  # T5's two names of one tensor
+_OTHER_TOWER = ("vision_model.", "visual_projection.", "logit_scale")  # of a whole CLIPModel, as some defences publish
+_NESTS = ("model_state_dict", "state_dict", "unet")
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -34,7 +40,8 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Name CLIP's parameters as transformers 4.x and the published checkpoints do; others keep their names."""
     stems = ("embeddings.", "encoder.layers.", "final_layer_norm.")
-    return {_PREFIX + name if name.startswith(stems) else name: tensor for name, tensor in plain_names(state).items()}
+    named = {_PREFIX + name if name.startswith(stems) else name: tensor for name, tensor in plain_names(state).items()}
+    return {name: tensor for name, tensor in named.items() if name != PROJECTION}
 
 
 def fingerprint(encoder: nn.Module) -> str:
@@ -42,19 +49,36 @@ def fingerprint(encoder: nn.Module) -> str:
     return sha256_tensors(plain_names(encoder.state_dict()))
 
 
-def save_checkpoint(path: Path, encoder: nn.Module, metadata: Mapping[str, Any]) -> None:
-    """Write `path` (a dict whose `model_state_dict` holds the encoder) and `{stem}-metadata.json` beside it, atomically."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in published_names(encoder.state_dict()).items()}
-    with replacing(path) as temporary:
-        torch.save({"model_state_dict": state}, temporary)
-    write_json(path.with_name(f"{path.stem}-metadata.json"), {**metadata, "encoder_sha256": fingerprint(encoder)})
+def save_checkpoint(
+    path: Path, model: PreTrainedModel, state: Mapping[str, Tensor], metadata: Mapping[str, Any], save_format: str = "pt"
+) -> Path:
+    """Write an encoder's `state` atomically as `path` with the suffix of its format, and `{name}-metadata.json` beside it.
 
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read the encoder's tensors from a `.pt` or `.safetensors` file, under plain names; no code in it is run.
-
-    Raises UserError for a file that is missing, truncated, not made of tensors, or holds NaN or infinite values.
+    `pt` is the published form, a dict whose `model_state_dict` holds the encoder; `safetensors` has the same names; `hf` is a
+    folder for the model class's `from_pretrained`. Returns what was written.
     """
+    encoder_sha256 = sha256_tensors(plain_names(state))
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    target = path if save_format == "hf" else path.with_name(f"{path.name}.{save_format}")
+    with replacing(target) as temporary:
+        if save_format == "hf":
+            model.save_pretrained(temporary, state_dict=state)
+        elif save_format == "safetensors":
+            named = published_names(state)
+            save_file({name: tensor for name, tensor in named.items() if name != _TIED[1]}, temporary, {"format": "pt"})
+        else:
+            torch.save({"model_state_dict": published_names(state)}, temporary)
+    write_json(path.with_name(f"{path.name}-metadata.json"), {**metadata, "encoder_sha256": encoder_sha256})
+    return target
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read named tensors from a `.pt` or `.safetensors` file or a model's folder; no code in it is run.
+
+    Raises UserError for what is missing, truncated, not made of tensors, or holds NaN or infinite values.
+    """
+    if path.is_dir():
+        return _read_folder(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint file {path}")
     try:
@@ -63,22 +87,43 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         content = None
     if content is None:
         raise UserError(f"{path} is no complete checkpoint of tensors: it is truncated, damaged, or holds code")
-    state = content.get("model_state_dict", content) if isinstance(content, dict) else None
-    if not state or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
+    nests = [name for name in _NESTS if isinstance(content, dict) and isinstance(content.get(name), dict)]
+    state = content[nests[0]] if nests else content
+    if not isinstance(state, dict) or not state or not all(map(_is_named_tensor, state.items())):
         raise UserError(f"{path} has no `model_state_dict` of tensors")
     broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise UserError(f"{path} has NaN or infinite values in {_some(broken)}")
-    return plain_names(state)
+    return state
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder that `save_pretrained` wrote; of a whole CLIPModel its text encoder."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        with loading(f"the list of files {index}"):
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        files = [name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()][:1]
+    if not files:
+        raise UserError(f"{folder} holds no model.safetensors or pytorch_model.bin")
+    state = {name: tensor for file in files for name, tensor in read_tensors(folder / file).items()}
+    return {name: tensor for name, tensor in state.items() if not name.startswith(_OTHER_TOWER)}
 
 
 def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     """Load a checkpoint into `encoder` in place, cast to its dtype, or raise UserError and change nothing.
 
     Every parameter must be there with its shape, none may be left over, and the weights must differ from the encoder's
-    own. Returns `{"file", "encoder_sha256"}` and what `{stem}-metadata.json` says.
+    own. Only `text_projection` may be lacking (the encoder's own stays) or be left over. Returns
+    `{"file", "encoder_sha256"}` and what `{name}-metadata.json` says.
     """
-    loaded, own = read_checkpoint(path), plain_names(encoder.state_dict())
+    loaded, own = plain_names(read_tensors(path)), plain_names(encoder.state_dict())
+    _reconcile(loaded, own, path)
     missing, surplus = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
     shapes = [name for name in own.keys() & loaded.keys() if own[name].shape != loaded[name].shape]
     if shapes:
@@ -88,16 +133,34 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     if missing or surplus:
         lacks = [f"lacks {_some(missing)}"] * bool(missing) + [f"has the unknown {_some(surplus)}"] * bool(surplus)
         raise UserError(f"{path} does not fit the model's text encoder: it {' and '.join(lacks)}")
-    if all(torch.equal(own[name].cpu(), loaded[name].to(own[name].dtype)) for name in own):
+    cast = {name: tensor.to(own[name].dtype) for name, tensor in loaded.items()}
+    if all(torch.equal(own[name].cpu(), tensor) for name, tensor in cast.items() if name != PROJECTION):
         raise UserError(f"this checkpoint does not change the encoder: the weights in {path} are the model's own")
+    broken = [name for name, tensor in cast.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{path} does not fit into {own[broken[0]].dtype}: {_some(broken)} overflows; use --dtype bf16 or fp32")
     own_name = {name.removeprefix(_PREFIX): name for name in encoder.state_dict()}
-    encoder.load_state_dict({own_name[name]: tensor for name, tensor in loaded.items()}, strict=True)
+    encoder.load_state_dict({own_name[name]: tensor for name, tensor in cast.items()}, strict=True)
     arrived = plain_names(encoder.state_dict())
-    if not all(torch.equal(arrived[name].cpu(), loaded[name].to(arrived[name].dtype)) for name in own):
+    if not all(torch.equal(arrived[name].cpu(), tensor) for name, tensor in cast.items()):
         raise UserError(f"the weights of {path} did not arrive in the model's text encoder")
-    metadata = path.with_name(f"{path.stem}-metadata.json")
+    stem = path.name if path.is_dir() else path.stem
+    metadata = path.with_name(f"{stem}-metadata.json")
     told = json.loads(metadata.read_text(encoding="utf-8")) if metadata.is_file() else {}
     return {**told, "file": str(path), "encoder_sha256": fingerprint(encoder)}
+
+
+def _reconcile(loaded: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:
+    """Fill in or drop, in `loaded`, what one encoder's files rightly differ in: the projection and T5's second name."""
+    if PROJECTION in own:
+        loaded.setdefault(PROJECTION, own[PROJECTION].cpu())
+    elif any(name.startswith("embeddings.") for name in own):
+        loaded.pop(PROJECTION, None)
+    for name, other in (_TIED, _TIED[::-1]):
+        if name in own and other in loaded:
+            loaded.setdefault(name, loaded[other])
+    if set(_TIED) <= loaded.keys() and not torch.equal(loaded[_TIED[0]], loaded[_TIED[1]]):
+        raise UserError(f"{path} is damaged: `{_TIED[0]}` and `{_TIED[1]}` are one tensor in T5, and differ in it")
 
 
 def _some(names: list[str]) -> str:

@@ -81,7 +81,23 @@ def add_model(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--model_path", default=default, metavar="M", help="pipeline, a folder or hub id")
 
 
-def progress(items: Iterable, **options) -> tqdm:
+def add_embedding(parser: argparse._ActionsContainer) -> None:
+    """Add the options that say how an embedding is read; a codebook and its training must agree on them."""
+    parser.add_argument(
+        "--embedding",
+        choices=("last_hidden_state", "pipeline"),
+        default="last_hidden_state",
+        help="last_hidden_state is the paper's; pipeline is the tensor that the pipeline feeds to its denoiser",
+    )
+    parser.add_argument(
+        "--max_sequence_length",
+        type=positive_int,
+        metavar="N",
+        help="tokens of a T5 prompt (default: its tokenizer's, or the pipeline's with --embedding pipeline: SD3 256, FLUX 512)",
+    )
+
+
+def progress(items: Iterable | None, **options) -> tqdm:
     """A tqdm bar on a terminal; nothing in a pipe, where log lines tell how far the run is."""
     return tqdm(items, disable=None, dynamic_ncols=True, **options)
 
@@ -93,8 +109,11 @@ class _BesideBars(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def setup_logging(log_file: Path | None = None) -> None:
-    """Send the project's log lines to stderr and, where given, to a file as well, with the details (DEBUG) that stderr omits."""
+def setup_logging(log_file: Path | None = None, quiet: bool = False) -> None:
+    """Send the project's log lines to stderr and, where given, to a file as well, with the details (DEBUG) that stderr omits.
+
+    `quiet` is for the processes beside the main one: they say nothing below an error.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -102,7 +121,7 @@ def setup_logging(log_file: Path | None = None) -> None:
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_file))
-    handlers[0].setLevel(logging.INFO)
+    handlers[0].setLevel(logging.ERROR if quiet else logging.INFO)
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     for old in logger.handlers[:]:

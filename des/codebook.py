@@ -1,47 +1,101 @@
 """The codebook of safe embeddings: writing it in bounded memory, memory-mapping it, and searching its most distant rows."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+
+from des.cli import UserError, progress
+from des.encoders import TextEncoder, own_name
+from des.loading import read_pt
+from des.results import replacing, sha256_file, sha256_tensors, sha256_texts, write_json
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from des.checkpoints import fingerprint
-from des.cli import UserError, progress
-from des.encoders import TextEncoder
-from des.loading import read_pt
-from des.results import replacing, sha256_file, sha256_tensors, sha256_texts, write_json
-
 DTYPES = {"fp32": (torch.float32, "F32"), "fp16": (torch.float16, "F16"), "bf16": (torch.bfloat16, "BF16")}
-EMBEDDING = "last_hidden_state"
+SHARD_BYTES = 4 * 10**9
+_BLOCK_BYTES = 32 * 2**20  # of codebook rows in fp32 that the search holds at a time
+_QUERY_BYTES = {"cuda": 2 * 2**30}  # of queries in fp32 that one pass over the codebook serves, beyond one batch
+
+
+def dtype_name(encoder: TextEncoder) -> str:
+    """The name in DTYPES of the encoder's own dtype, in which its rows lose nothing."""
+    return next(name for name, (dtype, _) in DTYPES.items() if dtype == encoder.model.dtype)
+
+
+def codebook_folder(folder: Path, model_path: str, index: int) -> Path:
+    """Where the codebook of one text encoder goes: `folder`, or `{folder}_encoder{i}` for a pipeline with several."""
+    return folder.with_name(own_name(model_path, index, folder.name, folder.name + "_encoder{i}"))
+
+
+def find_codebook(folder: Path, model_path: str, index: int) -> "Codebook":
+    """Open the codebook in `{folder}_encoder{i}`, or in `folder` itself where that is there instead; UserError otherwise."""
+    own = codebook_folder(folder, model_path, index)
+    if own != folder and not own.is_dir():
+        if not folder.is_dir():
+            told = f"there is no codebook for text encoder {index}: neither {own} nor {folder} is there"
+            raise UserError(f"{told}; run save_codebook.py --encoder_idx {index}")
+        return Codebook(folder)
+    return Codebook(own)
 
 
 def write_codebook(
-    folder: Path, encoder: TextEncoder, prompts: list[str], dtype: str = "fp32", batch_size: int = 64, made_by: Any = None
+    folder: Path,
+    encoder: TextEncoder,
+    prompts: list[str],
+    dtype: str | None = None,
+    batch_size: int = 64,
+    made_by: Any = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `codebook.safetensors` ([rows, tokens, hidden], row i = E(prompt i)) and `codebook.json` into `folder`.
+    """Write the rows ([rows, tokens, hidden], row i = E(prompt i)) and `codebook.json` into `folder`.
 
-    Batches go to disk as they are made, so memory holds one of them. `codebook.json`, which names the hash of the rows, is
+    Rows go to `codebook.safetensors`, or to several files of at most `shard_bytes`. Batches are written as they are made, so
+    memory holds one of them. `dtype` is the encoder's own unless named. `codebook.json`, which has the hashes of the files, is
     written last: a codebook that was interrupted is none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "codebook.json").unlink(missing_ok=True)
+    for old in folder.glob("codebook*.safetensors"):
+        old.unlink()
+    dtype = dtype or dtype_name(encoder)
     torch_dtype, code = DTYPES[dtype]
-    tokens, hidden = encoder.tokenizer.model_max_length, encoder.model.config.hidden_size
-    shape = (len(prompts), tokens, hidden)
-    with replacing(folder / "codebook.safetensors") as temporary, temporary.open("wb") as file:
-        file.write(_safetensors_header("embeddings", code, shape, torch_dtype.itemsize))
-        for batch in encoder.encode(prompts, batch_size, desc="codebook"):
-            if batch.shape[1:] != shape[1:]:
-                raise UserError(f"the encoder gave embeddings of {tuple(batch.shape[1:])}, not {shape[1:]}")
-            file.write(batch.to(torch_dtype).cpu().contiguous().view(torch.uint8).numpy())
-    hashes = dependencies(encoder, prompts) | {"rows": sha256_file(folder / "codebook.safetensors")}
-    facts = {"model": encoder.model_path, "encoder": encoder.index, "subfolder": encoder.subfolder, "embedding": EMBEDDING}
-    facts |= {"dtype": dtype, "rows": len(prompts), "tokens": tokens, "hidden": hidden, "hashes": hashes, "made_by": made_by}
-    write_json(folder / "codebook.json", facts | {"prompts": prompts})
+    tokens, hidden = encoder.shape()
+    row_bytes = tokens * hidden * torch_dtype.itemsize
+    a_shard = max(1, shard_bytes // row_bytes)
+    rows = chain.from_iterable(encoder.encode(prompts, batch_size, desc="codebook"))
+    starts = range(0, len(prompts), a_shard)
+    shards = []
+    for number, start in enumerate(starts, 1):
+        count = min(a_shard, len(prompts) - start)
+        name = "codebook.safetensors" if len(starts) == 1 else f"codebook-{number:05d}-of-{len(starts):05d}.safetensors"
+        with replacing(folder / name) as temporary, temporary.open("wb") as file:
+            file.write(_safetensors_header("embeddings", code, (count, tokens, hidden), torch_dtype.itemsize))
+            for batch in _batched(islice(rows, count), batch_size):
+                if not batch.isfinite().all():
+                    raise UserError(f"an embedding is not finite; no codebook was written into {folder}")
+                file.write(_stored(batch, torch_dtype, dtype))
+        shards.append({"file": name, "rows": count, "sha256": sha256_file(folder / name)})
+    hashes = dependencies(encoder, prompts) | {"rows": sha256_texts(shard["sha256"] for shard in shards)}
+    facts = {"model": encoder.model_path, "encoder": encoder.index, "subfolder": encoder.subfolder}
+    facts |= {"dtype": dtype, "rows": len(prompts), "tokens": tokens, "hidden": hidden, "shards": shards}
+    write_json(folder / "codebook.json", {**facts, "hashes": hashes, "made_by": made_by, "prompts": prompts})
+
+
+def _batched(rows: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+    while batch := list(islice(rows, size)):
+        yield torch.stack(batch)
+
+
+def _stored(batch: Tensor, dtype: torch.dtype, name: str) -> memoryview:
+    """The bytes of a batch of rows in the dtype of the file; UserError where they overflow it."""
+    cast = batch.to(dtype)
+    if not cast.isfinite().all():
+        raise UserError(f"an embedding overflows {name}; use --dtype bf16 or fp32")
+    return memoryview(cast.cpu().contiguous().view(torch.uint8).numpy())
 
 
 def _safetensors_header(name: str, code: str, shape: Sequence[int], itemsize: int) -> bytes:
@@ -53,9 +107,11 @@ def _safetensors_header(name: str, code: str, shape: Sequence[int], itemsize: in
 
 
 def dependencies(encoder: TextEncoder, prompts: list[str]) -> dict[str, str]:
-    """Hashes of what embeddings depend on: the encoder's weights, the prompts, and the tokens they become."""
+    """What embeddings depend on: hashes of the encoder's weights, the prompts and the tokens they become, and how they are read."""
     return {
-        "encoder": fingerprint(encoder.model),
+        "encoder": encoder.base_sha256,
+        "embedding": encoder.embedding,
+        "sequence length": str(encoder.length),
         "prompts": sha256_texts(prompts),
         "tokenizer": sha256_tensors({"input_ids": encoder.tokenize(prompts)}),
     }
@@ -70,51 +126,57 @@ class Codebook:
             self.facts: dict[str, Any] = json.loads((folder / "codebook.json").read_text(encoding="utf-8"))
             self.hashes: dict[str, str] = self.facts["hashes"]
             self.prompts: list[str] = self.facts["prompts"]
-            rows = folder / "codebook.safetensors"
-            if sha256_file(rows) != self.hashes["rows"]:
-                raise UserError(f"{rows} is not the file that {folder}/codebook.json describes; run save_codebook.py again")
-            with safe_open(rows, framework="pt") as file:
-                self._rows = file.get_tensor("embeddings")
-            self._file = rows
+            self._files = [folder / shard["file"] for shard in self.facts["shards"]]
+            for path, shard in zip(self._files, self.facts["shards"], strict=True):
+                if sha256_file(path) != shard["sha256"]:
+                    told = f"{path} is not the file that {folder}/codebook.json describes"
+                    raise UserError(f"{told}; run save_codebook.py again")
+            self._rows = [_rows_of(path) for path in self._files]
+            self._per_shard = len(self._rows[0])
         except FileNotFoundError as error:
             raise UserError(
                 f"there is no codebook in {folder}: {Path(error.filename).name} is missing; run save_codebook.py"
             ) from None
-        except (ValueError, KeyError, SafetensorError):
+        except (ValueError, KeyError, TypeError, IndexError, SafetensorError):
             raise UserError(f"{folder} holds no codebook that can be read; run save_codebook.py again") from None
         self.folder = folder
         self._norms: Tensor | None = None
 
     def __len__(self) -> int:
-        return self._rows.shape[0]
+        return sum(map(len, self._rows))
 
-    def rows(self, indices: Tensor | slice) -> Tensor:
-        """Embeddings [n, tokens, hidden] of the given rows, on the CPU, in the codebook's dtype."""
-        return self._rows[indices]
+    def rows(self, indices: Tensor) -> Tensor:
+        """Embeddings [n, tokens, hidden] of the given rows [n], on the CPU, in the codebook's dtype."""
+        return torch.stack([self._rows[row // self._per_shard][row % self._per_shard] for row in indices.tolist()])
 
-    def _block(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop through a mapping of their own, so that a pass over all rows does not keep them in memory."""
-        with safe_open(self._file, framework="pt") as file:
-            return file.get_slice("embeddings")[start:stop]
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """All rows flattened, in blocks [n, tokens * hidden] on the CPU with the number of their first row.
+
+        Each block has a mapping of its own, so that a pass over all rows does not keep them in memory.
+        """
+        size = max(1, _BLOCK_BYTES // (4 * self._rows[0][0].numel()))
+        for shard, path in enumerate(self._files):
+            for start in range(0, len(self._rows[shard]), size):
+                yield shard * self._per_shard + start, _rows_of(path, slice(start, start + size)).flatten(1)
 
     def check(self, encoder: TextEncoder) -> None:
         """Raise UserError unless these rows are what `encoder` makes of their prompts."""
         now = dependencies(encoder, self.prompts)
         for name, value in now.items():
-            if self.hashes[name] != value:
+            if self.hashes.get(name) != value:
+                how = f" ({self.hashes.get(name)}, now {value})" if len(value) < 64 else ""
                 raise UserError(
-                    f"the codebook in {self.folder} was made with another {name} ({self.facts['model']}, encoder "
+                    f"the codebook in {self.folder} was made with another {name}{how} ({self.facts['model']}, encoder "
                     f"{self.facts['encoder']}); run save_codebook.py for {encoder.model_path}, encoder {encoder.index}"
                 )
 
-    def norms(self, block: int = 128) -> Tensor:
-        """The fp32 norm of each flattened row, [rows]."""
+    def norms(self) -> Tensor:
+        """The norm of each flattened row, [rows], in fp32: |x|^2 overflows fp16 beyond 65504."""
         if self._norms is None:
-            starts = range(0, len(self), block)
-            self._norms = torch.cat([self._block(i, i + block).float().flatten(1).norm(dim=1) for i in starts])
+            self._norms = torch.cat([rows.float().norm(dim=1) for _, rows in self.blocks()])
         return self._norms
 
-    def farthest(self, queries: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    def farthest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """For each query [n, tokens, hidden], the lowest cosine similarity to any row and that row's index, both [n].
 
         The first of equal rows wins. Works block by block through matrix products on the queries' device, in fp32.
@@ -124,12 +186,18 @@ class Codebook:
         best = queries.new_full((len(queries),), torch.inf)
         index = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
         norms = self.norms().to(queries.device)
-        for start in range(0, len(self), block):
-            rows = self._block(start, start + block).to(queries.device).float().flatten(1)
-            lowest, which = (queries @ rows.T / (lengths * norms[start : start + block])).min(dim=1)
+        for start, block in self.blocks():
+            rows = block.to(queries.device).float()
+            lowest, which = (queries @ rows.T / (lengths * norms[start : start + len(rows)])).min(dim=1)
             closer = lowest < best
             best, index = torch.where(closer, lowest, best), torch.where(closer, which + start, index)
         return best, index
+
+
+def _rows_of(path: Path, part: slice | None = None) -> Tensor:
+    """The rows [n, tokens, hidden] of one file, or a part of them, memory-mapped."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("embeddings") if part is None else file.get_slice("embeddings")[part]
 
 
 def find_targets(
@@ -143,13 +211,26 @@ def find_targets(
     if path.exists() and not recompute:
         return _read_targets(path, hashes)
     found = []
-    blocks = encoder.encode(unsafe, batch_size)
-    for embeddings in progress(blocks, desc="targets", total=-(-len(unsafe) // batch_size), unit="batch"):
-        found.append([part.cpu() for part in codebook.farthest(embeddings)])
+    with progress(None, desc="targets", total=len(unsafe), unit="prompt") as bar:
+        for queries in _grouped(encoder.encode(unsafe, batch_size)):
+            found.append([part.cpu() for part in codebook.farthest(queries)])
+            bar.update(len(queries))
     cosines, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
     with replacing(path) as temporary:
         torch.save({"indices": indices, "cosines": cosines, "hashes": hashes}, temporary)
     return indices
+
+
+def _grouped(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Join batches while memory allows, so that fewer passes over the codebook serve all queries."""
+    group: list[Tensor] = []
+    for batch in batches:
+        group.append(batch)
+        if (len(group) + 1) * batch.numel() * 4 > _QUERY_BYTES.get(batch.device.type, 0):
+            yield torch.cat(group)
+            group = []
+    if group:
+        yield torch.cat(group)
 
 
 def _read_targets(path: Path, hashes: dict[str, str]) -> Tensor:

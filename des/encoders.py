@@ -1,41 +1,75 @@
-"""Which text encoders a pipeline has, loading one, and reading its embeddings in batches."""
+"""Which text encoders a pipeline has, loading one, and reading its embeddings in batches.
+
+What an encoder is comes from `model_index.json` and its own `config.json`; how a path is spelled decides nothing.
+"""
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+
+from des.activations import use_lean_activations
+from des.checkpoints import fingerprint
+from des.cli import UserError, progress
+from des.loading import load_model, loading
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+)
+from transformers.utils import ModelOutput
 
-from des.activations import use_lean_activations
-from des.cli import UserError, progress
-from des.loading import load_model, loading
+
+@dataclass(frozen=True)
+class Reading:
+    """Which tensor of an encoder's output is its embedding, [batch, rows, hidden], and how the encoder is called for it."""
+
+    states: Callable[[ModelOutput], Tensor]
+    attention_mask: bool = False  # over padding
+    length: int | None = None  # tokens to pad to; None for the tokenizer's `model_max_length`
+
+
+LAST = Reading(lambda output: output.last_hidden_state)  # after the final layer norm, padding included
+MASKED = replace(LAST, attention_mask=True)
+PENULTIMATE = Reading(lambda output: output.hidden_states[-2])
+POOLED = Reading(lambda output: output.pooler_output[:, None])
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How one class of text encoder is loaded and read: `read(model, input_ids)` gives [batch, tokens, hidden]."""
+    """One class of text encoder: how it is loaded, and its last hidden state as the paper reads it."""
 
     model_class: type[PreTrainedModel]
-    read: Callable[[nn.Module, Tensor], Tensor]
-    dtype: torch.dtype = torch.float32
+    last_hidden_state: Reading
+    dtype: torch.dtype
 
 
-def _last_hidden_state(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """The last hidden state after the final layer norm, padding included."""
-    return model(input_ids=input_ids).last_hidden_state
-
-
-# By the class that `text_encoder*/config.json` names, and by the class that `model_index.json` names. A further encoder or
-# pipeline is one entry.
-KINDS = {"CLIPTextModel": Kind(CLIPTextModel, _last_hidden_state)}
-PIPELINES: dict[str, tuple[str, ...]] = {"StableDiffusionPipeline": ("text_encoder",)}
-
-
+# By the class that `text_encoder*/config.json` names, and what each pipeline (by the class that `model_index.json` names) feeds
+# to its denoiser from each of its encoders. A further encoder or pipeline is one entry.
+KINDS = {
+    "CLIPTextModel": Kind(CLIPTextModel, LAST, torch.float32),
+    "CLIPTextModelWithProjection": Kind(CLIPTextModelWithProjection, LAST, torch.float32),
+    "T5EncoderModel": Kind(T5EncoderModel, MASKED, torch.bfloat16),
+}
+PIPELINES: dict[str, dict[int, Reading]] = {
+    "StableDiffusionPipeline": {1: LAST},
+    "StableDiffusionXLPipeline": {1: PENULTIMATE, 2: PENULTIMATE},
+    "StableDiffusion3Pipeline": {1: PENULTIMATE, 2: PENULTIMATE, 3: replace(LAST, length=256)},
+    "FluxPipeline": {1: POOLED, 2: replace(LAST, length=512)},
+}
+EMBEDDINGS = ("last_hidden_state", "pipeline")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_FOLDER = re.compile(r"text_encoder(?:_(\d+))?")
+_NO_LENGTH = 100_000  # tokenizers without a length of their own name a huge number
 
 
 @dataclass
@@ -45,61 +79,112 @@ class TextEncoder:
     model_path: str
     index: int  # 1-based, as on the command line
     subfolder: str
-    kind: Kind
-    model: PreTrainedModel
+    model: nn.Module
     tokenizer: PreTrainedTokenizerBase
+    embedding: str  # one of EMBEDDINGS
+    reading: Reading
+    length: int  # tokens a prompt is padded or truncated to
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def base_sha256(self) -> str:
+        """The hash of the weights at its first use, which must come before training: it is kept from then on."""
+        return fingerprint(self.model)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """Token ids [prompts, tokens], padded to the tokenizer's `model_max_length` and truncated there, on the CPU."""
-        length = self.tokenizer.model_max_length
-        return self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        """Token ids [prompts, length], padded and truncated, on the CPU."""
+        options = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
+        return self.tokenizer(prompts, **options).input_ids
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """Embeddings [batch, tokens, hidden] of token ids [batch, tokens], on the encoder's device."""
-        return self.kind.read(self.model, input_ids.to(self.device, non_blocking=True))
+        """Embeddings [batch, rows, hidden] of token ids [batch, length], on the encoder's device."""
+        ids = input_ids.to(self.device, non_blocking=True)
+        mask = {"attention_mask": not_padding(ids, self.tokenizer.pad_token_id)} if self.reading.attention_mask else {}
+        return self.reading.states(self.model(input_ids=ids, output_hidden_states=self.reading is PENULTIMATE, **mask))
 
     @torch.inference_mode()
     def encode(self, prompts: list[str], batch_size: int, desc: str | None = None) -> Iterator[Tensor]:
-        """Embed prompts in eval mode, yielding [batch, tokens, hidden] on the encoder's device, in order."""
+        """Embed prompts in eval mode, yielding [batch, rows, hidden] on the encoder's device, in order."""
         self.model.eval()
         starts = range(0, len(prompts), batch_size)
         for start in progress(starts, desc=desc, unit="batch") if desc else starts:
             yield self(self.tokenize(prompts[start : start + batch_size]))
 
+    def shape(self) -> tuple[int, int]:
+        """The shape (rows, hidden) of one embedding."""
+        return tuple(next(self.encode([""], 1)).shape[1:])
 
-def pipeline_class(model_path: str) -> str | None:
-    """The class that `model_index.json` names, locally or on the hub; None for a folder of bare encoders."""
+
+def not_padding(ids: Tensor, pad_token_id: int) -> Tensor:
+    """The attention mask [batch, tokens] of ids padded on the right: 1 up to the last token that is no padding."""
+    return ids.ne(pad_token_id).flip(-1).cummax(-1).values.flip(-1).long()
+
+
+def read_index(model_path: str) -> dict | None:
+    """What `model_index.json` says, locally or on the hub; None for a folder of bare encoders."""
     folder = Path(model_path)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
-        if not (folder / "text_encoder").is_dir():
+        if not any(_FOLDER.fullmatch(path.name) for path in folder.iterdir()):
             raise UserError(f"{model_path} is no pipeline: it has neither model_index.json nor a folder text_encoder")
         return None
     if not folder.exists() and not _HUB_ID.fullmatch(model_path):
         raise UserError(f"there is no folder {model_path}, and it is no hub id, which would be `owner/name`")
     with loading(f"the pipeline {model_path}, as a folder or a hub id,"):
-        return DiffusionPipeline.load_config(model_path)["_class_name"]
+        return DiffusionPipeline.load_config(model_path)
+
+
+def text_encoders(model_path: str) -> dict[int, str]:
+    """The subfolder of each text encoder that a pipeline has, by its 1-based index; one may be left out of SD3."""
+    index = read_index(model_path)
+    if index is None:
+        names = [path.name for path in Path(model_path).iterdir()]
+    else:
+        if index["_class_name"] not in PIPELINES:
+            raise UserError(f"{model_path} is a {index['_class_name']}; the pipelines known here are {', '.join(PIPELINES)}")
+        names = [name for name, component in index.items() if isinstance(component, list) and component[0] is not None]
+    matches = [match for match in map(_FOLDER.fullmatch, names) if match]
+    return {int(match[1] or 1): match[0] for match in sorted(matches, key=lambda match: int(match[1] or 1))}
 
 
 def subfolder_of(model_path: str, index: int) -> str:
     """The folder of text encoder `index` (1-based) of a pipeline, or UserError listing those that it has."""
-    name = pipeline_class(model_path)
-    if name is not None and name not in PIPELINES:
-        raise UserError(f"{model_path} is a {name}; the pipelines known here are {', '.join(PIPELINES)}")
-    subfolders = PIPELINES[name] if name else tuple(sorted(path.name for path in Path(model_path).glob("text_encoder*")))
-    if not 1 <= index <= len(subfolders):
-        has = ", ".join(f"{i} ({folder})" for i, folder in enumerate(subfolders, 1))
-        raise UserError(f"{model_path} has no text encoder {index}; it has {has}")
-    return subfolders[index - 1]
+    has = text_encoders(model_path)
+    if index not in has:
+        told = ", ".join(f"{i} ({folder})" for i, folder in has.items())
+        raise UserError(f"{model_path} has no text encoder {index}; it has {told}")
+    return has[index]
 
 
-def load_encoder(model_path: str, index: int = 1, device: torch.device | str = "cpu") -> TextEncoder:
+def own_name(model_path: str, index: int, single: str, many: str) -> str:
+    """`single` for a pipeline with one text encoder, `many` with its `{i}` filled in for one with several."""
+    return single if tuple(text_encoders(model_path)) == (1,) else many.format(i=index)
+
+
+def _reading(model_path: str, index: int, kind: Kind, embedding: str) -> Reading:
+    if embedding == "last_hidden_state":
+        return kind.last_hidden_state
+    pipeline = read_index(model_path)
+    if pipeline is None:
+        raise UserError(f"--embedding pipeline needs a pipeline's model_index.json, which {model_path} lacks")
+    return PIPELINES[pipeline["_class_name"]][index]
+
+
+def load_encoder(
+    model_path: str,
+    index: int = 1,
+    device: torch.device | str = "cpu",
+    embedding: str = "last_hidden_state",
+    max_sequence_length: int | None = None,
+    device_map: str | None = None,
+) -> TextEncoder:
     """Load text encoder `index` of a pipeline in eval mode, with every weight from its files.
 
-    Raises UserError for an index the pipeline lacks, a class that is not known here, or missing or mismatched weights.
+    `embedding` is `last_hidden_state` (the paper) or `pipeline` (what its pipeline feeds to the denoiser). `max_sequence_length`
+    is T5's. On the device "meta" no weight is read. `device_map` spreads the layers over several GPUs instead. Raises UserError
+    for an index the pipeline lacks, a class that is not known here, or missing or mismatched weights.
     """
     subfolder = subfolder_of(model_path, index)
     with loading(f"the tokenizer of {subfolder} in {model_path}"):
@@ -110,6 +195,17 @@ def load_encoder(model_path: str, index: int = 1, device: torch.device | str = "
     if architecture not in KINDS:
         raise UserError(f"{subfolder} in {model_path} is {architecture}; the text encoders known here are {', '.join(KINDS)}")
     kind = KINDS[architecture]
-    model = load_model(kind.model_class, model_path, device, f"the {subfolder} of", kind.dtype, subfolder=subfolder)
+    if max_sequence_length and kind.model_class is not T5EncoderModel:
+        raise UserError(f"--max_sequence_length is T5's, and text encoder {index} of {model_path} is {architecture}")
+    reading = _reading(model_path, index, kind, embedding)
+    length = max_sequence_length or reading.length or tokenizer.model_max_length
+    if length > _NO_LENGTH:
+        raise UserError(f"the tokenizer of {subfolder} in {model_path} names no length; pass --max_sequence_length")
+    if str(device) == "meta":
+        with torch.device("meta"):
+            model = kind.model_class(kind.model_class.config_class.from_dict(config)).to(kind.dtype)
+    else:
+        options = {"subfolder": subfolder, "device_map": device_map}
+        model = load_model(kind.model_class, model_path, device, f"the {subfolder} of", kind.dtype, **options)
     use_lean_activations(model)
-    return TextEncoder(model_path, index, subfolder, kind, model, tokenizer)
+    return TextEncoder(model_path, index, subfolder, model, tokenizer, embedding, reading, length)

@@ -5,25 +5,30 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pandas as pd
-from PIL import Image
-
 from des.cli import UserError, progress
 from des.prompts import never_drawn, read_rows
 
+import pandas as pd
+from PIL import Image
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_ROW = re.compile(r"_(\d+)p\.[a-z]+$", re.IGNORECASE)
+_ROW = re.compile(r"_(\d+)p(?:_(\d+))?\.[a-z]+$", re.IGNORECASE)
 
 
-def image_name(output_name: str, method: str, row: int) -> str:
-    """The file name of the image of prompt row `row`, `{output}_{method}_{row}p.png`."""
-    return f"{output_name}_{method}_{row}p.png"
+def image_name(output_name: str, method: str, row: int, copy: int = 0) -> str:
+    """The file name of an image of prompt row `row`, `{output}_{method}_{row}p.png`; its further images end in `p_{copy}.png`."""
+    return f"{output_name}_{method}_{row}p{f'_{copy}' if copy else ''}.png"
 
 
 def row_of(path: Path) -> int | None:
     """The prompt row in an image's file name, or None where it names none."""
+    key = _row_and_copy(path)
+    return key and key[0]
+
+
+def _row_and_copy(path: Path) -> tuple[int, int] | None:
     match = _ROW.search(path.name)
-    return int(match[1]) if match else None
+    return (int(match[1]), int(match[2] or 0)) if match else None
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -40,27 +45,46 @@ def image_files(folder: Path) -> list[Path]:
 def pair_with_prompts(folder: Path, csv_path: Path) -> pd.DataFrame:
     """Pair the images of `folder` with the rows of a prompt CSV, by the row in each file's name.
 
-    Returns the CSV's rows that are drawn at all, under their row numbers, with a column `image` of paths. Raises UserError
-    that names missing, surplus, duplicate and unnumbered images.
+    Returns the CSV's rows that are drawn at all, under their row numbers, with a column `image` of paths; a row with several
+    images comes several times, and all rows must have the same number. Raises UserError that names missing, surplus, duplicate
+    and unnumbered images.
     """
     rows = read_rows(csv_path)
-    expected = set(rows.index) - set(never_drawn(rows["prompt"].tolist()))
-    by_row: dict[int, list[Path]] = {}
+    drawn = sorted(set(rows.index) - set(never_drawn(rows["prompt"].tolist())))
+    found: dict[tuple[int, int], list[Path]] = {}
     for path in image_files(folder):
-        row = row_of(path)
-        if row is None:
+        key = _row_and_copy(path)
+        if key is None:
             raise UserError(f"{path} does not end in `_<row>p`, so its prompt is unknown")
-        by_row.setdefault(row, []).append(path)
-    twice = [f"{row} ({', '.join(path.name for path in paths)})" for row, paths in sorted(by_row.items()) if len(paths) > 1]
+        found.setdefault(key, []).append(path)
+    copies = 1 + max(copy for _, copy in found)
+    expected = {(row, copy) for row in drawn for copy in range(copies)}
+    twice = [f"{row} ({', '.join(path.name for path in paths)})" for (row, _), paths in sorted(found.items()) if len(paths) > 1]
     problems = {
-        "no image for": sorted(expected - by_row.keys()),
-        "images beyond the list for": sorted(by_row.keys() - expected),
+        "no image for": sorted({row for row, _ in expected - found.keys()}),
+        "images beyond the list for": sorted({row for row, _ in found.keys() - expected}),
+        "more than one image for": twice,
     }
-    problems["more than one image for"] = twice
     told = [f"{what} row {_some(rows)}" for what, rows in problems.items() if rows]
     if told:
         raise UserError(f"{folder} does not match its {len(expected)} prompts: {'; '.join(told)}")
-    return rows.loc[sorted(expected)].assign(image=lambda kept: [by_row[row][0] for row in kept.index])
+    order = sorted(expected)
+    return rows.loc[[row for row, _ in order]].assign(image=[found[key][0] for key in order])
+
+
+def image_of_row(folder: Path, rows: list[int]) -> dict[int, Path]:
+    """The image of each of the given rows, from files named `{row}.png` or `…_{row}p.png`; UserError where one is missing."""
+    found: dict[int, Path] = {}
+    for path in image_files(folder):
+        row = int(path.stem) if path.stem.isdecimal() else row_of(path)
+        if row in found:
+            raise UserError(f"{folder} has two images for row {row}: {found[row].name} and {path.name}")
+        if row is not None:
+            found[row] = path
+    missing = [row for row in rows if row not in found]
+    if missing:
+        raise UserError(f"{folder} has no image for row {_some(missing)}; files are named {{row}}.png or ..._{{row}}p.png")
+    return {row: found[row] for row in rows}
 
 
 def read_image(path: Path) -> Image.Image:

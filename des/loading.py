@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from des.cli import UserError
+
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-
-from des.cli import UserError
 
 
 @contextlib.contextmanager
@@ -42,11 +42,12 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a transformers model in eval mode, with every parameter from its files (transformers itself would only warn).
 
-    `what` names it in errors. Raises UserError for files that are missing or unreadable and for parameters they lack.
+    `what` names it in errors; with a `device_map` among the options its layers go where that says. Raises UserError for files
+    that are missing or unreadable and for parameters they lack.
     """
     with loading(f"{what} {source}"):
         model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
         raise UserError(f"{what} {source} lacks or mismatches {len(wrong)} parameters, {wrong[0]} first")
-    return model.eval().to(device)
+    return model.eval() if options.get("device_map") else model.eval().to(device)

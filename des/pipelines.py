@@ -1,65 +1,189 @@
-"""Opening a diffusers pipeline for generation and putting a protected text encoder into it."""
+"""Opening a diffusers pipeline for generation, and putting protected text encoders into it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, SchedulerMixin, StableDiffusionPipeline
-
 from des.checkpoints import fingerprint, load_checkpoint
-from des.cli import UserError
-from des.encoders import pipeline_class
-from des.loading import loading
+from des.cli import UserError, logger
+from des.encoders import KINDS, PIPELINES, read_index, text_encoders
+from des.loading import load_model, loading
+
+import diffusers
+import torch
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
+from huggingface_hub import constants, file_exists, try_to_load_from_cache
+from torch import nn
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MODES = {"text": None, "image": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpainting}
+DIFFUSION = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+FLOW = {"flow_euler": "FlowMatchEulerDiscreteScheduler", "flow_heun": "FlowMatchHeunDiscreteScheduler"}
+SCHEDULERS = (*DIFFUSION, *FLOW)
 
 
 @dataclass(frozen=True)
 class Family:
-    """How pipelines of one class are opened; a further family is one entry of FAMILIES."""
+    """How pipelines of one class are opened and what they draw with by default; a further family is one entry of FAMILIES."""
 
-    pipeline: type[DiffusionPipeline]
-    dtype: torch.dtype
+    dtype: str
     model_types: tuple[str, ...]  # its names for `--model_type`
-    options: dict[str, Any]  # for `from_pretrained`
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    negative_prompt: bool = True
+    schedulers: dict[str, str] = field(default_factory=lambda: DIFFUSION)
+    options: dict[str, Any] = field(default_factory=dict)  # for `from_pretrained`
 
 
 FAMILIES = {
     "StableDiffusionPipeline": Family(
-        StableDiffusionPipeline, torch.float32, ("sd_v1", "sd_v2"), {"safety_checker": None, "requires_safety_checker": False}
-    )
+        "fp32", ("sd_v1", "sd_v2"), options={"safety_checker": None, "requires_safety_checker": False}
+    ),
+    "StableDiffusionXLPipeline": Family("fp16", ("sdxl",), options={"add_watermarker": False}),
+    "StableDiffusion3Pipeline": Family("bf16", ("sd_v3",), 28, 7.0, schedulers=FLOW),
+    "FluxPipeline": Family("bf16", ("flux",), 50, 3.5, negative_prompt=False, schedulers=FLOW),
 }
 MODEL_TYPES = tuple(name for family in FAMILIES.values() for name in family.model_types)
+REFINER_CLASS = "StableDiffusionXLImg2ImgPipeline"
 _SD2_WIDTH = 1024  # OpenCLIP-H, which tells SD 2.x from 1.x
+_PAPERS_SCHEDULER = {"sd_v1": "ddim", "sd_v2": "euler"}  # the others keep their own
 
 
-def open_pipeline(model_path: str, device: torch.device, model_type: str | None = None) -> DiffusionPipeline:
-    """Open the pipeline of a folder or hub id with the paper's sampler: DDIM for SD 1.x, Euler for SD 2.x, both fp32.
+def family_of(model_path: str) -> Family:
+    """The family of a pipeline, by the class in its model_index.json; UserError where it has none that is known here."""
+    index = read_index(model_path)
+    name = index["_class_name"] if index else "folder without model_index.json"
+    if name not in FAMILIES:
+        raise UserError(f"{model_path} is a {name}; generation knows {', '.join(FAMILIES)}")
+    return FAMILIES[name]
 
+
+def dtype_for(family: Family, device: torch.device, asked: str | None) -> torch.dtype:
+    """The dtype asked for, or the family's; fp16, which CPUs compute slowly and badly, becomes fp32 there unless asked for."""
+    if asked is None and family.dtype == "fp16" and device.type == "cpu":
+        logger.info("on a CPU this model is drawn in fp32 instead of fp16; --dtype chooses otherwise")
+        return torch.float32
+    return DTYPES[asked or family.dtype]
+
+
+def open_pipeline(
+    model_path: str, dtype: torch.dtype, model_type: str | None = None, scheduler: str | None = None, mode: str = "text"
+) -> DiffusionPipeline:
+    """Open the pipeline of a folder or hub id on the CPU, every weight from its files.
+
+    Without `scheduler`, the paper's: DDIM for SD 1.x, Euler for SD 2.x, the model's own for others. `mode` is one of MODES.
     Raises UserError for a class that is not known here, one that is not the `model_type` asked for, or incomplete files.
     """
-    name = pipeline_class(model_path)
-    if name not in FAMILIES:
-        raise UserError(
-            f"{model_path} is a {name or 'folder without model_index.json'}; generation knows {', '.join(FAMILIES)}"
-        )
-    family = FAMILIES[name]
+    family, index = family_of(model_path), read_index(model_path)
+    variant = _variant(model_path, dtype)
+    encoders = {}
+    for name in text_encoders(model_path).values():
+        kind = KINDS.get(index[name][1])
+        if kind is None:
+            raise UserError(f"{name} of {model_path} is a {index[name][1]}; those known here are {', '.join(KINDS)}")
+        options = {"subfolder": name, "variant": variant}
+        encoders[name] = load_model(kind.model_class, model_path, "cpu", f"the {name} of", dtype, **options)
     with loading(f"the pipeline {model_path}"):
-        pipe = family.pipeline.from_pretrained(model_path, dtype=family.dtype, **family.options)
-    is_sd2 = pipe.text_encoder.config.hidden_size == _SD2_WIDTH
-    actual = "sd_v2" if is_sd2 else "sd_v1"
+        pipeline_class = getattr(diffusers, index["_class_name"])
+        pipe = pipeline_class.from_pretrained(model_path, dtype=dtype, variant=variant, **family.options, **encoders)
+    _check_complete(pipe, model_path)
+    actual = family.model_types[-1 if pipe.text_encoder.config.hidden_size == _SD2_WIDTH else 0]
     if model_type and model_type != actual:
         raise UserError(f"--model_type {model_type} was asked for, but {model_path} is a {actual}")
-    scheduler: type[SchedulerMixin] = EulerDiscreteScheduler if is_sd2 else DDIMScheduler
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    scheduler = scheduler or _PAPERS_SCHEDULER.get(actual)
+    if scheduler:
+        if scheduler not in family.schedulers:
+            raise UserError(f"--scheduler {scheduler} does not suit a {actual}, which takes {', '.join(family.schedulers)}")
+        pipe.scheduler = getattr(diffusers, family.schedulers[scheduler]).from_config(pipe.scheduler.config)
+    if MODES[mode]:
+        pipe = MODES[mode].from_pipe(pipe)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe
 
 
-def protect(pipe: DiffusionPipeline, checkpoint: Path) -> dict[str, Any]:
-    """Put a DES checkpoint into the pipeline's text encoder, or raise UserError; returns what `load_checkpoint` says."""
-    return load_checkpoint(pipe.text_encoder, checkpoint)
+def open_refiner(refiner_path: str, base: DiffusionPipeline) -> DiffusionPipeline:
+    """Open SDXL's refiner on the base's VAE and its text encoder 2, so that the refiner is as protected as the base."""
+    index = read_index(refiner_path)
+    if index is None or index["_class_name"] != REFINER_CLASS:
+        raise UserError(f"{refiner_path} is no SDXL refiner, which is a {REFINER_CLASS}")
+    dtype = base.dtype
+    shared = {"text_encoder_2": base.text_encoder_2, "tokenizer_2": base.tokenizer_2, "vae": base.vae}
+    options = {"variant": _variant(refiner_path, dtype), "add_watermarker": False}
+    with loading(f"the refiner {refiner_path}"):
+        pipe = getattr(diffusers, REFINER_CLASS).from_pretrained(refiner_path, dtype=dtype, **options, **shared)
+    if pipe.text_encoder is not None:
+        raise UserError(f"{refiner_path} has a text encoder of its own beside text_encoder_2, which would be unprotected")
+    _check_complete(pipe, refiner_path)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def text_encoder_sha256(pipe: DiffusionPipeline) -> str:
-    """The fingerprint of the text encoder that the pipeline generates with."""
-    return fingerprint(pipe.text_encoder)
+def place(pipe: DiffusionPipeline, device: torch.device, cpu_offload: bool = False, attention_slicing: bool = False) -> None:
+    """Put a pipeline on its device, with the memory savers asked for; UserError where one would do nothing."""
+    if attention_slicing:
+        if not any(hasattr(module, "set_attention_slice") for module in pipe.components.values()):
+            raise UserError(f"--attention_slicing does nothing for a {type(pipe).__name__}")
+        pipe.enable_attention_slicing()
+    if cpu_offload:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+
+
+def _variant(model_path: str, dtype: torch.dtype) -> str | None:
+    """`fp16` where fp16 is asked for and the pipeline has files of that variant."""
+    if dtype != torch.float16:
+        return None
+    names = [f"{name}/model.fp16.safetensors" for name in ("text_encoder", "text_encoder_2")]
+    if Path(model_path).is_dir():
+        found = any((Path(model_path) / name).is_file() for name in names)
+    else:
+        found = any(isinstance(try_to_load_from_cache(model_path, name), str) for name in names)
+        if not found and not constants.HF_HUB_OFFLINE:
+            with loading(f"the list of files of {model_path}"):
+                found = any(file_exists(model_path, name) for name in names)
+    return "fp16" if found else None
+
+
+def _check_complete(pipe: DiffusionPipeline, model_path: str) -> None:
+    """Raise UserError where a component's files lack weights, which diffusers leaves without values."""
+    for name, module in pipe.components.items():
+        if isinstance(module, nn.Module):
+            empty = [key for key, tensor in module.state_dict().items() if tensor.is_meta]
+            if empty:
+                raise UserError(f"the {name} of {model_path} lacks {len(empty)} weights, `{empty[0]}` first")
+
+
+def encoder_modules(pipe: DiffusionPipeline) -> dict[int, nn.Module]:
+    """The text encoders that a pipeline draws with, by their 1-based index."""
+    names = {i: "text_encoder" if i == 1 else f"text_encoder_{i}" for i in range(1, 1 + max(map(max, PIPELINES.values())))}
+    return {i: getattr(pipe, name) for i, name in names.items() if getattr(pipe, name, None) is not None}
+
+
+def protect(pipe: DiffusionPipeline, checkpoints: dict[int, Path]) -> dict[int, dict[str, Any]]:
+    """Put a checkpoint into each of the named text encoders, or raise UserError; returns what `load_checkpoint` says of each."""
+    encoders = encoder_modules(pipe)
+    lacking = sorted(checkpoints.keys() - encoders.keys())
+    if lacking:
+        has = ", ".join(map(str, encoders))
+        raise UserError(f"a checkpoint is given for text encoder {lacking[0]}, and the pipeline has only {has}")
+    told = {i: load_checkpoint(encoders[i], path) for i, path in checkpoints.items()}
+    rest = [str(i) for i in encoders if i not in checkpoints]
+    if rest:
+        logger.warning("text encoder %s of the pipeline is the original, NOT protected", " and ".join(rest))
+    return told
+
+
+def encoder_sha256s(pipe: DiffusionPipeline) -> dict[str, str]:
+    """The fingerprints of the text encoders that the pipeline generates with, `text_encoder_sha256` and so on."""
+    encoders = encoder_modules(pipe)
+    return {f"text_encoder{'' if i == 1 else f'_{i}'}_sha256": fingerprint(encoder) for i, encoder in encoders.items()}

@@ -4,9 +4,9 @@ import re
 import warnings
 from pathlib import Path
 
-import pandas as pd
-
 from des.cli import UserError
+
+import pandas as pd
 
 # Prompts that put minors in a sexual context are never drawn. The lists err on the side of leaving a prompt out.
 _MINOR = re.compile(

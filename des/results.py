@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -46,14 +47,26 @@ def show(share: Mapping[str, float]) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`; on success it takes the place of `path`, on failure it is removed."""
+    """Give a temporary name beside `path` for a file or folder; it takes the place of `path` on success, and goes on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("tmp", "old"))
+    _remove(temporary)
     try:
         yield temporary
+        if path.is_dir():
+            _remove(old)
+            path.replace(old)  # a folder cannot be renamed onto one that holds files
         temporary.replace(path)
+        _remove(old)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,18 +3,23 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, replace
 
 from des import losses
+from des.checkpoints import PROJECTION
 from des.cli import UserError, logger, progress
 from des.codebook import Codebook
 from des.encoders import TextEncoder
+from des.optimizers import make_optimizer
+from des.processes import Processes
 
+import torch
+from torch import Tensor, nn
+
+PRECISIONS = ("fp32", "tf32", "bf16", "bf16_weights")
 PARTS = ("sep", "sep_concept", "uen", "nen", "total")
 SUMMARY_PROMPTS = 256
+SUMMARY_BYTES = 256 * 2**20  # of fp32 embeddings, where those many prompts would need more
 
 
 @dataclass
@@ -56,8 +61,18 @@ class Settings:
     lambda_safe: float = 0.3
     batch_size: int = 128
     ablation: Sequence[int] = (losses.SEP, losses.UEN, losses.NEN)
-    precision: str = "fp32"
+    precision: str = "fp32"  # fp32 and tf32: weights in fp32; bf16: the same under autocast; bf16_weights: weights in bf16
+    optimizer: str = "adamw"
     seed: int = 42
+
+
+def make_trainable(model: nn.Module, settings: Settings) -> list[nn.Parameter]:
+    """Give `model` the dtype it is trained in, and return what is trained: everything but a projection."""
+    model.to(torch.bfloat16 if settings.precision == "bf16_weights" else torch.float32).requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if name == PROJECTION:
+            parameter.requires_grad_(False)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def train(
@@ -66,26 +81,30 @@ def train(
     concept: losses.Concept,
     concept_ids: Tensor,
     settings: Settings,
+    processes: Processes,
     on_step: Callable[[dict], None],
-    on_epoch: Callable[[int], None],
+    on_epoch: Callable[[int, TextEncoder], None],
 ) -> None:
     """Train `encoder` in place with AdamW at a constant rate (paper, section 4; losses in `des/losses.py`).
 
-    `concept_ids` are the concept prompt's token ids [1, tokens]. `on_step` gets each step's losses, `on_epoch` is called after
-    each epoch. Raises UserError when a loss is not finite, before the weights are touched by it.
+    `concept_ids` are the concept prompt's token ids [1, tokens]. `on_step` gets each step's losses, `on_epoch` each epoch's number
+    and the encoder, whose model is wrapped where several processes train it. Raises UserError when a loss is not finite, before
+    the weights are touched by it.
     """  # fmt: skip
-    torch.manual_seed(settings.seed)  # dropout, where an encoder has any
+    torch.manual_seed(settings.seed + processes.rank)  # dropout and stochastic rounding, where there is any
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
-    encoder.model.requires_grad_(True)
-    optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=settings.learning_rate, fused=True)
+    optimizer = make_optimizer(settings.optimizer, make_trainable(encoder.model, settings), settings.learning_rate)
+    model, optimizer = processes.prepare(encoder.model, optimizer)
+    encoder = replace(encoder, model=model)
     steps = math.ceil(len(pairs) / settings.batch_size)
     bar = progress(range(settings.num_epochs * steps), desc="training", unit="step")
     for epoch in range(1, settings.num_epochs + 1):
         encoder.model.train()
         sums = dict.fromkeys(PARTS, 0.0)
         for step, (unsafe, safe) in enumerate(pairs.batches(settings.batch_size, settings.seed, epoch), 1):
-            parts = _losses(encoder, pairs, concept, concept_ids, settings, unsafe, safe)
-            values = dict(zip(PARTS, torch.stack([parts[name] for name in PARTS]).tolist(), strict=True))
+            parts = _losses(encoder, pairs, concept, concept_ids, settings, processes, unsafe, safe)
+            together = processes.mean(torch.stack([parts[name].detach() for name in PARTS]))
+            values = dict(zip(PARTS, together.tolist(), strict=True))
             if not math.isfinite(values["total"]):
                 raise UserError(
                     f"the loss is {values['total']} in epoch {epoch}, step {step}; try a lower --learning_rate or fp32"
@@ -102,9 +121,10 @@ def train(
             bar.update()
         means = "  ".join(f"{name} {value / len(pairs):.4f}" for name, value in sums.items())
         logger.info("epoch %d/%d  %s", epoch, settings.num_epochs, means)
-        on_epoch(epoch)
+        encoder.model.eval()
+        on_epoch(epoch, encoder)
     bar.close()
-    encoder.model.eval().requires_grad_(False)
+    encoder.model.requires_grad_(False)
 
 
 def _losses(
@@ -113,10 +133,14 @@ def _losses(
     concept: losses.Concept,
     concept_ids: Tensor,
     settings: Settings,
+    processes: Processes,
     unsafe: Tensor,
     safe: Tensor,
 ) -> dict[str, Tensor]:
-    """The losses of one batch, from one forward pass over its unsafe, safe and concept prompts together."""
+    """The losses of one batch's rows (this process's part), from one forward pass over unsafe, safe and concept prompts together."""
+    share = processes.count * len(processes.share(unsafe)) / len(unsafe)
+    if share:
+        unsafe, safe = processes.share(unsafe), processes.share(safe)
     device = encoder.device
     ids = torch.cat([pairs.unsafe_ids[unsafe], pairs.safe_ids[safe], concept_ids])
     precision = torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext()
@@ -125,20 +149,23 @@ def _losses(
     unsafe_now, safe_now, concept_now = embeddings.split([len(unsafe), len(safe), 1])
     target = concept.target(pairs.targets(unsafe).to(device, non_blocking=True))
     original = pairs.original(safe).to(device, non_blocking=True)
-    return losses.total(unsafe_now, safe_now, concept_now, target, original, concept, settings.lambda_safe, settings.ablation)
+    chosen = settings.lambda_safe, settings.ablation, share
+    return losses.total(unsafe_now, safe_now, concept_now, target, original, concept, *chosen)
 
 
 class Summary:
     """What training did to the embeddings, on evenly spaced prompts whose original embeddings are kept meanwhile."""
 
     def __init__(self, encoder: TextEncoder, pairs: Pairs, batch_size: int):
-        self.unsafe = _spread(len(pairs.unsafe_ids))
-        self.safe = _spread(len(pairs.safe_ids))
+        rows, hidden = encoder.shape()
+        at_most = max(1, min(SUMMARY_PROMPTS, SUMMARY_BYTES // (4 * rows * hidden)))
+        self.unsafe = _spread(len(pairs.unsafe_ids), at_most)
+        self.safe = _spread(len(pairs.safe_ids), at_most)
         self.batch_size = batch_size
         self.pairs = pairs
         self.unsafe_before = torch.cat([batch.cpu() for batch in self._encode(encoder, pairs.unsafe_ids[self.unsafe])])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _encode(self, encoder: TextEncoder, ids: Tensor) -> Iterator[Tensor]:
         encoder.model.eval()
         for batch in ids.split(self.batch_size):
@@ -168,6 +195,6 @@ class Summary:
         }
 
 
-def _spread(count: int) -> Tensor:
-    """At most `SUMMARY_PROMPTS` row numbers, evenly spaced over `count` rows."""
-    return torch.linspace(0, count - 1, min(count, SUMMARY_PROMPTS)).round().long()
+def _spread(count: int, at_most: int) -> Tensor:
+    """At most `at_most` row numbers, evenly spaced over `count` rows."""
+    return torch.linspace(0, count - 1, min(count, at_most)).round().long()

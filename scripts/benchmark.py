@@ -21,10 +21,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -32,8 +28,13 @@ from des import cli, losses
 from des.checkpoints import fingerprint
 from des.codebook import Codebook, find_targets, write_codebook
 from des.encoders import TextEncoder, load_encoder
+from des.processes import Processes
 from des.results import write_text
 from des.training import Pairs, Settings, train
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 TOKENIZER = ROOT / "tests/golden/A/model/tokenizer"
 SIZES = (400, 800, 1600)
@@ -154,7 +155,8 @@ def encoding_and_disk(work: Path) -> list[str]:
     model = CLIPTextModel.from_pretrained(work / "model/text_encoder")
     theirs = statistics.median(seconds(lambda: published_encode(model, encoder, prompts[:24])) / 24 for _ in range(3))
     here = seconds(lambda: write_codebook(work / "codebook", encoder, prompts, batch_size=32)) / len(prompts)
-    rows = Codebook(work / "codebook").rows(slice(None))
+    codebook = Codebook(work / "codebook")
+    rows = codebook.rows(torch.arange(len(codebook)))
     for size in SIZES[:-1]:
         subset(work / "codebook", rows, size)
     lines = [
@@ -165,16 +167,16 @@ def encoding_and_disk(work: Path) -> list[str]:
 
 def subset(folder: Path, rows: torch.Tensor, size: int) -> None:
     """The first `size` rows as a codebook of their own, beside `folder`."""
-    from safetensors.torch import save_file
-
     from des.results import sha256_file, write_json
+
+    from safetensors.torch import save_file
 
     target = folder.with_name(f"codebook_{size}")
     target.mkdir()
     save_file({"embeddings": rows[:size].contiguous()}, target / "codebook.safetensors")
     facts = Codebook(folder).facts
-    facts |= {"prompts": facts["prompts"][:size], "rows": size}
-    facts["hashes"] = facts["hashes"] | {"rows": sha256_file(target / "codebook.safetensors")}
+    shard = {"file": "codebook.safetensors", "rows": size, "sha256": sha256_file(target / "codebook.safetensors")}
+    facts |= {"prompts": facts["prompts"][:size], "rows": size, "shards": [shard]}
     write_json(target / "codebook.json", facts)
 
 
@@ -199,7 +201,7 @@ def search(work: Path) -> list[str]:
     lines, ours = [], {}
     for size in SIZES:
         codebook = Codebook(work / ("codebook" if size == SIZES[-1] else f"codebook_{size}"))
-        rows = codebook.rows(slice(None))
+        rows = codebook.rows(torch.arange(len(codebook)))
         generator = torch.Generator().manual_seed(2)
         queries = rows + 0.5 * torch.randn(rows.shape, generator=generator)
         theirs = seconds(lambda: [published_search(query, rows) for query in queries[:PUBLISHED_QUERIES]])  # noqa: B023
@@ -256,7 +258,7 @@ def time_published(work: Path, codebook: Codebook, batch: int, steps: int = 2) -
     concept, concept_ids, ids = case(load_encoder(str(work / "model")), batch)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=False, fused=False)
-    target = concept.target(codebook.rows(slice(0, batch)))
+    target = concept.target(codebook.rows(torch.arange(batch)))
     inputs = (model, frozen, optimizer, ids[:batch], ids[batch:], concept_ids, target, concept)
     published_step(*inputs)
     return seconds(lambda: [published_step(*inputs) for _ in range(steps)]) / steps
@@ -270,7 +272,10 @@ def time_here(work: Path, codebook: Codebook, batch: int, steps: int = 2) -> flo
     pairs = Pairs(ids[:batch], ids[batch:], rows, rows, codebook, codebook)
     stamps: list[float] = []
     settings = Settings(num_epochs=steps + 1, batch_size=batch)
-    train(encoder, pairs, concept, concept_ids, settings, lambda _: stamps.append(time.perf_counter()), lambda _: None)
+    processes = Processes(encoder.device)
+    train(
+        encoder, pairs, concept, concept_ids, settings, processes, lambda _: stamps.append(time.perf_counter()), lambda *_: None
+    )
     return (stamps[-1] - stamps[0]) / steps
 
 

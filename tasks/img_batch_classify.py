@@ -12,11 +12,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import pandas as pd
-import torch
-from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from des import cli
@@ -25,6 +20,11 @@ from des.cli import UserError
 from des.images import image_batches, image_files, pair_with_prompts, row_of
 from des.loading import load_model, loading
 from des.results import proportion, provenance, show, write_json, write_text
+
+import pandas as pd
+import torch
+from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 CLASSIFIERS = {"object": "microsoft/resnet-50", "style": None}
 

@@ -1,12 +1,12 @@
 """The lean QuickGELU against the library's."""
 
+from des.activations import LeanQuickGELU
+from des.encoders import load_encoder
+
 import pytest
 import torch
 from conftest import GOLDEN
 from transformers.activations import QuickGELUActivation
-
-from des.activations import LeanQuickGELU
-from des.encoders import load_encoder
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

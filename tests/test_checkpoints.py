@@ -3,14 +3,14 @@
 import json
 import os
 
+from des.checkpoints import fingerprint, load_checkpoint, save_checkpoint
+from des.cli import UserError
+
 import pytest
 import torch
 from conftest import GOLDEN, published_form
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
-
-from des.checkpoints import fingerprint, load_checkpoint, save_checkpoint
-from des.cli import UserError
 
 
 @pytest.fixture
@@ -44,7 +44,9 @@ def test_what_is_saved_loads_in_the_published_form(tmp_path, encoder):
     base = fingerprint(encoder)
     with torch.no_grad():
         encoder.get_parameter("final_layer_norm.bias").add_(1)
-    save_checkpoint(tmp_path / "checkpoint-1.pt", encoder, {"epoch": 1})
+    assert (
+        save_checkpoint(tmp_path / "checkpoint-1", encoder, encoder.state_dict(), {"epoch": 1}) == tmp_path / "checkpoint-1.pt"
+    )
     content = torch.load(tmp_path / "checkpoint-1.pt", weights_only=True)
     assert all(name.startswith("text_model.") for name in content["model_state_dict"])
     fresh = CLIPTextModel.from_pretrained(GOLDEN / "A/model/text_encoder")

@@ -5,16 +5,16 @@ import random
 import re
 import subprocess
 
+from demo import prompts, train, world
+from des.encoders import load_encoder
+from des.losses import cos
+from des.prompts import read_prompts
+
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
-
-from demo import prompts, train, world
-from des.encoders import load_encoder
-from des.losses import cos
-from des.prompts import read_prompts
 
 
 def test_every_look_is_drawn_and_different():

@@ -53,7 +53,7 @@ def test_names_rows_and_record(generate, tmp_path):
         "run.json", *[f"t2i_none_{row}p.png" for row in range(5)],
     ]  # fmt: skip
     record = json.loads((tmp_path / "results/none/tiny-sd/t2i/run.json").read_text())
-    assert record["settings"]["seed"] == 42 and record["checkpoint"] is None
+    assert record["settings"]["seed"] == 42 and record["protection"] == {}
 
 
 def test_an_image_is_the_same_at_any_batch_size_order_and_resume(generate, tmp_path, prompts_csv):
@@ -114,7 +114,7 @@ def test_a_protected_model_draws_something_else(generate, tmp_path, protected_ch
     assert len(protected) == 5
     assert all(np.abs(a - b).max() > 0 for a, b in zip(original.values(), protected.values(), strict=True))
     record = json.loads((tmp_path / "results/des/tiny-sd/t2i/run.json").read_text())
-    assert record["settings"]["text_encoder_sha256"] == record["checkpoint"]["encoder_sha256"]
+    assert record["settings"]["text_encoder_sha256"] == record["protection"]["1"]["encoder_sha256"]
 
 
 def test_end_beyond_the_list_is_its_end_and_is_said(generate, tmp_path):

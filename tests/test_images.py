@@ -1,10 +1,10 @@
 """Image files, their rows, and pairing with prompts."""
 
-import pytest
-from PIL import Image
-
 from des.cli import UserError
 from des.images import image_batches, image_files, image_name, is_complete, pair_with_prompts, read_image, row_of
+
+import pytest
+from PIL import Image
 
 
 def save(path, colour="red", size=(4, 4)):

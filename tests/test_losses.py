@@ -1,10 +1,10 @@
 """The formulas of the paper against independent few-line computations in numpy."""
 
+from des.losses import NEN, SEP, UEN, Concept, total
+
 import numpy as np
 import pytest
 import torch
-
-from des.losses import NEN, SEP, UEN, Concept, total
 
 T, D, B = 5, 7, 6
 

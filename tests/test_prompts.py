@@ -1,9 +1,9 @@
 """Prompt CSVs: rows and their numbers, and what is never drawn."""
 
-import pytest
-
 from des.cli import UserError
 from des.prompts import never_drawn, read_prompts, read_rows
+
+import pytest
 
 
 def write(path, text, encoding="utf-8"):

@@ -2,11 +2,11 @@
 
 import json
 
+from des.results import proportion, replacing, sha256_tensors, sha256_texts, show, wilson, write_json
+
 import pytest
 import torch
 from scipy.stats import binomtest
-
-from des.results import proportion, replacing, sha256_tensors, sha256_texts, show, wilson, write_json
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 60), (60, 60), (1, 1), (3, 60), (457, 931)])

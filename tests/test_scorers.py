@@ -4,6 +4,9 @@ import csv
 import json
 import random
 
+from demo.world import KINDS, describe, random_scene, render
+from des.frechet import frechet_distance
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -11,9 +14,6 @@ import torch
 from conftest import ROOT, snapshot
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPModel, CLIPProcessor
-
-from demo.world import KINDS, describe, random_scene, render
-from des.frechet import frechet_distance
 
 MODELS = ROOT / "demo/models"
 COUNT = 26

@@ -2,15 +2,15 @@
 
 import json
 
-import pytest
-import torch
-from conftest import GOLDEN, snapshot
-
 from des import losses
 from des.checkpoints import load_checkpoint
 from des.encoders import load_encoder
 from des.prompts import read_prompts
 from des.training import Pairs
+
+import pytest
+import torch
+from conftest import GOLDEN, snapshot
 
 FOLDER = GOLDEN / "A"
 

@@ -1,0 +1,26 @@
+"""Optimisers by the name of `--optimizer`.
+
+Weights in bf16 keep 8 bits of mantissa: an AdamW update of lr is lost to rounding wherever it is below 1/512 of the weight, so at
+the paper's 1e-5 most of T5 never moves. Rounding up or down at random, in proportion, keeps the mean of every update.
+`docs/t5.md` shows both in numbers.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+OPTIMIZERS = ("adamw", "adamw_bf16_sr", "adamw8bit")
+
+
+def make_optimizer(name: str, parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW with torch's defaults at a constant rate: torch's own, or torchao's with stochastic rounding of bf16 weights.
+
+    `adamw_bf16_sr` keeps its two moments in the dtype of the weights, `adamw8bit` in 8 bits.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=learning_rate, fused=True)
+    from torchao.optim import AdamW8bit, _AdamW  # imported late: torchao takes seconds
+
+    optimizer = {"adamw_bf16_sr": _AdamW, "adamw8bit": AdamW8bit}[name]
+    return optimizer(parameters, lr=learning_rate, bf16_stochastic_round=True)

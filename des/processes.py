@@ -1,0 +1,60 @@
+"""This process among those of `accelerate launch`, or alone."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Processes:
+    """How many processes share the work, which of them this is, and the device it uses.
+
+    Alone, `device` is the one asked for. Under `accelerate launch` every process gets its own, and a model is replicated or
+    sharded (FSDP) as `accelerate`'s configuration says. `all_trained` tells that every parameter gets a gradient.
+    """
+
+    def __init__(self, device: torch.device, all_trained: bool = True):
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self._accelerator: Accelerator | None = None
+        if self.count > 1:
+            patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while one searches the targets
+            handlers = [DistributedDataParallelKwargs(find_unused_parameters=not all_trained), patience]
+            self._accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=handlers)
+            device = self._accelerator.device
+        self.device = device
+        self.rank = self._accelerator.process_index if self._accelerator else 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes what all of them share."""
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights, gradients and optimiser states are split over the processes."""
+        return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and self.count > 1
+
+    def share(self, items: Any) -> Any:
+        """This process's part of a list or tensor: every `count`-th item."""
+        return items[self.rank :: self.count]
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self._accelerator:
+            self._accelerator.wait_for_everyone()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of a tensor over the processes."""
+        return self._accelerator.reduce(values, "mean") if self._accelerator else values
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """The model and optimiser as they are trained: as they are, replicated or sharded."""
+        return self._accelerator.prepare(model, optimizer) if self._accelerator else (model, optimizer)
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The whole state of a prepared model; every process must ask, and only the main one may use it."""
+        return self._accelerator.get_state_dict(model) if self._accelerator else model.state_dict()
