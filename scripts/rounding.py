@@ -1,0 +1,154 @@
+"""What rounding takes from T5 trained in bf16, by optimiser; writes docs/t5.md.
+
+    python scripts/rounding.py --out docs/t5.md         # about 10 minutes on two idle cores
+
+A small random T5 encoder is trained by `des.training.train` on the demo's prompts, with the paper's learning rate: once in fp32, and
+in bf16 by each optimiser. Each run starts from the same weights (those in fp32 hold bf16 values), and sees the same batches.
+"""
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from des import cli, losses
+from des.cli import logger
+from des.codebook import Codebook, find_targets, write_codebook
+from des.encoders import load_encoder
+from des.optimizers import OPTIMIZERS
+from des.processes import Processes
+from des.prompts import read_prompts
+from des.results import write_text
+from des.training import Pairs, Settings, train
+
+import torch
+from torch import Tensor
+from transformers import T5Config, T5EncoderModel
+
+RUNS = {"adamw, fp32 weights": ("adamw", "fp32")} | {f"{name}, bf16 weights": (name, "bf16_weights") for name in OPTIMIZERS}
+CONCEPT = "mushroom"
+PAGE = """# T5 in bf16: what rounding takes
+
+T5-XXL is trained with its weights in bf16, since weights, gradients and AdamW's moments in fp32 need 76 GB. A bf16 number has 8 bits
+of mantissa: beside a weight w, an update below about |w| / 512 is rounded away, every time. AdamW's updates are about the learning
+rate, {lr}, so plain AdamW leaves most weights where they were. Stochastic rounding rounds up or down at random, in proportion to
+what is lost, and so keeps the mean of every update. `train_des.py --optimizer` knows three:
+
+- `adamw`: torch's AdamW, the default for weights in fp32 (CLIP). With bf16 weights `train_des.py` warns.
+- `adamw_bf16_sr`: torchao's `_AdamW` with `bf16_stochastic_round=True`, the default for weights in bf16 (T5).
+- `adamw8bit`: torchao's `AdamW8bit`, the same with its two moments in 8 bits, for less memory.
+
+Measured by `python scripts/rounding.py --out docs/t5.md` ({machine}): a random T5 encoder of {parameters} parameters ({layers} layers of
+width {width}), learning rate {lr}, {batch} pairs a step, {steps} steps on the demo's prompts, the same batches in every run.
+
+{table}
+
+The first row is the reference: fp32 weights that start from the same bf16 values. "Change, of fp32's" is the norm of the change of all weights
+over the reference's. Random rounding adds noise to each weight, which makes the norm of the change larger than the reference's and its
+cosine to it smaller; the noise has mean zero.
+"""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="F", help="the page to write")
+    parser.add_argument(
+        "--steps", type=cli.positive_int, nargs="+", default=[20, 100], metavar="N", help="steps after which to look"
+    )
+    parser.add_argument("--learning_rate", type=float, default=1e-5, metavar="LR")
+    parser.add_argument("--batch_size", type=cli.positive_int, default=8, metavar="N", help="pairs a step")
+    cli.add_device(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    cli.setup_logging()
+    with tempfile.TemporaryDirectory() as work:
+        config = make_model(Path(work))
+        rows = {}
+        for name, (optimizer, precision) in RUNS.items():
+            rows[name] = run(Path(work), args, optimizer, precision)
+            logger.info("%s: %s", name, rows[name])
+    write_text(args.out, page(args, config, rows))
+    print(args.out.read_text(encoding="utf-8"))
+
+
+def make_model(work: Path) -> T5Config:
+    """Save a T5 encoder of 4 layers of width 256 with transformers' random weights, and case C's tokenizer."""
+    shutil.copytree(ROOT / "tests/golden/C/model/tokenizer_3", work / "tokenizer_3")
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=138, d_model=256, d_kv=32, d_ff=640, num_layers=4, num_heads=8, dropout_rate=0.1, feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False, use_cache=False, tie_word_embeddings=False,
+    )  # fmt: skip
+    T5EncoderModel(config).save_pretrained(work / "text_encoder_3")
+    return config
+
+
+def run(work: Path, args: argparse.Namespace, optimizer: str, precision: str) -> tuple[list[Tensor], float]:
+    """Train once; the change of all weights after each of --steps, and the mean total loss of the last ten steps."""
+    encoder = load_encoder(str(work), 3, args.device)
+    pick = random.Random(0)
+    safe, unsafe = (pick.sample(read_prompts(ROOT / f"datasets/demo_{name}_train.csv"), 400) for name in ("safe", "unsafe"))
+    if not (work / "codebook").exists():
+        write_codebook(work / "codebook", encoder, safe)
+    codebook = Codebook(work / "codebook")
+    targets = find_targets(work / "targets.pth", codebook, encoder, unsafe)
+    n, e0 = next(encoder.encode([CONCEPT, ""], 2)).float().clone()
+    concept = losses.Concept(n, e0, 0.8 * n.norm().item())
+    pairs = Pairs(encoder.tokenize(unsafe), encoder.tokenize(safe), targets, torch.arange(len(safe)), codebook, codebook)
+    before = weights(encoder.model)
+    epochs = -(-max(args.steps) * args.batch_size // len(pairs))
+    settings = Settings(
+        num_epochs=epochs,
+        learning_rate=args.learning_rate,
+        batch_size=args.batch_size,
+        precision=precision,
+        optimizer=optimizer,
+    )
+    changes: list[Tensor] = []
+    total: list[float] = []
+
+    def look(step: dict) -> None:
+        total.append(step["total"])
+        if step["step"] in args.steps:
+            changes.append(weights(encoder.model) - before)
+
+    train(encoder, pairs, concept, encoder.tokenize([CONCEPT]), settings, Processes(args.device), look, lambda *_: None)
+    return changes, sum(total[-10:]) / len(total[-10:])
+
+
+def weights(model: torch.nn.Module) -> Tensor:
+    """All parameters as one vector in fp32 on the CPU."""
+    return torch.cat([parameter.detach().float().cpu().flatten() for parameter in model.parameters()])
+
+
+def page(args: argparse.Namespace, config: T5Config, runs: dict[str, tuple[list[Tensor], float]]) -> str:
+    """docs/t5.md: for each run the weights that never moved, and how much of the change in fp32 there is."""
+    reference, _ = next(iter(runs.values()))
+    head = [f"weights that never moved, {n} steps" for n in args.steps] + [f"change, of fp32's, {n} steps" for n in args.steps]
+    lines = [
+        f"| run | {' | '.join(head)} | cosine to fp32's change | total loss at the end |",
+        "| --- |" + " ---: |" * (len(head) + 2),
+    ]
+    for name, (changes, loss) in runs.items():
+        still = [f"{100 * (change == 0).float().mean().item():.1f}%" for change in changes]
+        kept = [f"{(change.norm() / whole.norm()).item():.2f}" for change, whole in zip(changes, reference, strict=True)]
+        cosine = torch.cosine_similarity(changes[-1], reference[-1], dim=0).item()
+        lines.append(f"| {name} | {' | '.join(still + kept)} | {cosine:.2f} | {loss:.4f} |")
+    facts = {
+        "table": "\n".join(lines), "lr": f"{args.learning_rate:g}", "batch": args.batch_size, "steps": max(args.steps),
+        "parameters": f"{reference[-1].numel() / 1e6:.1f}M", "layers": config.num_layers, "width": config.d_model,
+        "machine": f"torch {torch.__version__} on {'a CPU' if args.device.type == 'cpu' else torch.cuda.get_device_name(args.device)}",
+    }  # fmt: skip
+    return PAGE.format(**facts)
+
+
+if __name__ == "__main__":
+    cli.run(main)
