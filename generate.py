@@ -43,6 +43,11 @@ NOT_SETTINGS = (
     "text_encoder_path", "text_encoder_2_path", "text_encoder_3_path", "unet_path", "adapter_path", "init_images", "mask_images",
     "enable_model_cpu_offload", "attention_slicing", "model_type",
 )  # fmt: skip
+INPUTS = {
+    "text": (),
+    "image": ("init_image",),
+    "inpaint": ("init_image", "mask_image"),
+}  # for `--init_images` and so on, by mode
 COPY_SEED = 1_000_003  # between the seeds of a row's images
 
 
@@ -175,9 +180,6 @@ def main(argv: list[str] | None = None) -> None:
     logger.info("%d images of %s in %s", len(names), which, folder)
 
 
-INPUTS = {"text": (), "image": ("init_image",), "inpaint": ("init_image", "mask_image")}
-
-
 def settle(args: argparse.Namespace) -> torch.dtype:
     """Fill in what the model's family decides where the command line leaves it open; returns the dtype."""
     family = family_of(args.model_path)
@@ -292,14 +294,14 @@ def draw(
     if args.max_sequence_length:
         options["max_sequence_length"] = args.max_sequence_length
     width, height = args.width or default_size(pipe), args.height or default_size(pipe)
-    if not inputs:
+    if "height" in inspect.signature(type(pipe).__call__).parameters:
         options |= {"height": height, "width": width}
-    else:
+    if inputs:
         options["image"] = [fit(read_image(inputs["init_image"][row]), width, height) for row, _ in filled]
         options["strength"] = args.strength
     if "mask_image" in inputs:
         masks = [fit(read_image(inputs["mask_image"][row]), width, height) for row, _ in filled]
-        options |= {"mask_image": [mask.convert("L") for mask in masks], "height": height, "width": width}
+        options["mask_image"] = [mask.convert("L") for mask in masks]
     if refiner:
         options |= {"denoising_end": args.high_noise_frac, "output_type": "latent"}
     try:
