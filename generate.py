@@ -166,7 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     mine = processes.share(list(names))
     todo = [key for key in mine if not is_complete(names[key])]
-    logger.info("%d images to draw into %s, %d found done", len(todo), folder, len(mine) - len(todo))
+    part = " (the first one's share)" if processes.count > 1 else ""
+    logger.info("%d images to draw into %s, %d found done, by %s%s", len(todo), folder, len(mine) - len(todo), processes, part)
     size = min(args.batch_size, len(prompts) * args.num_images_per_prompt)
     with progress(todo, desc=args.output_path, unit="image") as bar:
         for start in range(0, len(todo), size):

@@ -140,9 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     norm = concept.n.norm().item()
     told = "%d unsafe and %d safe prompts; |n| = %.2f, alpha = %g, alpha / |n| = %.3f"
     logger.info(told, len(unsafe), len(safe), norm, concept.alpha, concept.alpha / norm)
-    logger.info(
-        "%s of encoder %d, trained in %s with %s", encoder.embedding, encoder.index, settings.precision, settings.optimizer
-    )
+    how = encoder.embedding, encoder.index, settings.precision, settings.optimizer, processes
+    logger.info("%s of encoder %d, trained in %s with %s by %s", *how)
     if encoder.model.dtype == torch.bfloat16 and settings.precision == "bf16_weights" and settings.optimizer == "adamw":
         logger.warning("plain AdamW loses small updates of bf16 weights to rounding; the default optimizer does not")
     facts = facts_of(args, encoder, codebook, concept, settings)

@@ -68,19 +68,18 @@ def make_plan(
 
     `batch_size` is in pairs a step over all `processes`, `pairs` in an epoch. `gradient_checkpointing` says that the model has it
     enabled. `sharded` splits weights, gradients and optimizer state evenly; the block that is gathered at a time is not counted.
-    Processes that are not sharded hold gradients twice, the second time in DistributedDataParallel's buckets. Raises ValueError
-    for an unknown optimizer.
+    Raises ValueError for an unknown optimizer.
     """  # fmt: skip
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"{optimizer} is no optimizer known here; those are {', '.join(OPTIMIZERS)}")
     here = math.ceil(min(batch_size, pairs) / processes)
     activations, embedding_values = _activations(model, read, tokens, here, autocast, gradient_checkpointing)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    share, copies = (processes, 1) if sharded else (1, 1 + (processes > 1))
+    share = processes if sharded else 1
     return Plan(
         parameters=sum(parameter.numel() for parameter in trainable),
         weights=math.ceil(sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers())) / share),
-        gradients=math.ceil(copies * sum(parameter.nbytes for parameter in trainable) / share),
+        gradients=math.ceil(sum(parameter.nbytes for parameter in trainable) / share),
         optimizer=math.ceil(sum(_state(parameter, optimizer) for parameter in trainable) / share),
         activations=activations,
         codebook_on_disk=codebook_rows * embedding_values * codebook_itemsize,

@@ -5,7 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,11 +22,16 @@ class Processes:
         self._accelerator: Accelerator | None = None
         if self.count > 1:
             patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while one searches the targets
-            handlers = [DistributedDataParallelKwargs(find_unused_parameters=not all_trained), patience]
-            self._accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=handlers)
+            replicas = DistributedDataParallelKwargs(find_unused_parameters=not all_trained, gradient_as_bucket_view=True)
+            self._accelerator = Accelerator(
+                cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[replicas, patience]
+            )
             device = self._accelerator.device
         self.device = device
         self.rank = self._accelerator.process_index if self._accelerator else 0
+
+    def __str__(self) -> str:
+        return f"{self.count} process{'es' if self.count > 1 else ''}"
 
     @property
     def is_main(self) -> bool:
@@ -36,7 +41,7 @@ class Processes:
     @property
     def sharded(self) -> bool:
         """Whether weights, gradients and optimiser states are split over the processes."""
-        return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and self.count > 1
+        return self._accelerator is not None and self._accelerator.distributed_type == DistributedType.FSDP
 
     def share(self, items: Any) -> Any:
         """This process's part of a list or tensor: every `count`-th item."""

@@ -68,7 +68,10 @@ class Settings:
 
 def make_trainable(model: nn.Module, settings: Settings) -> list[nn.Parameter]:
     """Give `model` the dtype it is trained in, and return what is trained: everything but a projection."""
-    model.to(torch.bfloat16 if settings.precision == "bf16_weights" else torch.float32).requires_grad_(True)
+    dtype = torch.bfloat16 if settings.precision == "bf16_weights" else torch.float32
+    if model.dtype != dtype:
+        model.to(dtype)
+    model.requires_grad_(True)
     for name, parameter in model.named_parameters():
         if name == PROJECTION:
             parameter.requires_grad_(False)

@@ -14,7 +14,8 @@ def launch(script, *argv, processes, cwd):
     """Run a script under `accelerate launch`, or alone for one process; returns its stderr."""
     start = [sys.executable]
     if processes > 1:
-        launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes, "--num_machines", 1]
+        # accelerate's own --cpu starts one process; with --multi_gpu it starts all, and --device cpu keeps them on the CPU
+        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes, "--num_machines", 1]
         start += [*launcher, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
     command = [*map(str, start), str(ROOT / script), *map(str, argv)]
     done = subprocess.run(
@@ -41,7 +42,7 @@ def codebook(tmp_path_factory):
 
 
 def test_trained_weights_equal_those_of_one_process(codebook, tmp_path):
-    """Twelve unsafe and safe prompts in batches of five: the last batch is uneven, and one of its halves has no row in the end."""
+    """Twelve pairs in batches of eleven: the first batch splits unevenly, and the second leaves one process without a pair."""
     states = []
     for processes in (1, 2):
         done = launch(
@@ -52,6 +53,7 @@ def test_trained_weights_equal_those_of_one_process(codebook, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("protected encoder in") == 1
+        assert f"by {processes} process" in done.stderr
         run = tmp_path / f"out{processes}/0.0001_0.3"
         states.append(torch.load(run / "checkpoint-2.pt", weights_only=True)["model_state_dict"])
         assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
@@ -61,6 +63,53 @@ def test_trained_weights_equal_those_of_one_process(codebook, tmp_path):
         if not name.endswith("k_proj.bias"):  # its gradient is zero but for rounding, which Adam scales up
             torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5, msg=name)
     assert max((base[name] - tensor).abs().max() for name, tensor in one.items()) > 1e-4
+
+
+SHARDED = """
+import sys
+sys.path.insert(0, {root!r})
+from des.processes import Processes
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import train_des
+
+def prepare(self, model, optimizer):
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.encoder.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return model, torch.optim.AdamW(model.parameters(), lr=optimizer.param_groups[0]["lr"], fused=True)
+
+Processes.prepare = prepare
+Processes.state_dict = lambda self, model: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+train_des.main(sys.argv[1:])
+"""
+
+
+def test_sharded_weights_train_to_the_same(codebook, tmp_path):
+    """accelerate shards on GPUs only, so the model is sharded here as it does it there, by FSDP2's `fully_shard`."""
+    (tmp_path / "sharded.py").write_text(SHARDED.format(root=str(ROOT)))
+    states = []
+    for processes, script in ((1, "train_des.py"), (2, tmp_path / "sharded.py")):
+        done = launch(
+            script, "--model_path", GOLDEN / "A/model", "--device", "cpu", "--codebook_dir", codebook, "--num_epochs", 2,
+            "--unsafe_csv_path", GOLDEN / "A/unsafe.csv", "--safe_csv_path", GOLDEN / "A/safe.csv", "--output_dir", f"out{processes}",
+            "--batch_size", 6, "--learning_rate", "1e-4", "--concept_guidance_scale", 20, processes=processes, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        states.append(
+            torch.load(tmp_path / f"out{processes}/0.0001_0.3/checkpoint-2.pt", weights_only=True)["model_state_dict"]
+        )
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        if not name.endswith("k_proj.bias"):
+            torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
 def test_the_images_are_the_same_file_for_file(tmp_path):
@@ -73,6 +122,7 @@ def test_the_images_are_the_same_file_for_file(tmp_path):
             "--num_inference_steps", 2, "--batch_size", 3, "--results_dir", f"results{processes}", processes=processes, cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        assert f"by {processes} process" in done.stderr
         images.append({name: data for name, data in snapshot(tmp_path / f"results{processes}").items() if name.endswith("png")})
     assert len(images[0]) == 7
     assert images[0] == images[1]
