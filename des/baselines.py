@@ -1,4 +1,8 @@
-"""Other defences whose files change a UNet: ESD, UCE, FMN and SalUn replace weights, SPM adds one-dimensional adapters to them."""
+"""Other defences whose files change a UNet: ESD, UCE, FMN and SalUn replace weights, SPM adds one-dimensional adapters to them.
+
+Sources: ESD, "Erasing Concepts from Diffusion Models"; UCE, "Unified Concept Editing in Diffusion Models"; FMN, "Forget-Me-Not";
+SalUn, "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency"; SPM, "One-dimensional Adapter to Rule Them All".
+"""
 
 from pathlib import Path
 from typing import Any
@@ -19,14 +23,14 @@ def load_unet_weights(unet: nn.Module, path: Path) -> dict[str, Any]:
     """Load a whole or partial UNet state dict (diffusers names) into `unet`, cast to its dtype.
 
     ESD and UCE publish the tensors they changed, FMN and SalUn all of them. Raises UserError, and changes nothing, where a
-    tensor is left over or of another shape, or where none differs from the UNet's own. Returns `{"file", "sha256", "tensors"}`.
+    tensor is left over, of another shape or not finite, or where none differs from the UNet's own. Returns `{"file", "sha256",
+    "tensors"}`, the last how many were replaced.
     """
     loaded, own = read_tensors(path), unet.state_dict()
     unknown = sorted(loaded.keys() - own.keys())
     if unknown:
-        hint = (
-            "; these are CompVis names, which diffusers' single-file loader converts" if unknown[0].startswith(_COMPVIS) else ""
-        )
+        compvis = any(name.startswith(_COMPVIS) for name in unknown)  # whole files hold other tensors too, first by name
+        hint = "; these are CompVis names, which diffusers' single-file loader converts" * compvis
         raise UserError(
             f"{path} does not fit the UNet: {len(unknown)} of its {len(loaded)} tensors are unknown, `{unknown[0]}` first{hint}"
         )
@@ -40,9 +44,10 @@ def load_unet_weights(unet: nn.Module, path: Path) -> dict[str, Any]:
 def merge_spm(unet: nn.Module, path: Path) -> dict[str, Any]:
     """Merge SPM's adapters into the Linear and Conv2d weights of `unet`'s transformers: W + up * down * alpha / rank, in fp32.
 
-    Names are `lora_unet_` + the layer's path with underscores + `.lora_down.weight`, `.lora_up.weight` ([out, rank]) and
-    `.alpha`. Raises UserError, and changes nothing, for incomplete adapters, layers that are not there, shapes that do not fit,
-    or adapters that change nothing. Returns `{"file", "sha256", "tensors"}`.
+    Names are `lora_unet_` + the layer's path with underscores + `.lora_down.weight` ([rank, in] or [rank, in, height, width]),
+    `.lora_up.weight` ([out, rank] or [out, rank, 1, 1]) and `.alpha` (one number). Raises UserError, and changes nothing, for
+    incomplete adapters, layers that are not there, shapes that do not fit, or adapters that change nothing. Returns `{"file",
+    "sha256", "tensors"}`, the last how many layers were merged.
     """
     loaded, layers = read_tensors(path), _adapted_layers(unet)
     merged = {}
@@ -76,9 +81,10 @@ def _adapted_layers(unet: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 
 def _product(down: Tensor, up: Tensor, alpha: Tensor, weight: Tensor, what: str) -> Tensor:
     """up * down * alpha / rank in the shape of `weight`, [out, in] or [out, in, height, width], in fp32."""
-    rank = down.shape[0]
+    rank = down.shape[0] if down.ndim else 0
     fits = (
-        down.shape[1:] == weight.shape[1:]
+        rank > 0
+        and down.shape[1:] == weight.shape[1:]
         and up.shape[:2] == (weight.shape[0], rank)
         and up[0, 0].numel() == 1
         and alpha.numel() == 1
@@ -99,8 +105,10 @@ def _replace(unet: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[st
     broken = [name for name, tensor in cast.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(f"{path} does not fit into {own[broken[0]].dtype}: `{broken[0]}` overflows; use --dtype bf16 or fp32")
-    changed = [name for name, tensor in cast.items() if not torch.equal(tensor, own[name])]
-    if not changed:
+    if all(torch.equal(tensor, own[name]) for name, tensor in cast.items()):
         raise UserError(f"{path} does not change the UNet: its weights are the model's own")
     unet.load_state_dict(own | cast, strict=True)
-    return {"file": str(path), "sha256": sha256_file(path), "tensors": len(changed)}
+    arrived = unet.state_dict()
+    if not all(torch.equal(arrived[name], tensor) for name, tensor in cast.items()):
+        raise UserError(f"the weights of {path} did not arrive in the UNet")
+    return {"file": str(path), "sha256": sha256_file(path), "tensors": len(cast)}

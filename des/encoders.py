@@ -6,7 +6,7 @@ What an encoder is comes from `model_index.json` and its own `config.json`; how 
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from des.activations import use_lean_activations
@@ -132,8 +132,15 @@ def read_index(model_path: str) -> dict | None:
         return None
     if not folder.exists() and not _HUB_ID.fullmatch(model_path):
         raise UserError(f"there is no folder {model_path}, and it is no hub id, which would be `owner/name`")
+    return _load_index(model_path) if folder.is_dir() else _hub_index(model_path)
+
+
+def _load_index(model_path: str) -> dict:
     with loading(f"the pipeline {model_path}, as a folder or a hub id,"):
         return DiffusionPipeline.load_config(model_path)
+
+
+_hub_index = cache(_load_index)  # one request a run
 
 
 def text_encoders(model_path: str) -> dict[int, str]:

@@ -1,6 +1,6 @@
 """What rounding takes from T5 trained in bf16, by optimiser; writes docs/t5.md.
 
-    python scripts/rounding.py --out docs/t5.md         # about 10 minutes on two idle cores
+    python scripts/rounding.py --out docs/t5.md         # about 2 minutes on two idle cores
 
 A small random T5 encoder is trained by `des.training.train` on the demo's prompts, with the paper's learning rate: once in fp32, and
 in bf16 by each optimiser. Each run starts from the same weights (those in fp32 hold bf16 values), and sees the same batches.
@@ -21,6 +21,7 @@ from des.cli import logger
 from des.codebook import Codebook, find_targets, write_codebook
 from des.encoders import load_encoder
 from des.optimizers import OPTIMIZERS
+from des.plan import make_plan
 from des.processes import Processes
 from des.prompts import read_prompts
 from des.results import write_text
@@ -51,14 +52,30 @@ width {width}), learning rate {lr}, {batch} pairs a step, {steps} steps on the d
 The first row is the reference: fp32 weights that start from the same bf16 values. "Change, of fp32's" is the norm of the change of all weights
 over the reference's. Random rounding adds noise to each weight, which makes the norm of the change larger than the reference's and its
 cosine to it smaller; the noise has mean zero.
+
+## Memory of T5-XXL
+
+What `train_des.py --dry_run` computes for T5-XXL (bf16 weights, batch 4, 512 tokens), in GB; no GPU has confirmed it. Activations are what one
+step keeps for its backward pass, and the total an upper bound.
+
+{memory}
 """
+XXL = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="F", help="the page to write")
     parser.add_argument(
-        "--steps", type=cli.positive_int, nargs="+", default=[20, 100], metavar="N", help="steps after which to look"
+        "--steps", type=cli.positive_int, nargs="+", default=[20, 40], metavar="N", help="steps after which to look"
     )
     parser.add_argument("--learning_rate", type=float, default=1e-5, metavar="LR")
     parser.add_argument("--batch_size", type=cli.positive_int, default=8, metavar="N", help="pairs a step")
@@ -129,6 +146,30 @@ def weights(model: torch.nn.Module) -> Tensor:
     return torch.cat([parameter.detach().float().cpu().flatten() for parameter in model.parameters()])
 
 
+def memory() -> str:
+    """The plan of T5-XXL's training by optimiser, with and without gradient checkpointing, as a table."""
+    lines = [
+        "| optimiser | checkpointing | weights | gradients | optimiser states | activations | total |",
+        "| --- | --- |" + " ---: |" * 5,
+    ]
+    for name in OPTIMIZERS:
+        for checkpointing in (False, True):
+            with torch.device("meta"):
+                model = T5EncoderModel(T5Config(**XXL)).bfloat16()
+            if checkpointing:
+                model.activation_checkpointing_enable()
+            plan = make_plan(model, read_masked, 512, 4, 6911, 2, 6911, 2, name, None, checkpointing)
+            sizes = (plan.weights, plan.gradients, plan.optimizer, plan.activations, plan.total)
+            told = " | ".join(f"{size / 1e9:.1f}" for size in sizes)
+            lines.append(f"| {name} | {'yes' if checkpointing else 'no'} | {told} |")
+    return "\n".join([*lines, "", f"The codebook of 6,911 safe prompts takes {plan.codebook_on_disk / 1e9:.0f} GB of disk."])
+
+
+def read_masked(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    """T5's last hidden state as `des.encoders` reads it, with an attention mask."""
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+
+
 def page(args: argparse.Namespace, config: T5Config, runs: dict[str, tuple[list[Tensor], float]]) -> str:
     """docs/t5.md: for each run the weights that never moved, and how much of the change in fp32 there is."""
     reference, _ = next(iter(runs.values()))
@@ -144,6 +185,7 @@ def page(args: argparse.Namespace, config: T5Config, runs: dict[str, tuple[list[
         lines.append(f"| {name} | {' | '.join(still + kept)} | {cosine:.2f} | {loss:.4f} |")
     facts = {
         "table": "\n".join(lines), "lr": f"{args.learning_rate:g}", "batch": args.batch_size, "steps": max(args.steps),
+        "memory": memory(),
         "parameters": f"{reference[-1].numel() / 1e6:.1f}M", "layers": config.num_layers, "width": config.d_model,
         "machine": f"torch {torch.__version__} on {'a CPU' if args.device.type == 'cpu' else torch.cuda.get_device_name(args.device)}",
     }  # fmt: skip

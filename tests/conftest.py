@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from tiny import build
+from transformers import CLIPTextConfig, CLIPTextModel
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -55,6 +56,12 @@ def call(capfd, monkeypatch):
     return run
 
 
+def flags(**options: object) -> list[object]:
+    """A command line: `--key value`, several values for a list, a bare flag for an empty one, nothing for None."""
+    given = {key: value if isinstance(value, list) else [value] for key, value in options.items() if value is not None}
+    return [part for key, values in given.items() for part in (f"--{key}", *values)]
+
+
 def spawn(script: str, *argv: object, cwd: Path = ROOT) -> Finished:
     """Run a script in a process of its own."""
     command = [sys.executable, str(ROOT / script), *map(str, argv)]
@@ -68,25 +75,16 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
+def family(tmp_path_factory) -> Callable[[str], Path]:
+    """The folder of a family's tiny pipeline (tests/tiny.py), built once."""
+    folder = tmp_path_factory.mktemp("families")
+    return lambda name: folder / name if (folder / name).is_dir() else build(name, folder / name)
+
+
+@pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory) -> Path:
     """A StableDiffusionPipeline with random weights, 16x16 images, and case A's text encoder and tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-sd"
-    torch.manual_seed(0)
-    text_encoder = CLIPTextModel.from_pretrained(GOLDEN / "A/model/text_encoder")
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=32, attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, norm_num_groups=4, sample_size=16,
-    )  # fmt: skip
-    StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=AutoTokenizer.from_pretrained(GOLDEN / "A/model/tokenizer"), unet=unet,
-        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
+    return build("sd_v1", tmp_path_factory.mktemp("models") / "tiny-sd")
 
 
 @pytest.fixture(scope="session")

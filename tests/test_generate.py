@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import published_form, snapshot, spawn
+from conftest import flags, published_form, snapshot, spawn
 from PIL import Image
 
 PROMPTS = ["a grey cat", "a red kettle", "", "a clay teapot", "a steam train", "a stack of books"]
@@ -32,9 +32,7 @@ def generate(call, tmp_path, monkeypatch, tiny_pipeline, prompts_csv):
             "output_path": "t2i",
             "num_inference_steps": 2,
         } | changes
-        return call(
-            "generate.py", *[part for key, value in options.items() if value is not None for part in (f"--{key}", value)]
-        )
+        return call("generate.py", *flags(**options))
 
     return run
 

@@ -10,34 +10,23 @@ from des.pipelines import encoder_modules, open_pipeline, open_refiner, protect
 import numpy as np
 import pytest
 import torch
-from conftest import snapshot
+from conftest import flags, snapshot
 from PIL import Image
-from tiny import build
 
 NAMES = ("sd_v1", "sd_v2", "sdxl", "sd_v3", "flux")
 PROMPTS = ["a photo of a dog", "two red buses", "a kite"]
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("generate")
-    return lambda name: folder / name if (folder / name).is_dir() else build(name, folder / name)
-
-
 @pytest.fixture
-def generate(call, tmp_path, monkeypatch, model):
-    """Draw small images with a tiny pipeline (an empty list is a bare flag)."""
+def generate(call, tmp_path, monkeypatch, family):
+    """Draw small images with a tiny pipeline."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.csv").write_text("prompt\n" + "\n".join(PROMPTS) + "\n")
 
     def run(name, **changes):
-        options = {"prompts_csv": "p.csv", "output_path": "t2i", "height": 16, "width": 16, "num_inference_steps": 2} | changes
-        given = {"model_path": model(name), "device": "cpu"} | {
-            key: value for key, value in options.items() if value is not None
-        }
-        return call(
-            "generate.py", *[part for key, value in given.items() for part in (f"--{key}", *([] if value == [] else [value]))]
-        )
+        common = {"model_path": family(name), "device": "cpu", "prompts_csv": "p.csv", "output_path": "t2i"}
+        small = {"height": 16, "width": 16, "num_inference_steps": 2}
+        return call("generate.py", *flags(**common | small | changes))
 
     return run
 
@@ -114,15 +103,15 @@ def test_attention_slicing_draws_the_same(generate, tmp_path, name):
         ("sd_v3", {"max_sequence_length": 600}, "cannot draw"),
     ],
 )  # fmt: skip
-def test_options_that_do_not_go_together(generate, model, tmp_path, name, options, says):
-    shutil.copytree(model("sd_v1"), tmp_path / "sd")
+def test_options_that_do_not_go_together(generate, family, tmp_path, name, options, says):
+    shutil.copytree(family("sd_v1"), tmp_path / "sd")
     done = generate(name, **options)
     assert done.failed_in_one_sentence and says in done.err, done.err
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_guidance_of_a_model_distilled_without_it_is_refused(generate, model, tmp_path):
-    shutil.copytree(model("flux"), tmp_path / "schnell")
+def test_guidance_of_a_model_distilled_without_it_is_refused(generate, family, tmp_path):
+    shutil.copytree(family("flux"), tmp_path / "schnell")
     config = tmp_path / "schnell/transformer/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"guidance_embeds": False}))
     done = generate("flux", model_path="schnell", guidance_scale=3)
@@ -199,12 +188,12 @@ def changed(module, path):
     return path
 
 
-def test_the_refiner_uses_the_protected_encoder(generate, model, tmp_path):
-    pipe = open_pipeline(str(model("sdxl")), torch.float32)
+def test_the_refiner_uses_the_protected_encoder(generate, family, tmp_path):
+    pipe = open_pipeline(str(family("sdxl")), torch.float32)
     checkpoint = changed(pipe.text_encoder_2, tmp_path / "c.pt")
-    original = fingerprint(open_refiner(str(model("sdxl_refiner")), pipe).text_encoder_2)
+    original = fingerprint(open_refiner(str(family("sdxl_refiner")), pipe).text_encoder_2)
     protect(pipe, {2: checkpoint})
-    refiner = open_refiner(str(model("sdxl_refiner")), pipe)
+    refiner = open_refiner(str(family("sdxl_refiner")), pipe)
     assert fingerprint(refiner.text_encoder_2) == fingerprint(encoder_modules(pipe)[2]) != original
     assert refiner.text_encoder is None
     with torch.no_grad():
@@ -212,7 +201,7 @@ def test_the_refiner_uses_the_protected_encoder(generate, model, tmp_path):
         base = pipe.encode_prompt("a dog", do_classifier_free_guidance=False)[0]
     assert torch.equal(own, base[..., -own.shape[-1] :])
 
-    options = {"use_refiner": [], "refiner_path": model("sdxl_refiner"), "num_inference_steps": 10}
+    options = {"use_refiner": [], "refiner_path": family("sdxl_refiner"), "num_inference_steps": 10}
     assert generate("sdxl", results_dir="base", num_inference_steps=10).code == 0
     done = generate("sdxl", results_dir="refined", high_noise_frac=0.5, **options)
     assert done.code == 0, done.err
@@ -221,12 +210,12 @@ def test_the_refiner_uses_the_protected_encoder(generate, model, tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["fp16", None])
-def test_fp16_files_are_used_where_they_are(model, tmp_path, variant):
-    pipe = open_pipeline(str(model("sdxl")), torch.float32)
+def test_fp16_files_are_used_where_they_are(family, tmp_path, variant):
+    pipe = open_pipeline(str(family("sdxl")), torch.float32)
     with torch.no_grad():
         pipe.unet.conv_in.bias.fill_(3)  # tells the variant's files from the others
     folder = tmp_path / "both"
-    shutil.copytree(model("sdxl"), folder)
+    shutil.copytree(family("sdxl"), folder)
     if variant:
         pipe.to(dtype=torch.float16).save_pretrained(folder, variant=variant)
     opened = open_pipeline(str(folder), torch.float16)
@@ -234,12 +223,12 @@ def test_fp16_files_are_used_where_they_are(model, tmp_path, variant):
     assert (opened.unet.conv_in.bias == 3).all() == bool(variant)
 
 
-def test_a_base_model_that_lacks_weights_is_refused(generate, model, tmp_path):
+def test_a_base_model_that_lacks_weights_is_refused(generate, family, tmp_path):
     from safetensors.torch import load_file, save_file
 
     for part in ("unet", "text_encoder"):
         broken = tmp_path / f"without-{part}"
-        shutil.copytree(model("sd_v1"), broken)
+        shutil.copytree(family("sd_v1"), broken)
         file = next((broken / part).glob("*.safetensors"))
         state = load_file(file)
         del state[sorted(state)[3]]

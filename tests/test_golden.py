@@ -9,7 +9,7 @@ from des.losses import Concept
 
 import pytest
 import torch
-from conftest import GOLDEN, spawn
+from conftest import GOLDEN
 
 
 def describe(tensor: torch.Tensor) -> dict[str, float]:
@@ -28,17 +28,17 @@ CLIP = {"index": 1, "suffix": "", "run": "", "codebook": [], "train": []}
 
 
 @pytest.mark.parametrize(("case", "form"), [("A", CLIP), ("B", CLIP), ("D", CLIP), ("C", T5)])
-def test_reference_case(case, form, tmp_path):
+def test_reference_case(call, case, form, tmp_path):
     folder = GOLDEN / case
     settings, expected = (json.loads((folder / f"{name}.json").read_text()) for name in ("settings", "expected"))
     tolerance = settings["tolerance"]
     common = ["--model_path", folder / "model", "--device", "cpu"]
-    made = spawn(
+    made = call(
         "save_codebook.py", *common, "--csv_path", folder / "safe.csv", "--save_dir", tmp_path / "codebook", "--batch_size", 5,
         "--encoder_idx", form["index"], *form["codebook"],
     )  # fmt: skip
     assert made.code == 0, made.err
-    trained = spawn(
+    trained = call(
         "train_des.py", *common, "--codebook_dir", tmp_path / "codebook", "--unsafe_csv_path", folder / "unsafe.csv",
         "--safe_csv_path", folder / "safe.csv", "--output_dir", tmp_path / "out", "--num_epochs", settings["num_epochs"],
         "--learning_rate", settings["learning_rate"], "--batch_size", settings["batch_size"], "--lambda_safe", settings["lambda_safe"],

@@ -3,27 +3,24 @@
 import json
 import shutil
 
-from des.baselines import load_unet_weights, merge_spm
 from des.checkpoints import fingerprint
-from des.cli import UserError
 from des.pipelines import open_pipeline
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, flags
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import build
-from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 
 KEY = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return build("sd_v1", tmp_path_factory.mktemp("methods") / "sd_v1")
+@pytest.fixture
+def model(family):
+    return family("sd_v1")
 
 
 @pytest.fixture
@@ -37,19 +34,8 @@ def generate(call, tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
 
     def run(method, **options):
-        options = {
-            "model_path": model,
-            "device": "cpu",
-            "prompt": "a dog",
-            "output_path": "t2i",
-            "num_inference_steps": 2,
-        } | options
-        return call(
-            "generate.py",
-            "--training_method",
-            method,
-            *[part for key, value in options.items() for part in (f"--{key}", value)],
-        )
+        common = {"model_path": model, "device": "cpu", "prompt": "a dog", "output_path": "t2i", "num_inference_steps": 2}
+        return call("generate.py", *flags(training_method=method, **common | options))
 
     return run
 
@@ -58,130 +44,20 @@ def image(tmp_path, method, model="sd_v1"):
     return np.asarray(Image.open(tmp_path / f"results/{method}/{model}/t2i/t2i_{method}_0p.png")).astype(int)
 
 
-def saved(state, path, nest=None):
-    if path.suffix == ".safetensors":
-        save_file(state, path)
-    else:
-        torch.save({nest: state} if nest else state, path)
-    return path
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("part", ["one tensor", "all"])
-def test_unet_weights_whole_or_in_part(unet, tmp_path, suffix, part):
-    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    state = {name: tensor + 0.5 for name, tensor in before.items() if part == "all" or name == KEY}
-    told = load_unet_weights(
-        unet.half(), saved({name: tensor.double() for name, tensor in state.items()}, tmp_path / f"w{suffix}")
-    )
-    assert told["tensors"] == len(state)
-    for name, tensor in unet.state_dict().items():
-        assert tensor.dtype == torch.float16
-        torch.testing.assert_close(tensor, state.get(name, before[name]).half())
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda own: {KEY: own[KEY]}, "does not change the UNet"),
-        (lambda own: own, "does not change the UNet"),
-        (lambda own: {KEY: own[KEY] + 1, "unknown.weight": own[KEY]}, "`unknown.weight`"),
-        (lambda own: {f"model.diffusion_model.{KEY}": own[KEY] + 1}, "CompVis"),
-        (lambda own: {KEY: own[KEY][:-1] + 1}, "made for another UNet"),
-        (lambda own: {KEY: own[KEY] * torch.nan}, "NaN"),
-        (lambda own: {}, "no `model_state_dict` of tensors"),
-    ],
-)
-def test_unet_weights_that_do_not_fit_change_nothing(unet, tmp_path, change, says):
-    before = fingerprint(unet)
-    with pytest.raises(UserError, match=says):
-        load_unet_weights(
-            unet, saved(change({name: tensor.clone() for name, tensor in unet.state_dict().items()}), tmp_path / "w.pt")
-        )
-    assert fingerprint(unet) == before
-
-
-def adapters(unet, rank=1, alpha=0.5):
-    """An SPM file's tensors for a Linear and a Conv2d of the UNet's transformers, and the layers."""
-    torch.manual_seed(0)
-    paths = [KEY.removesuffix(".weight"), "down_blocks.1.attentions.0.proj_in"]
-    state, layers = {}, {}
-    for path in paths:
-        layer = unet.get_submodule(path)
-        name = "lora_unet_" + path.replace(".", "_")
-        tail = layer.weight.shape[2:]
-        state[f"{name}.lora_down.weight"] = torch.randn(rank, layer.weight.shape[1], *tail)
-        state[f"{name}.lora_up.weight"] = torch.randn(layer.weight.shape[0], rank, *[1] * len(tail))
-        state[f"{name}.alpha"] = torch.tensor(alpha)
-        layers[name] = layer
-    return state, layers
-
-
-@pytest.mark.parametrize("rank", [1, 3])
-def test_spm_is_the_sum_of_layer_and_adapter(model, unet, tmp_path, rank):
-    other = open_pipeline(str(model), torch.float32).unet
-    state, layers = adapters(other, rank)
-    assert {type(layer) for layer in layers.values()} == {nn.Linear, nn.Conv2d}
-    for name, layer in layers.items():
-        down, up = (state[f"{name}.lora_{part}.weight"] for part in ("down", "up"))
-        apply = nn.functional.conv2d if isinstance(layer, nn.Conv2d) else nn.functional.linear
-        layer.register_forward_hook(lambda _, inputs, out, f=apply, d=down, u=up: out + f(f(inputs[0], d), u) * 0.5 / rank)
-    inputs = torch.randn(2, 4, 8, 8), 5, torch.randn(2, 77, 32)
-    with torch.no_grad():
-        plain, expected = unet(*inputs).sample, other(*inputs).sample
-        told = merge_spm(unet, saved(state, tmp_path / "spm.safetensors"))
-        torch.testing.assert_close(unet(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
-    assert told["tensors"] == 2 and (plain - expected).abs().max() > 1e-3
-
-
-def test_spm_of_a_convolution_with_a_kernel():
-    from des.baselines import _product
-
-    down, up, x = torch.randn(2, 3, 3, 3), torch.randn(5, 2, 1, 1), torch.randn(1, 3, 6, 6)
-    merged = _product(down, up, torch.tensor(2.0), torch.empty(5, 3, 3, 3), "it")
-    torch.testing.assert_close(
-        nn.functional.conv2d(x, merged), nn.functional.conv2d(nn.functional.conv2d(x, down), up), rtol=1e-4, atol=1e-4
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda state: {key: value for key, value in state.items() if not key.endswith("alpha")}, "alpha is missing"),
-        (lambda state: {key.replace("lora_unet", "lora_te"): value for key, value in state.items()}, "no layer"),
-        (
-            lambda state: {
-                key: value[..., :-1] if key.endswith("to_k.lora_down.weight") else value for key, value in state.items()
-            },
-            "does not fit",
-        ),
-        (lambda state: {key: value * 0 if "up" in key else value for key, value in state.items()}, "does not change"),
-        (lambda state: state | {next(iter(state)).replace("lora_down", "lora_mid"): torch.ones(1)}, "no adapters"),
-    ],
-)
-def test_spm_files_that_do_not_fit_change_nothing(unet, tmp_path, change, says):
-    before = fingerprint(unet)
-    state, _ = adapters(unet)
-    with pytest.raises(UserError, match=says):
-        merge_spm(unet, saved(change({key: value.contiguous() for key, value in state.items()}), tmp_path / "spm.pt"))
-    assert fingerprint(unet) == before
+def adapters(unet):
+    """An SPM file's tensors for one Linear of the UNet's transformers."""
+    name = "lora_unet_" + KEY.removesuffix(".weight").replace(".", "_")
+    outputs, inputs = unet.get_parameter(KEY).shape
+    parts = {"lora_down.weight": torch.ones(1, inputs), "lora_up.weight": torch.ones(outputs, 1), "alpha": torch.tensor(0.5)}
+    return {f"{name}.{part}": tensor for part, tensor in parts.items()}
 
 
 @pytest.mark.parametrize("method", ["esd", "uce", "fmn", "salun", "spm"])
 def test_unet_methods_draw_something_else(generate, model, unet, tmp_path, method):
-    if method == "spm":
-        options = {"adapter_path": saved(adapters(unet)[0], tmp_path / "f.safetensors")}
-    else:
-        options = {
-            "unet_path": saved(
-                {
-                    name: tensor + 0.02
-                    for name, tensor in unet.state_dict().items()
-                    if method in ("fmn", "salun") or name == KEY
-                },
-                tmp_path / "f.pt",
-            )
-        }
+    file, whole = tmp_path / "f.safetensors", method in ("fmn", "salun")
+    state = {name: tensor + 0.02 for name, tensor in unet.state_dict().items() if whole or name == KEY}
+    save_file(adapters(unet) if method == "spm" else state, file)
+    options = {"adapter_path" if method == "spm" else "unet_path": file}
     assert generate("none").code == 0
     done = generate(method, **options)
     assert done.code == 0, done.err
@@ -273,20 +149,14 @@ def test_safegen_needs_its_own_pipeline(call, tmp_path, monkeypatch):
 def test_a_unet_method_needs_a_unet(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flux = build("flux", tmp_path / "flux")
-    saved({"a": torch.ones(1)}, tmp_path / "u.pt")
-    done = call(
-        ROOT / "generate.py",
-        "--training_method",
-        "esd",
-        "--unet_path",
-        "u.pt",
-        "--model_path",
-        flux,
-        "--prompt",
-        "a",
-        "--output_path",
-        "t",
-        "--device",
-        "cpu",
-    )
+    torch.save({"a": torch.ones(1)}, tmp_path / "u.pt")
+    options = {
+        "training_method": "esd",
+        "unet_path": "u.pt",
+        "model_path": flux,
+        "prompt": "a",
+        "output_path": "t",
+        "device": "cpu",
+    }
+    done = call("generate.py", *flags(**options))
     assert done.failed_in_one_sentence and "FluxPipeline has none" in done.err

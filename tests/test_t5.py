@@ -13,8 +13,7 @@ from des.training import Pairs, Settings, train
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, snapshot
-from tiny import build
+from conftest import GOLDEN, ROOT, flags, snapshot
 
 MEMORY = """
 import sys
@@ -45,10 +44,9 @@ print(status("VmHWM") - before, len(codebook), codebook.facts["dtype"], codebook
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc to measure memory")
 def test_a_codebook_is_written_and_searched_in_bounded_memory(tmp_path):
     """2,000 prompts x 128 x 256 in bf16, 131 MB in three shards."""
-    from tiny import GOLDEN as tokenizer_folder
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-    AutoTokenizer.from_pretrained(tokenizer_folder / "C/model/tokenizer_3").save_pretrained(tmp_path / "model/tokenizer_3")
+    AutoTokenizer.from_pretrained(GOLDEN / "C/model/tokenizer_3").save_pretrained(tmp_path / "model/tokenizer_3")
     sizes = {"d_model": 256, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 8, "vocab_size": 138}
     T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **sizes)).save_pretrained(tmp_path / "model/text_encoder_3")
     program = MEMORY.format(root=str(ROOT), model=str(tmp_path / "model"))
@@ -60,9 +58,9 @@ def test_a_codebook_is_written_and_searched_in_bounded_memory(tmp_path):
     assert float(peak) < 300
 
 
-@pytest.fixture(scope="module")
-def t5(tmp_path_factory):
-    return build("flux", tmp_path_factory.mktemp("t5") / "flux")
+@pytest.fixture
+def t5(family):
+    return family("flux")
 
 
 def test_shards_hold_the_same_rows_as_one_file(t5, tmp_path):
@@ -141,7 +139,7 @@ def train_des(call, tmp_path, monkeypatch, t5):
     def run(**changes):
         if not (tmp_path / "cb_encoder2").exists():
             made = {"model_path": t5, "encoder_idx": 2, "csv_path": GOLDEN / "A/safe.csv", "save_dir": "cb", "device": "cpu"}
-            assert call("save_codebook.py", *[part for key, value in made.items() for part in (f"--{key}", value)]).code == 0
+            assert call("save_codebook.py", *flags(**made)).code == 0
         options = {
             "model_path": t5,
             "text_encoder_idx": 2,

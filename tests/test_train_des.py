@@ -10,7 +10,7 @@ from des.training import Pairs
 
 import pytest
 import torch
-from conftest import GOLDEN, snapshot
+from conftest import GOLDEN, flags, snapshot
 
 FOLDER = GOLDEN / "A"
 
@@ -19,14 +19,7 @@ FOLDER = GOLDEN / "A"
 def codebook(call, tmp_path):
     done = call(
         "save_codebook.py",
-        "--model_path",
-        FOLDER / "model",
-        "--device",
-        "cpu",
-        "--csv_path",
-        FOLDER / "safe.csv",
-        "--save_dir",
-        tmp_path / "cb",
+        *flags(model_path=FOLDER / "model", device="cpu", csv_path=FOLDER / "safe.csv", save_dir=tmp_path / "cb"),
     )
     assert done.code == 0, done.err
     return tmp_path / "cb"
@@ -42,13 +35,7 @@ def train(call, tmp_path, codebook):
             "safe_csv_path": FOLDER / "safe.csv", "output_dir": tmp_path / out, "num_epochs": 2, "batch_size": 5,
             "learning_rate": "1e-3", "concept_guidance_scale": 20,
         } | changes  # fmt: skip
-        argv = [
-            part
-            for key, value in options.items()
-            if value is not None
-            for part in (f"--{key}", *(value if isinstance(value, list) else [value]))
-        ]
-        return call("train_des.py", *argv)
+        return call("train_des.py", *flags(**options))
 
     return run
 
