@@ -142,8 +142,6 @@ def main(argv: list[str] | None = None) -> None:
     logger.info(told, len(unsafe), len(safe), norm, concept.alpha, concept.alpha / norm)
     how = encoder.embedding, encoder.index, settings.precision, settings.optimizer, processes
     logger.info("%s of encoder %d, trained in %s with %s by %s", *how)
-    if encoder.model.dtype == torch.bfloat16 and settings.precision == "bf16_weights" and settings.optimizer == "adamw":
-        logger.warning("plain AdamW loses small updates of bf16 weights to rounding; the default optimizer does not")
     facts = facts_of(args, encoder, codebook, concept, settings)
     concept_ids = encoder.tokenize([args.concept_prompt])
     with (run_dir / "metrics.jsonl" if processes.is_main else Path(os.devnull)).open("w") as metrics:
@@ -182,6 +180,8 @@ def settings_for(args: argparse.Namespace, encoder: TextEncoder) -> Settings:
     optimizer = args.optimizer or ("adamw_bf16_sr" if precision == "bf16_weights" else "adamw")
     if optimizer == "adamw_bf16_sr" and precision != "bf16_weights":
         raise UserError("--optimizer adamw_bf16_sr rounds bf16 weights; it needs --precision bf16_weights")
+    if optimizer == "adamw" and precision == "bf16_weights":
+        logger.warning("plain AdamW loses small updates of bf16 weights to rounding; the default optimizer does not")
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     return Settings(**given | {"precision": precision, "optimizer": optimizer})
 
@@ -197,7 +197,8 @@ def dry_run(args: argparse.Namespace, processes: Processes, safe: list[str], uns
         max(len(safe), len(unsafe)), args.num_epochs, len(safe), itemsize, settings.optimizer,
         torch.bfloat16 if settings.precision == "bf16" else None, args.gradient_checkpointing, processes.count, processes.sharded,
     )  # fmt: skip
-    return describe(plan)
+    spread = f"\nwith --multi_gpu all of this is spread over {torch.cuda.device_count()} GPUs" if args.multi_gpu else ""
+    return describe(plan) + spread
 
 
 def facts_of(

@@ -91,7 +91,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     state = content[nests[0]] if nests else content
     if not isinstance(state, dict) or not state or not all(map(_is_named_tensor, state.items())):
         raise UserError(f"{path} has no `model_state_dict` of tensors")
-    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    odd = [name for name, tensor in state.items() if tensor.is_meta or tensor.layout != torch.strided or tensor.is_complex()]
+    if odd:
+        raise UserError(f"{path} holds {_some(odd)}, which is no plain tensor of real numbers")
+    broken = [name for name, tensor in state.items() if not _is_finite(tensor)]
     if broken:
         raise UserError(f"{path} has NaN or infinite values in {_some(broken)}")
     return state
@@ -99,6 +102,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _is_named_tensor(item: tuple[Any, Any]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # fp8 has no isfinite of its own
+    return bool(wide.isfinite().all())
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:

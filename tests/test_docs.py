@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = ["save_codebook.py", "train_des.py", "generate.py", "tasks/img_batch_classify.py", "clipscore.py", "fid.py"]
+TOOLS = ["scripts/download_checkpoint.py", "scripts/rounding.py", "scripts/benchmark.py"]
 
 
 def test_each_formula_is_at_its_line():
@@ -18,7 +19,7 @@ def test_each_formula_is_at_its_line():
         assert code in (ROOT / path).read_text().splitlines()[int(line) - 1], f"{path}:{line} is not `{code}`"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + TOOLS)
 def test_help_shows_an_example_and_every_option_of_it(call, script):
     done = call(script, "--help")
     assert done.code == 0
