@@ -1,5 +1,6 @@
 """Opening a diffusers pipeline for generation, and putting protected text encoders into it."""
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from des.loading import load_model, loading
 import diffusers
 import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
-from huggingface_hub import constants, file_exists, try_to_load_from_cache
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -105,7 +107,7 @@ def open_pipeline(
             raise UserError(f"--scheduler {scheduler} does not suit a {actual}, which takes {', '.join(family.schedulers)}")
         pipe.scheduler = getattr(diffusers, family.schedulers[scheduler]).from_config(pipe.scheduler.config)
     if MODES[mode]:
-        pipe = MODES[mode].from_pipe(pipe)
+        pipe = MODES[mode].from_pipe(pipe, **family.options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -140,18 +142,17 @@ def place(pipe: DiffusionPipeline, device: torch.device, cpu_offload: bool = Fal
 
 
 def _variant(model_path: str, dtype: torch.dtype) -> str | None:
-    """`fp16` where fp16 is asked for and the pipeline has files of that variant."""
+    """`fp16` where fp16 is asked for and the pipeline has text encoder files of that variant, which come with the others."""
     if dtype != torch.float16:
         return None
-    names = [f"{name}/model.fp16.safetensors" for name in ("text_encoder", "text_encoder_2")]
-    if Path(model_path).is_dir():
-        found = any((Path(model_path) / name).is_file() for name in names)
-    else:
-        found = any(isinstance(try_to_load_from_cache(model_path, name), str) for name in names)
-        if not found and not constants.HF_HUB_OFFLINE:
-            with loading(f"the list of files of {model_path}"):
-                found = any(file_exists(model_path, name) for name in names)
-    return "fp16" if found else None
+    for name in ("text_encoder/model.fp16.safetensors", "text_encoder_2/model.fp16.safetensors"):
+        if (Path(model_path) / name).is_file():
+            return "fp16"
+        if not Path(model_path).is_dir():
+            with loading(f"{name} of {model_path}"), contextlib.suppress(EntryNotFoundError):
+                hf_hub_download(model_path, name)
+                return "fp16"
+    return None
 
 
 def _check_complete(pipe: DiffusionPipeline, model_path: str) -> None:
