@@ -1,6 +1,8 @@
 """This process among those of `accelerate launch`, or alone."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -51,6 +53,17 @@ class Processes:
         """Wait until all processes are here."""
         if self._accelerator:
             self._accelerator.wait_for_everyone()
+
+    @contextmanager
+    def alike(self, seed: int) -> Iterator[None]:
+        """Random draws within are the same in every process, so that replicas round alike; those outside go on as they were."""
+        if self.count == 1:
+            yield
+            return
+        devices = [] if self.device.type == "cpu" else [self.device]
+        with torch.random.fork_rng(devices, device_type="cuda" if not devices else self.device.type):
+            torch.manual_seed(seed)
+            yield
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of a tensor over the processes."""

@@ -113,7 +113,8 @@ def train(
                     f"the loss is {values['total']} in epoch {epoch}, step {step}; try a lower --learning_rate or fp32"
                 )
             parts["total"].backward()
-            optimizer.step()
+            with processes.alike(settings.seed * 1_000_003 + (epoch - 1) * steps + step):
+                optimizer.step()
             optimizer.zero_grad()
             for name in PARTS:
                 sums[name] += values[name] * len(unsafe)

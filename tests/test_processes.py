@@ -105,6 +105,42 @@ def test_trained_weights_equal_those_of_one_process(alone, codebook, tmp_path, h
     assert max((base[name] - tensor).abs().max() for name, tensor in alone.items()) > 1e-4
 
 
+REPLICAS = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+
+from des.checkpoints import fingerprint
+from des.processes import Processes
+
+import train_des
+
+whole = Processes.state_dict
+
+def state_dict(self, model):
+    Path(f"rank{{self.rank}}.txt").write_text(fingerprint(model.module))
+    return whole(self, model)
+
+Processes.state_dict = state_dict
+train_des.main(sys.argv[1:])
+"""
+
+
+def test_replicas_round_alike(tmp_path):
+    """T5's bf16 weights are rounded at random, and dropout differs between the processes: their weights must not."""
+    model = ["--model_path", build("flux", tmp_path / "flux"), "--device", "cpu"]
+    (tmp_path / "replicas.py").write_text(REPLICAS.format(root=str(ROOT)))
+    made = ["--csv_path", GOLDEN / "A/safe.csv", "--save_dir", "cb", "--encoder_idx", 2]
+    assert launch("save_codebook.py", *model, *made, processes=1, cwd=tmp_path).returncode == 0
+    done = launch(
+        tmp_path / "replicas.py", *model, "--codebook_dir", "cb", "--unsafe_csv_path", GOLDEN / "A/unsafe.csv", "--output_dir", "out",
+        "--safe_csv_path", GOLDEN / "A/safe.csv", "--batch_size", 6, "--num_epochs", 1, "--text_encoder_idx", 2, processes=2, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "adamw_bf16_sr by 2 processes" in done.stderr
+    assert (tmp_path / "rank0.txt").read_text() == (tmp_path / "rank1.txt").read_text()
+
+
 def test_the_images_are_the_same_file_for_file(tmp_path):
     build("sd_v1", tmp_path / "sd_v1")
     (tmp_path / "p.csv").write_text("prompt\n" + "\n".join(f"a photo of {i} dogs" for i in range(7)) + "\n")
