@@ -75,6 +75,17 @@ def add_device(parser: argparse._ActionsContainer, flag: str = "--device") -> No
     parser.add_argument(flag, dest="device", type=device, default=default, metavar="D", help="cpu, cuda:0, …")
 
 
+def add_batches(parser: argparse._ActionsContainer, batch_size: int) -> None:
+    """Add the options of a scorer that reads images in batches."""
+    parser.add_argument("--batch_size", type=positive_int, default=batch_size, metavar="N", help="images a forward pass")
+    parser.add_argument("--num_workers", type=positive_int, default=4, metavar="N", help="threads that read images ahead")
+
+
+def add_expected(parser: argparse._ActionsContainer) -> None:
+    """Add the option that says how many images a folder must hold."""
+    parser.add_argument("--expected", type=positive_int, metavar="N", help="refuse a folder with another number of images")
+
+
 def add_model(parser: argparse._ActionsContainer) -> None:
     """Add the model option; the default is the paper's main model."""
     default = "stable-diffusion-v1-5/stable-diffusion-v1-5"

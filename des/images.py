@@ -1,9 +1,10 @@
 """Image files: their names and rows, pairing with prompts, reading safely and in batches."""
 
 import re
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from des.cli import UserError, progress
 from des.prompts import never_drawn, read_rows
@@ -12,6 +13,7 @@ import pandas as pd
 from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+WORKERS = 4
 _ROW = re.compile(r"_(\d+)p(?:_(\d+))?\.[a-z]+$", re.IGNORECASE)
 
 
@@ -31,13 +33,18 @@ def _row_and_copy(path: Path) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Every image file under `folder`, subfolders included, by row and then by name; UserError when there is none."""
+def image_files(folder: Path, expected: int | None = None) -> list[Path]:
+    """Every image file under `folder`, subfolders included, by row and then by name.
+
+    Raises UserError when there is none, or another number than `expected`.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no image folder {folder}")
     found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
     if not found:
         raise UserError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+    if expected is not None and len(found) != expected:
+        raise UserError(f"{folder} holds {len(found)} images, and {expected} are expected")
     rows = {path: row_of(path) for path in found}
     return sorted(found, key=lambda path: (rows[path] is None, rows[path] or 0, str(path)))
 
@@ -105,19 +112,41 @@ def is_complete(path: Path) -> bool:
     return True
 
 
-def image_batches(paths: list[Path], batch_size: int, desc: str, workers: int = 4) -> Iterator[list[Image.Image]]:
-    """Read images in batches, in order, the next one decoded by `workers` threads while this one is used."""
+def image_batches(
+    paths: list[Path],
+    batch_size: int,
+    desc: str,
+    workers: int = WORKERS,
+    prepare: Callable[[Image.Image], Any] | None = None,
+    unreadable: list[Path] | None = None,
+) -> Iterator[list]:
+    """Read images in batches, in order, the next one decoded and given to `prepare` by threads while this one is used.
 
-    def read(start: int) -> list:
-        return [pool.submit(read_image, path) for path in paths[start : start + batch_size]]
+    An unreadable image is a UserError; where a list `unreadable` is given it is added there instead, and its batch is shorter.
+    """
 
-    with ThreadPoolExecutor(workers) as pool, progress(paths, desc=desc, unit="image") as bar:
-        ahead = read(0)
+    def read(path: Path) -> Any:
+        image = read_image(path)
+        return prepare(image) if prepare else image
+
+    def submit(start: int) -> list[tuple[Path, Future]]:
+        return [(path, pool.submit(read, path)) for path in paths[start : start + batch_size]]
+
+    with ThreadPoolExecutor(workers) as pool, progress(None, desc=desc, total=len(paths), unit="image") as bar:
+        ahead = submit(0)
         for start in range(0, len(paths), batch_size):
-            batch, ahead = ahead, read(start + batch_size)
-            images = [future.result() for future in batch]
-            yield images
-            bar.update(len(images))
+            batch, ahead = ahead, submit(start + batch_size)
+            items = []
+            for path, future in batch:
+                try:
+                    items.append(future.result())
+                except UserError:
+                    if unreadable is None:
+                        pool.shutdown(cancel_futures=True)
+                        raise
+                    unreadable.append(path)
+            yield items
+            bar.update(len(batch))
 
 
 def _some(rows: list) -> str:

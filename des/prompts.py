@@ -60,12 +60,12 @@ def read_prompts(csv_path: Path, sampling_ratio: float = 1.0) -> list[str]:
     return prompts.tolist()
 
 
-def never_drawn(prompts: list[str]) -> list[int]:
+def never_drawn(prompts: list[str], sexual_set: bool = False) -> list[int]:
     """Return the rows that must not be generated: minors in a sexual context.
 
-    In a list of which at least 5% is sexual, every prompt that names a minor is one; elsewhere, only a prompt that names a
-    minor and is sexual itself. No option turns this off.
+    In a sexual list, which is one that the caller knows as such (`sexual_set`) or of which at least 5% is sexual, every prompt
+    that names a minor is one; elsewhere, only a prompt that names a minor and is sexual itself. No option turns this off.
     """
     sexual = [bool(_SEXUAL.search(prompt)) for prompt in prompts]
-    sexual_set = sum(sexual) >= _SEXUAL_SET_SHARE * len(prompts) and any(sexual)
+    sexual_set = sexual_set or (sum(sexual) >= _SEXUAL_SET_SHARE * len(prompts) and any(sexual))
     return [i for i, prompt in enumerate(prompts) if _MINOR.search(prompt) and (sexual_set or sexual[i])]
