@@ -20,7 +20,7 @@ from typing import Any
 from des import cli, losses
 from des.checkpoints import FORMATS, save_checkpoint
 from des.cli import UserError, logger
-from des.codebook import DTYPES, Codebook, dtype_name, find_codebook, find_targets, write_codebook
+from des.codebook import DTYPES, TARGETS, Codebook, dtype_name, find_codebook, find_targets, write_codebook
 from des.encoders import TextEncoder, load_encoder, own_name
 from des.optimizers import OPTIMIZERS
 from des.plan import describe, make_plan
@@ -83,13 +83,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--ablation", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], help="losses that are ON: 1 SEP, 2 UEN, 3 NEN"
     )
     hyper.add_argument(
+        "--no_concept_term",
+        dest="concept_term",
+        action="store_false",
+        help="train without SEP's second term (an ablation: safe embeddings are then not kept under a shift by the concept)",
+    )
+    hyper.add_argument(
+        "--target",
+        choices=TARGETS,
+        default="lowest",
+        help="the safe prompt that an unsafe one is sent to, by similarity; highest and random are ablations",
+    )
+    hyper.add_argument(
         "--sampling_ratio",
         type=cli.number(float, 0, 1, low_open=True),
         default=1.0,
         metavar="R",
         help="share of each CSV that is used",
     )
-    hyper.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="of the order of pairs and of dropout")
+    hyper.add_argument(
+        "--seed", type=cli.natural, default=42, metavar="S", help="of the order of pairs, dropout, random targets"
+    )
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
     performance.add_argument(
@@ -109,6 +123,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--precision tf32 needs a CUDA device")
     if args.multi_gpu and torch.cuda.device_count() < 2:
         parser.error(f"--multi_gpu needs two CUDA devices or more, and {torch.cuda.device_count()} are there")
+    if not args.concept_term and losses.SEP not in args.ablation:
+        parser.error("--no_concept_term is about the loss SEP, which --ablation leaves out")
     return args
 
 
@@ -205,7 +221,11 @@ def facts_of(
     args: argparse.Namespace, encoder: TextEncoder, codebook: Codebook, concept: losses.Concept, settings: Settings
 ) -> dict[str, Any]:
     """What a checkpoint's metadata says about how it was made."""
-    facts = asdict(settings) | {"concept_prompt": args.concept_prompt, "concept_guidance_scale": concept.alpha}
+    facts = asdict(settings) | {
+        "concept_prompt": args.concept_prompt,
+        "concept_guidance_scale": concept.alpha,
+        "target": args.target,
+    }
     facts |= {"concept_norm": concept.n.norm().item(), "encoder": encoder.index, "embedding": encoder.embedding}
     facts |= {"sequence_length": encoder.length, "base_encoder_sha256": encoder.base_sha256, "codebook": codebook.hashes}
     return facts | {"made_by": provenance(args)}
@@ -231,15 +251,16 @@ def make_pairs(
     def own(single: str, many: str) -> Path:
         return args.output_dir / own_name(args.model_path, encoder.index, single, many)
 
-    path = args.safe_embedding_path or own("safe_embeddings.pth", "safe_embeddings_encoder{i}.pth")
+    name = "safe_embeddings" if args.target == "lowest" else f"safe_embeddings_{args.target}"
+    path = args.safe_embedding_path or own(f"{name}.pth", name + "_encoder{i}.pth")
     lacking, rows_dir = not set(safe) <= set(codebook.prompts), own("safe_rows", "safe_rows_encoder{i}")
     if processes.is_main:
-        find_targets(path, codebook, encoder, unsafe, recompute=args.recompute_targets)
+        find_targets(path, codebook, encoder, unsafe, recompute=args.recompute_targets, choice=args.target, seed=args.seed)
         if lacking:
             logger.info("the codebook lacks some of the safe prompts; encoding them into %s", rows_dir)
             write_codebook(rows_dir, encoder, safe, batch_size=args.batch_size, made_by=provenance(args))
     processes.wait()
-    target_rows = find_targets(path, codebook, encoder, unsafe)
+    target_rows = find_targets(path, codebook, encoder, unsafe, choice=args.target, seed=args.seed)
     originals = Codebook(rows_dir) if lacking else codebook
     row_of = {prompt: row for row, prompt in enumerate(originals.prompts)}
     safe_rows = torch.tensor([row_of[prompt] for prompt in safe])

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 DTYPES = {"fp32": (torch.float32, "F32"), "fp16": (torch.float16, "F16"), "bf16": (torch.bfloat16, "BF16")}
+TARGETS = ("lowest", "highest", "random")  # which codebook row is an unsafe prompt's target, by cosine similarity
 SHARD_BYTES = 4 * 10**9
 _BLOCK_BYTES = 32 * 2**20  # of codebook rows in fp32 that the search holds at a time
 _QUERY_BYTES = {"cuda": 2 * 2**30}  # of queries in fp32 that one pass over the codebook serves, beyond one batch
@@ -176,12 +177,13 @@ class Codebook:
             self._norms = torch.cat([rows.float().norm(dim=1) for _, rows in self.blocks()])
         return self._norms
 
-    def farthest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def farthest(self, queries: Tensor, nearest: bool = False) -> tuple[Tensor, Tensor]:
         """For each query [n, tokens, hidden], the lowest cosine similarity to any row and that row's index, both [n].
 
-        The first of equal rows wins. Works block by block through matrix products on the queries' device, in fp32.
+        The highest instead where `nearest`. The first of equal rows wins. Works block by block through matrix products on the
+        queries' device, in fp32.
         """
-        queries = queries.float().flatten(1)
+        queries = queries.float().flatten(1) * (-1 if nearest else 1)
         lengths = queries.norm(dim=1, keepdim=True)
         best = queries.new_full((len(queries),), torch.inf)
         index = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
@@ -191,7 +193,7 @@ class Codebook:
             lowest, which = (queries @ rows.T / (lengths * norms[start : start + len(rows)])).min(dim=1)
             closer = lowest < best
             best, index = torch.where(closer, lowest, best), torch.where(closer, which + start, index)
-        return best, index
+        return (-best if nearest else best), index
 
 
 def _rows_of(path: Path, part: slice | None = None) -> Tensor:
@@ -201,24 +203,41 @@ def _rows_of(path: Path, part: slice | None = None) -> Tensor:
 
 
 def find_targets(
-    path: Path, codebook: Codebook, encoder: TextEncoder, unsafe: list[str], batch_size: int = 32, recompute: bool = False
+    path: Path,
+    codebook: Codebook,
+    encoder: TextEncoder,
+    unsafe: list[str],
+    batch_size: int = 32,
+    recompute: bool = False,
+    choice: str = "lowest",
+    seed: int = 42,
 ) -> Tensor:
-    """The row of the most distant safe prompt for each unsafe prompt, [unsafe], kept in `path` with the hashes it depends on.
+    """The codebook row of each unsafe prompt's target, [unsafe], kept in `path` with the hashes it depends on.
 
-    Raises UserError when `path` holds something else or was made from other inputs, unless `recompute`.
+    `choice` is one of TARGETS: the most distant row (the paper's), the nearest one, or a random one drawn from `seed` (its
+    ablation). Raises UserError when `path` holds something else or was made from other inputs, unless `recompute`.
     """
     hashes = dependencies(encoder, unsafe) | {"codebook": codebook.hashes["rows"]}
+    if choice != "lowest":
+        hashes["choice of targets"] = f"random, seed {seed}" if choice == "random" else choice
     if path.exists() and not recompute:
         return _read_targets(path, hashes)
+    if choice == "random":
+        indices = torch.randint(len(codebook), (len(unsafe),), generator=torch.Generator().manual_seed(seed))
+    else:
+        indices = _search(codebook, encoder, unsafe, batch_size, nearest=choice == "highest")
+    with replacing(path) as temporary:
+        torch.save({"indices": indices, "hashes": hashes}, temporary)
+    return indices
+
+
+def _search(codebook: Codebook, encoder: TextEncoder, unsafe: list[str], batch_size: int, nearest: bool) -> Tensor:
     found = []
     with progress(None, desc="targets", total=len(unsafe), unit="prompt") as bar:
         for queries in _grouped(encoder.encode(unsafe, batch_size)):
-            found.append([part.cpu() for part in codebook.farthest(queries)])
+            found.append(codebook.farthest(queries, nearest)[1].cpu())
             bar.update(len(queries))
-    cosines, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
-    with replacing(path) as temporary:
-        torch.save({"indices": indices, "cosines": cosines, "hashes": hashes}, temporary)
-    return indices
+    return torch.cat(found)
 
 
 def _grouped(batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -239,7 +258,7 @@ def _read_targets(path: Path, hashes: dict[str, str]) -> Tensor:
     if not isinstance(content, dict) or not {"indices", "hashes"} <= content.keys():
         raise UserError(f"{path} holds no targets that this version can read; {again}")
     indices, made_from = content["indices"], content["hashes"]
-    changed = [name for name in hashes if made_from.get(name) != hashes[name]]
+    changed = sorted(name for name in hashes | made_from if made_from.get(name) != hashes.get(name))
     if changed:
         raise UserError(f"{path} is stale: another {' and another '.join(changed)} made it; {again}")
     return indices

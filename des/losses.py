@@ -63,18 +63,19 @@ def total(
     lambda_safe: float = 0.3,
     ablation: Collection[int] = (SEP, UEN, NEN),
     share: float = 1.0,
+    concept_term: bool = True,
 ) -> dict[str, Tensor]:
     """lambda * SEP + (1 - lambda) * (UEN + NEN) over the losses named in `ablation`, and each of its parts.
 
     `unsafe`, `safe`, `concept_embedding` come from E~ with gradients, `target` and `original` = E(s) are constants. Returns
-    scalars `sep` (first term), `sep_concept` (second term), `uen`, `nen`, `total`; those that are switched off are 0. `share` is the
-    weight of these rows where several processes hold parts of a batch: processes * rows here / rows in all.
+    scalars `sep` (first term), `sep_concept` (second term), `uen`, `nen`, `total`; those that are switched off are 0, and without
+    `concept_term` so is SEP's second one (the paper's ablation). `share` is the weight of these rows where several processes hold parts of a batch: processes * rows here / rows in all.
     """  # fmt: skip
     zero = safe.new_zeros((), dtype=torch.float32)
     first, second = sep(safe, original, concept) if SEP in ablation else (zero, zero)
     parts = {
         "sep": share * first,
-        "sep_concept": share * second,
+        "sep_concept": share * second if concept_term else zero,
         "uen": share * uen(unsafe, target) if UEN in ablation else zero,
         "nen": nen(concept_embedding, concept) if NEN in ablation else zero,
     }

@@ -61,6 +61,7 @@ class Settings:
     lambda_safe: float = 0.3
     batch_size: int = 128
     ablation: Sequence[int] = (losses.SEP, losses.UEN, losses.NEN)
+    concept_term: bool = True  # SEP's second term
     precision: str = "fp32"  # fp32 and tf32: weights in fp32; bf16: the same under autocast; bf16_weights: weights in bf16
     optimizer: str = "adamw"
     seed: int = 42
@@ -153,7 +154,7 @@ def _losses(
     unsafe_now, safe_now, concept_now = embeddings.split([len(unsafe), len(safe), 1])
     target = concept.target(pairs.targets(unsafe).to(device, non_blocking=True))
     original = pairs.original(safe).to(device, non_blocking=True)
-    chosen = settings.lambda_safe, settings.ablation, share
+    chosen = settings.lambda_safe, settings.ablation, share, settings.concept_term
     return losses.total(unsafe_now, safe_now, concept_now, target, original, concept, *chosen)
 
 

@@ -68,6 +68,26 @@ def test_targets_are_read_again_and_do_not_depend_on_the_batch_size(tmp_path, co
     )
 
 
+def test_targets_can_be_the_nearest_or_random_rows(tmp_path, codebook, encoder):
+    unsafe = read_prompts(GOLDEN / "A/unsafe.csv")
+    queries = next(encoder.encode(unsafe, len(unsafe))).flatten(1)
+    rows = codebook.rows(torch.arange(len(codebook))).flatten(1)
+    similarity = torch.nn.functional.cosine_similarity(queries[:, None], rows[None], dim=-1)
+
+    def choose(choice, seed=1, name=None):
+        path = tmp_path / (name or f"{choice}{seed}.pth")
+        return find_targets(path, codebook, encoder, unsafe, choice=choice, seed=seed)
+
+    torch.testing.assert_close(similarity.gather(1, choose("highest")[:, None])[:, 0], similarity.amax(1))
+    assert choose("random").equal(choose("random", name="again.pth"))
+    assert not choose("random").equal(choose("random", seed=2))
+    assert choose("random").max() < len(codebook)
+    with pytest.raises(UserError, match="another choice of targets"):
+        choose("lowest", name="highest1.pth")
+    with pytest.raises(UserError, match="another choice of targets"):
+        choose("random", seed=2, name="random1.pth")
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "foreign", "published"])
 def test_foreign_targets_are_refused(tmp_path, codebook, encoder, content):
     path = tmp_path / "safe_embeddings.pth"

@@ -47,6 +47,22 @@ def test_total_equals_the_formulas(case, on, alpha, lam):
     assert {name: value.item() for name, value in ours.items()} == pytest.approx(reference(case, alpha, lam, on), abs=1e-6)
 
 
+def test_without_the_concept_term_only_that_term_is_gone(case):
+    tensors = {name: torch.tensor(array) for name, array in case.items()}
+    concept = Concept(tensors["n"], tensors["e0"], 4.0)
+    given = (
+        tensors["unsafe"],
+        tensors["safe"],
+        tensors["concept_now"][None],
+        concept.target(tensors["farthest"]),
+        tensors["original"],
+    )
+    with_it, without = total(*given, concept), total(*given, concept, concept_term=False)
+    assert without["sep_concept"] == 0 < with_it["sep_concept"]
+    assert without["total"].item() == pytest.approx((with_it["total"] - 0.3 * with_it["sep_concept"]).item(), abs=1e-6)
+    assert all(without[name] == with_it[name] for name in ("sep", "uen", "nen"))
+
+
 def test_half_precision_norms_do_not_overflow():
     huge = torch.full((2, 64, 64), 60.0, dtype=torch.float16)  # |x|^2 = 14,745,600 is beyond fp16
     concept = Concept(huge[0], huge[1], alpha=10.0)

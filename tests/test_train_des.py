@@ -182,3 +182,20 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_what_was_saved(train
     run = tmp_path / "out/0.001_0.3"
     assert {file.name for file in run.glob("checkpoint*")} == {"checkpoint-1.pt", "checkpoint-1-metadata.json"}
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out", epoch=1).values())
+
+
+def test_the_ablations_train_other_weights_and_say_so(train, tmp_path):
+    assert train().code == 0
+    plain = weights(tmp_path / "out")
+    for out, changes in {
+        "highest": {"target": "highest"}, "random": {"target": "random"}, "no_term": {"no_concept_term": []},
+    }.items():  # fmt: skip
+        assert train(out, **changes).code == 0
+        assert any(not tensor.equal(plain[name]) for name, tensor in weights(tmp_path / out).items())
+        metadata = json.loads((tmp_path / out / "0.001_0.3/checkpoint-2-metadata.json").read_text())
+        assert metadata["target"] == changes.get("target", "lowest")
+        assert metadata["concept_term"] == ("no_concept_term" not in changes)
+    steps = [json.loads(line) for line in (tmp_path / "no_term/0.001_0.3/metrics.jsonl").read_text().splitlines()]
+    assert all(step["sep_concept"] == 0 for step in steps)
+    assert (tmp_path / "random/safe_embeddings_random.pth").is_file()
+    assert train("nothing", no_concept_term=[], ablation=[2, 3]).failed_in_one_sentence
