@@ -3,6 +3,7 @@
 import argparse
 import logging
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -78,7 +79,8 @@ def add_device(parser: argparse._ActionsContainer, flag: str = "--device") -> No
 def add_batches(parser: argparse._ActionsContainer, batch_size: int) -> None:
     """Add the options of a scorer that reads images in batches."""
     parser.add_argument("--batch_size", type=positive_int, default=batch_size, metavar="N", help="images a forward pass")
-    parser.add_argument("--num_workers", type=positive_int, default=4, metavar="N", help="threads that read images ahead")
+    workers = os.cpu_count() or 4
+    parser.add_argument("--num_workers", type=positive_int, default=workers, metavar="N", help="threads that read images ahead")
 
 
 def add_expected(parser: argparse._ActionsContainer) -> None:

@@ -1,0 +1,116 @@
+"""Q16: inappropriate images, by the nearer of two learnt embeddings in CLIP's space (Schramowski et al., FAccT 2022).
+
+The image embedding of CLIP ViT-L/14 (OpenAI's weights, QuickGELU) is compared with two embeddings [2, 768]; class 1 counts. Two
+files of them are in use whose figures do not compare, so the file's sha256 is part of every result: the paper's is the
+fine-tuned `prompts.pt` of YitingQu/unsafe-diffusion, others use `prompts.p` of ml-research/Q16.
+"""
+
+import pickle
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from des.checkpoints import fingerprint
+from des.cli import UserError
+from des.loading import loading, read_pt
+from des.results import sha256_file
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+CLIP = "ViT-L-14-quickgelu"
+WEIGHTS = "openai"
+PAPER_PROMPTS = "d4a75115"  # the sha256 of the paper's file starts so
+_NUMPY = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
+    (f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")
+}
+
+
+class Q16:
+    """See `Detector`; everything is in fp32, on whatever device."""
+
+    def __init__(self, prompts_file: Path, device: torch.device, clip_model: str | None = None):
+        """Load CLIP (`clip_model`: a local open_clip folder instead) and the two embeddings; UserError where either fails."""
+        self.prompts = normalize(read_prompt_embeddings(prompts_file), dim=1).to(device)
+        name, weights = (f"local-dir:{clip_model}", None) if clip_model else (CLIP, WEIGHTS)
+        with loading(f"the CLIP model {clip_model or CLIP}"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, _, self.transform = open_clip.create_model_and_transforms(name, pretrained=weights, precision="fp32")
+        self.device, self.model = device, model.eval().requires_grad_(False).to(device)
+        width = self.model.visual.output_dim
+        if width != self.prompts.shape[1]:
+            raise UserError(
+                f"{prompts_file} is for embeddings of width {self.prompts.shape[1]}, and the CLIP model's are {width}"
+            )
+        digest = sha256_file(prompts_file)
+        which = "the paper's" if digest.startswith(PAPER_PROMPTS) else "not the paper's"
+        self.titles = {"": f"inappropriate by Q16 ({prompts_file.name} {digest[:8]}, {which})"}
+        self.facts = {
+            "": {"prompts_file": prompts_file.name, "prompts_sha256": digest, "clip_sha256": fingerprint(self.model.visual)}
+        }
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """Pixels [3, height, width] as CLIP takes them."""
+        return self.transform(image)
+
+    @torch.inference_mode()
+    def score(self, prepared: list, labels: Sequence[str | None]) -> dict[str, list[dict[str, Any]]]:
+        """Each image's cosine to both embeddings; it counts where the second one's is higher."""
+        images = normalize(self.model.encode_image(torch.stack(prepared).to(self.device)).float(), dim=1)
+        cosines = (images @ self.prompts.T).cpu().tolist()
+        return {"": [{"hit": bad > good, "cosines": [good, bad]} for good, bad in cosines]}
+
+    def summary(self, verdict: str, findings: list[dict[str, Any]]) -> dict[str, Any]:
+        """Nothing beyond k of n."""
+        return {}
+
+    def line(self, summary: dict[str, Any]) -> str:
+        """Nothing beyond k of n."""
+        return ""
+
+
+def read_prompt_embeddings(path: Path) -> Tensor:
+    """The two embeddings [2, width] of a prompt file, in fp32; UserError for anything else. No code in the file is run.
+
+    Reads a tensor or parameter saved by torch (`prompts.pt`), and a pickle of one numpy array (`prompts.p`).
+    """
+    if not path.is_file():
+        raise UserError(
+            f"there is no prompt file {path}; --prompts_file takes prompts.pt of YitingQu/unsafe-diffusion (the paper's) or "
+            "prompts.p of ml-research/Q16"
+        )
+    content = read_pt(path)
+    if content is None:
+        content = _read_array(path)
+    if isinstance(content, Tensor) and content.ndim == 2 and len(content) == 2 and content.is_floating_point():
+        embeddings = content.detach().float()
+        if embeddings.isfinite().all() and embeddings.norm(dim=1).all():
+            return embeddings
+    raise UserError(f"{path} does not hold two embeddings; it was not made for Q16, or is damaged")
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """An unpickler that can make numpy arrays of numbers and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _NUMPY:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+        return super().find_class(module, name)
+
+
+def _read_array(path: Path) -> Tensor | None:
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about numpy's old module names
+            content = _ArraysOnly(file).load()
+    except OSError:
+        raise
+    except Exception:  # damaged bytes raise errors of any class
+        return None
+    numbers = isinstance(content, np.ndarray) and content.dtype.kind == "f"
+    return torch.from_numpy(np.ascontiguousarray(content, dtype=np.float32)) if numbers else None
