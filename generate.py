@@ -12,11 +12,15 @@ Several GPUs share the rows under: accelerate launch generate.py ...
 import argparse
 import inspect
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # before a `tasks` of anyone else's
+
 from des import cli
 from des.cli import UserError, logger, progress
+from des.drawing import Artist, RowSettings, batches, row_settings
 from des.images import image_name, image_of_row, is_complete, read_image
 from des.methods import METHODS, add_method, check_method
 from des.pipelines import (
@@ -31,24 +35,26 @@ from des.pipelines import (
     place,
 )
 from des.processes import Processes
-from des.prompts import never_drawn, read_prompts
+from des.prompts import never_drawn, read_rows
 from des.results import provenance, replacing, sha256_file, sha256_texts, write_json
+from des.scoring import Scorecards, save_blurred
+from tasks.detectors.options import OUTPUT_NAMES, add_scoring, check_scoring, open_scorers
 
+import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image, ImageOps
 
 NOT_SETTINGS = (
     "prompts_csv", "prompt", "output_path", "results_dir", "start_idx", "end_idx", "device", "batch_size", "num_images_per_prompt",
     "text_encoder_path", "text_encoder_2_path", "text_encoder_3_path", "unet_path", "adapter_path", "init_images", "mask_images",
-    "enable_model_cpu_offload", "attention_slicing", "model_type",
+    "enable_model_cpu_offload", "attention_slicing", "model_type", "score_with", "blur", "profile", "detector_weights", "prompts_file",
+    "clip_model", "classifier", "cls_class",
 )  # fmt: skip
 INPUTS = {
     "text": (),
     "image": ("init_image",),
     "inpaint": ("init_image", "mask_image"),
 }  # for `--init_images` and so on, by mode
-COPY_SEED = 1_000_003  # between the seeds of a row's images
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -86,6 +92,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="row i is drawn with seed S + i")
     sampling.add_argument(
+        "--use_row_settings",
+        action="store_true",
+        help="take seed, guidance and size of each row from its cells where it has them, as I2P's do",
+    )
+    sampling.add_argument(
         "--num_inference_steps", type=cli.positive_int, metavar="N", help="denoising steps (default: 50; SD3 28)"
     )
     sampling.add_argument(
@@ -118,8 +129,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     performance.add_argument("--enable_model_cpu_offload", action="store_true", help="keep on the GPU only the model in use")
     performance.add_argument("--attention_slicing", action="store_true", help="less memory, slower; for models with a UNet")
+    add_scoring(parser)
     args = parser.parse_args(argv)
     check_method(parser, args)
+    check_scoring(parser, args)
+    if args.use_row_settings and not args.prompts_csv:
+        parser.error("--use_row_settings needs --prompts_csv")
     if (args.init_images is None) != (args.strength is None):
         parser.error("--init_images DIR and --strength X go together: one was given without the other")
     if args.mask_images and not args.init_images:
@@ -142,13 +157,16 @@ def main(argv: list[str] | None = None) -> None:
     processes = Processes(args.device)
     args.device = processes.device
     cli.setup_logging(quiet=not processes.is_main)
-    prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts_csv)
+    table = pd.DataFrame({"prompt": [args.prompt]}) if args.prompt is not None else read_rows(args.prompts_csv)
+    prompts = table["prompt"].tolist()
     rows = rows_to_draw(args, prompts)
     dtype = settle(args)
     mode = "inpaint" if args.mask_images else "image" if args.init_images else "text"
     inputs = {name: image_of_row(getattr(args, f"{name}s"), rows) for name in INPUTS[mode]}
+    scorers = open_scorers(args)
     pipe = open_pipeline(args.model_path, dtype, args.model_type, args.scheduler, mode)
     check_options(args, pipe)
+    drawn_with = row_settings(args, pipe, table)
     applied = METHODS[args.training_method].apply(pipe, args)
     refiner = open_refiner(args.refiner_path, pipe) if args.use_refiner else None
     for each in (pipe, refiner):
@@ -156,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
             place(each, args.device, args.enable_model_cpu_offload, args.attention_slicing)
     folder = args.results_dir / args.training_method / Path(args.model_path).name / args.output_path
     if processes.is_main:
-        claim(folder, args, prompts, settings_of(args, prompts, pipe, inputs), applied)
+        claim(folder, args, prompts, settings_of(args, prompts, drawn_with, pipe, inputs), applied)
     processes.wait()
 
     names = {
@@ -164,21 +182,49 @@ def main(argv: list[str] | None = None) -> None:
         for row in rows
         for copy in range(args.num_images_per_prompt)
     }
-    mine = processes.share(list(names))
-    todo = [key for key in mine if not is_complete(names[key])]
-    part = " (the first one's share)" if processes.count > 1 else ""
-    logger.info("%d images to draw into %s, %d found done, by %s%s", len(todo), folder, len(mine) - len(todo), processes, part)
     size = min(args.batch_size, len(prompts) * args.num_images_per_prompt)
-    with progress(todo, desc=args.output_path, unit="image") as bar:
-        for start in range(0, len(todo), size):
-            batch = todo[start : start + size]
-            for key, image in zip(batch, draw(pipe, refiner, args, prompts, inputs, batch, size), strict=True):
-                with replacing(names[key]) as temporary:
-                    image.save(temporary, format="PNG")
-            bar.update(len(batch))
+    artist = Artist(pipe, refiner, args, prompts, drawn_with, inputs, size)
+    cards = Scorecards(scorers, OUTPUT_NAMES, args.cls_class, folder)
+    make(args, artist, cards, processes.share(list(names)), names, processes)
     processes.wait()
     which = "the original model" if args.training_method == "none" else f"the model protected by {args.training_method}"
-    logger.info("%d images of %s in %s", len(names), which, folder)
+    logger.info("%d images of %s %s %s", len(names), which, "scored in" if args.discard_images else "in", folder)
+    if scorers and processes.is_main:
+        print("\n".join(cards.write(args, list(names.values()))))
+
+
+def make(
+    args: argparse.Namespace,
+    artist: Artist,
+    cards: Scorecards,
+    mine: list[tuple[int, int]],
+    names: dict[tuple[int, int], Path],
+    processes: Processes,
+) -> None:
+    """Draw and score what is not done yet of this process's (row, copy) keys, each to be saved under its name."""
+
+    def is_done(path: Path) -> bool:
+        return cards.has(path) if args.discard_images else is_complete(path)
+
+    todo = [key for key in mine if not is_done(names[key])]
+    part = " (the first one's share)" if processes.count > 1 else ""
+    told = "%d images to draw into %s, %d found done, by %s%s"
+    logger.info(told, len(todo), cards.folder, len(mine) - len(todo), processes, part)
+    with progress(None, desc=args.output_path, total=len(todo), unit="image") as bar:
+        for batch in batches(todo, artist.settings, artist.size):
+            paths, images = [names[key] for key in batch], artist.draw(batch)
+            for path, image in zip(paths, images, strict=True):
+                if args.blur:
+                    save_blurred(image, cards.folder.with_name(f"{cards.folder.name}_blurred") / path.name)
+                if not args.discard_images:
+                    with replacing(path) as temporary:
+                        image.save(temporary, format="PNG")
+            if cards.detectors:
+                cards.score(paths, images)
+            bar.update(len(batch))
+    if cards.detectors:
+        for path in [names[key] for key in mine if not cards.has(names[key])]:  # images that were found done
+            cards.score([path], [read_image(path)])
 
 
 def settle(args: argparse.Namespace) -> torch.dtype:
@@ -212,10 +258,16 @@ def check_options(args: argparse.Namespace, pipe: DiffusionPipeline) -> None:
 
 
 def settings_of(
-    args: argparse.Namespace, prompts: list[str], pipe: DiffusionPipeline, inputs: dict[str, dict[int, Path]]
+    args: argparse.Namespace,
+    prompts: list[str],
+    drawn_with: list[RowSettings],
+    pipe: DiffusionPipeline,
+    inputs: dict[str, dict[int, Path]],
 ) -> dict[str, Any]:
     """All that decides what an image looks like: settings, and hashes of the prompts, text encoders and input images."""
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    if args.use_row_settings:
+        settings["row_settings_sha256"] = sha256_texts(map(str, drawn_with))
     for option in ("unet_path", "adapter_path"):
         path = getattr(args, option)
         settings[f"{option.removesuffix('_path')}_sha256"] = None if path is None else sha256_file(path)
@@ -257,71 +309,18 @@ def claim(folder: Path, args: argparse.Namespace, prompts: list[str], settings: 
             raise UserError(
                 f"{path} cannot be read, so the images beside it are of unknown origin; choose another --output_path"
             ) from None
-        changed = [f"{name} ({before.get(name)}, now {value})" for name, value in settings.items() if before.get(name) != value]
+        pairs = {name: (before.get(name), settings.get(name)) for name in before | settings}
+        changed = [
+            f"{name} ({old}, now {new})" for name, (old, new) in pairs.items() if old != new and (old or new) is not False
+        ]
         if changed:
             raise UserError(
                 f"{folder} holds images of another run, with another {', '.join(changed)}; choose another --output_path"
             )
-    elif folder.is_dir() and any(folder.glob("*.png")):
+    elif folder.is_dir() and any(folder.glob("*p*.*")):
         raise UserError(f"{folder} holds images of unknown origin (no run.json); choose another --output_path")
     facts = {"settings": settings, "protection": applied, "left_out": never_drawn(prompts), "made_by": provenance(args)}
     write_json(path, facts)
-
-
-def draw(
-    pipe: DiffusionPipeline,
-    refiner: DiffusionPipeline | None,
-    args: argparse.Namespace,
-    prompts: list[str],
-    inputs: dict[str, dict[int, Path]],
-    keys: list[tuple[int, int]],
-    size: int,
-) -> list[Image.Image]:
-    """Draw the images of some (row, copy), each from its own generator.
-
-    A batch is filled up to `size` by repeating its last one: arithmetic rounds differently at another batch size, and so each
-    image is the same to the last bit whatever is drawn beside it, or was drawn before.
-    """
-    filled = keys + keys[-1:] * (size - len(keys))
-
-    def seeded() -> list[torch.Generator]:
-        return [torch.Generator("cpu").manual_seed(args.seed + row + copy * COPY_SEED) for row, copy in filled]
-
-    common = {"prompt": [prompts[row] for row, _ in filled], "guidance_scale": args.guidance_scale}
-    common["num_inference_steps"] = args.num_inference_steps
-    if args.negative_prompt is not None:
-        common["negative_prompt"] = [args.negative_prompt] * size
-    options: dict[str, Any] = {"generator": seeded()}
-    if args.max_sequence_length:
-        options["max_sequence_length"] = args.max_sequence_length
-    width, height = args.width or default_size(pipe), args.height or default_size(pipe)
-    if "height" in inspect.signature(type(pipe).__call__).parameters:
-        options |= {"height": height, "width": width}
-    if inputs:
-        options["image"] = [fit(read_image(inputs["init_image"][row]), width, height) for row, _ in filled]
-        options["strength"] = args.strength
-    if "mask_image" in inputs:
-        masks = [fit(read_image(inputs["mask_image"][row]), width, height) for row, _ in filled]
-        options["mask_image"] = [mask.convert("L") for mask in masks]
-    if refiner:
-        options |= {"denoising_end": args.high_noise_frac, "output_type": "latent"}
-    try:
-        images = pipe(**common, **options).images
-        if refiner:
-            images = refiner(**common, image=images, denoising_start=args.high_noise_frac, generator=seeded()).images
-    except ValueError as error:  # what diffusers says of a size or a setting that the model cannot draw
-        raise UserError(f"the model cannot draw this: {str(error).splitlines()[0]}") from None
-    return images[: len(keys)]
-
-
-def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Crop an image around its centre to width:height and scale it to that size (Lanczos)."""
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-
-
-def default_size(pipe: DiffusionPipeline) -> int:
-    """The side in pixels of the square images that a model draws unless told otherwise."""
-    return (getattr(pipe, "default_sample_size", None) or pipe.unet.config.sample_size) * pipe.vae_scale_factor
 
 
 if __name__ == "__main__":

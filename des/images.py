@@ -14,6 +14,7 @@ from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 WORKERS = 4
+BLURRED = ("des", "blurred")  # the mark in a PNG that is no image to score
 _ROW = re.compile(r"_(\d+)p(?:_(\d+))?\.[a-z]+$", re.IGNORECASE)
 
 
@@ -98,6 +99,8 @@ def read_image(path: Path) -> Image.Image:
     """Read a whole image as RGB; UserError that names a file which is truncated or no image."""
     try:
         with Image.open(path) as image:
+            if image.info.get(BLURRED[0]) == BLURRED[1]:
+                raise ValueError("it is a blurred thumbnail, not what was drawn")
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is no readable image: {str(error).splitlines()[0]}") from None

@@ -1,16 +1,18 @@
 """Scoring images with a detector (tasks/detectors/): one command line, one loop and one form of result for all of them."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from des import cli
 from des.cli import UserError, logger
-from des.images import image_batches, image_files, pair_with_prompts, row_of
-from des.results import proportion, provenance, show, write_json, write_text
+from des.images import BLURRED, image_batches, image_files, pair_with_prompts, row_of
+from des.results import proportion, provenance, replacing, sha256_texts, show, write_json, write_text
 
 import pandas as pd
+from PIL import Image, PngImagePlugin
 
 if TYPE_CHECKING:
     from tasks.detectors import Detector
@@ -94,3 +96,68 @@ def write_verdicts(
     text = "\n".join(lines)
     write_text(folder / f"{output_name}.txt", text + "\n")
     return text
+
+
+class Scorecards:
+    """What detectors found in images as they were drawn: one small JSON file an image, named as the image is."""
+
+    def __init__(self, detectors: dict[str, "Detector"], output_names: dict[str, str], label: str | None, folder: Path):
+        """Keep the cards in `folder`; `label` names the class that counts, for a detector that is asked for one."""
+        self.detectors = detectors
+        self.output_names = output_names
+        self.label = label
+        self.folder = folder
+        facts = {name: detector.facts for name, detector in detectors.items()}
+        self.stamp = sha256_texts([json.dumps(facts, sort_keys=True, default=str), str(label)])
+
+    def read(self, card: Path) -> dict[str, Any] | None:
+        """The findings on a card by detector and verdict, or None unless it is whole and these detectors wrote it."""
+        try:
+            content = json.loads(card.read_text(encoding="utf-8"))
+            return content["findings"] if content["detectors"] == self.stamp else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+    def has(self, path: Path) -> bool:
+        """Whether the image that is or would be at `path` was scored."""
+        return self.read(path.with_suffix(".json")) is not None
+
+    def score(self, paths: list[Path], images: list[Image.Image]) -> None:
+        """Score images that belong at `paths`."""
+        findings: list[dict[str, Any]] = [{} for _ in paths]
+        for name, detector in self.detectors.items():
+            prepared = [detector.prepare(image.convert("RGB")) for image in images]
+            for verdict, found in detector.score(prepared, [self.label] * len(paths)).items():
+                for mine, finding in zip(findings, found, strict=True):
+                    mine.setdefault(name, {})[verdict] = finding
+        for path, found in zip(paths, findings, strict=True):
+            write_json(path.with_suffix(".json"), {"file": path.name, "detectors": self.stamp, "findings": found})
+
+    def write(self, args: argparse.Namespace, expected: Sequence[Path]) -> list[str]:
+        """Write the verdicts over all cards in the folder, those of other shards too; returns their lines for people.
+
+        Raises UserError where one of `expected` was lost meanwhile.
+        """
+        cards = {card: self.read(card) for card in self.folder.glob("*p*.json") if row_of(card) is not None}
+        missing = [path for path in expected if cards.get(path.with_suffix(".json")) is None]
+        if missing:
+            raise UserError(f"{missing[0].with_suffix('.json')} was lost while others were drawn; run this again")
+        other = sum(found is None for found in cards.values())
+        if other:
+            logger.warning("%d cards in %s are of other detectors and not counted", other, self.folder)
+        kept = sorted((card for card, found in cards.items() if found is not None), key=lambda card: (row_of(card), card.name))
+        names = [card.with_suffix(".png").name for card in kept]
+        lines = []
+        for name, detector in self.detectors.items():
+            findings = {verdict: [cards[card][name][verdict] for card in kept] for verdict in detector.titles}
+            lines.append(write_verdicts(args, self.folder, self.output_names[name], detector, names, findings))
+        return lines
+
+
+def save_blurred(image: Image.Image, path: Path) -> None:
+    """Save a thumbnail of which only colours are left, marked so that no scorer takes it for the image."""
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text(*BLURRED)
+    small = image.convert("RGB").resize((12, 12), Image.Resampling.BOX)
+    with replacing(path) as temporary:
+        small.resize((128, 128), Image.Resampling.BICUBIC).save(temporary, format="PNG", pnginfo=mark)

@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from des import cli
 from des.cli import UserError
 from des.scoring import add_folder, images_of, score_folder
-from tasks.detectors.classifier import CLASSIFIERS, Classifier
-from tasks.detectors.nudenet import PROFILES, NudeNet
+from tasks.detectors.options import CLASSIFIERS, add_classifier, add_nudenet, open_classifier, open_nudenet
 
 import pandas as pd
 
@@ -30,21 +29,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("what is counted")
     main_group.add_argument("--job", choices=("nudity", *CLASSIFIERS), default="object")
-    main_group.add_argument(
-        "--profile",
-        nargs="+",
-        choices=PROFILES,
-        metavar="P",
-        help=f"nudity: detectors and rules, one or several of {', '.join(PROFILES)} (default: paper)",
-    )
-    main_group.add_argument(
-        "--detector_weights", type=Path, metavar="FILE", help="nudity: an ONNX file instead of the installed nudenet's"
-    )
-    main_group.add_argument(
-        "--classifier",
-        metavar="M",
-        help="folder or hub id of an image classification model (default for object: microsoft/resnet-50; needed for style)",
-    )
+    add_nudenet(main_group)
+    add_classifier(main_group)
     counted = main_group.add_mutually_exclusive_group()
     counted.add_argument("--cls_class", metavar="NAME", help="count images whose top label is this class")
     counted.add_argument(
@@ -63,19 +49,17 @@ def check_nudity(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """Refuse what this job would not use; `--cls_class nudity` stands in users' scripts."""
     if args.classifier or args.label_column or args.cls_class not in (None, "nudity"):
         parser.error("--job nudity takes no --classifier, --label_column or other --cls_class: --profile says what counts")
-    args.profile = list(dict.fromkeys(args.profile or ["paper"]))
 
 
 def check_classifier(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what this job would not use or lacks, and fill in its classifier."""
+    """Refuse what this job would not use or lacks."""
     if args.profile or args.detector_weights:
         parser.error("--profile and --detector_weights are for --job nudity")
     if not args.cls_class and not args.label_column:
         parser.error(f"--job {args.job} needs --cls_class or --label_column")
     if args.label_column and not args.csv_path:
         parser.error("--label_column needs --csv_path")
-    args.classifier = args.classifier or CLASSIFIERS[args.job]
-    if args.classifier is None:
+    if not args.classifier and not CLASSIFIERS[args.job]:
         parser.error(f"--job {args.job} needs --classifier, such as UnlearnDiffAtk's style classifier")
 
 
@@ -84,12 +68,12 @@ def main(argv: list[str] | None = None) -> None:
     cli.setup_logging()
     images = images_of(args)
     if args.job == "nudity":
-        detector = NudeNet(args.profile, args.device, args.detector_weights)
+        detector = open_nudenet(args)
         images = images.assign(label=None)
     else:
         images = labelled(args, images)
         what = f"ASR of {args.cls_class}" if args.cls_class else f"accuracy of {args.label_column}"
-        detector = Classifier(args.classifier, args.device, what, images["label"].unique())
+        detector = open_classifier(args, args.job, what, images["label"].unique())
     score_folder(args, detector, images["image"].tolist(), images["label"].tolist())
 
 

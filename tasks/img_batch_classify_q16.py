@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from des import cli
 from des.scoring import add_folder, images_of, score_folder
-from tasks.detectors.q16 import Q16
+from tasks.detectors.options import add_q16, open_q16
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -24,12 +24,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group = parser.add_argument_group("what is counted")
     main_group.add_argument("--job", choices=("nudity",), help="accepted from older scripts: Q16 knows one job")
     main_group.add_argument("--cls_class", choices=("nudity",), help="likewise")
-    main_group.add_argument(
-        "--prompts_file", type=Path, default=Path("prompts.pt"), metavar="FILE", help="prompts.pt or prompts.p"
-    )
-    main_group.add_argument(
-        "--clip_model", metavar="DIR", help="a local open_clip folder instead of ViT-L-14 with OpenAI's weights"
-    )
+    add_q16(main_group, default=Path("prompts.pt"))
     add_folder(parser, "classify_16")
     return parser.parse_args(argv)
 
@@ -38,8 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cli.setup_logging()
     images = images_of(args)["image"].tolist()
-    detector = Q16(args.prompts_file, args.device, args.clip_model)
-    score_folder(args, detector, images, [None] * len(images))
+    score_folder(args, open_q16(args), images, [None] * len(images))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-CLASSIFIERS = {"object": "microsoft/resnet-50", "style": None}  # by job, where --classifier names none
-
 
 class Classifier:
     """The top label of a transformers model, in fp32. See `Detector`."""
