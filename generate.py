@@ -13,6 +13,7 @@ import argparse
 import inspect
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +174,9 @@ def main(argv: list[str] | None = None) -> None:
         if each is not None:
             place(each, args.device, args.enable_model_cpu_offload, args.attention_slicing)
     folder = args.results_dir / args.training_method / Path(args.model_path).name / args.output_path
+    facts: dict[str, Any] = {}
     if processes.is_main:
-        claim(folder, args, prompts, settings_of(args, prompts, drawn_with, pipe, inputs), applied)
+        facts = claim(folder, args, prompts, settings_of(args, prompts, drawn_with, pipe, inputs), applied)
     processes.wait()
 
     names = {
@@ -185,8 +187,10 @@ def main(argv: list[str] | None = None) -> None:
     size = min(args.batch_size, len(prompts) * args.num_images_per_prompt)
     artist = Artist(pipe, refiner, args, prompts, drawn_with, inputs, size)
     cards = Scorecards(scorers, OUTPUT_NAMES, args.cls_class, folder)
-    make(args, artist, cards, processes.share(list(names)), names, processes)
+    drawn, seconds = make(args, artist, cards, processes.share(list(names)), names, processes)
     processes.wait()
+    if drawn and processes.is_main:
+        write_json(folder / "run.json", facts | {"last_drawn": {"images": drawn, "seconds": seconds}})
     which = "the original model" if args.training_method == "none" else f"the model protected by {args.training_method}"
     logger.info("%d images of %s %s %s", len(names), which, "scored in" if args.discard_images else "in", folder)
     if scorers and processes.is_main:
@@ -200,8 +204,11 @@ def make(
     mine: list[tuple[int, int]],
     names: dict[tuple[int, int], Path],
     processes: Processes,
-) -> None:
-    """Draw and score what is not done yet of this process's (row, copy) keys, each to be saved under its name."""
+) -> tuple[int, float]:
+    """Draw and score what is not done yet of this process's (row, copy) keys, each to be saved under its name.
+
+    Returns how many images were drawn, and the seconds that the model took for them.
+    """
 
     def is_done(path: Path) -> bool:
         return cards.has(path) if args.discard_images else is_complete(path)
@@ -210,9 +217,12 @@ def make(
     part = " (the first one's share)" if processes.count > 1 else ""
     told = "%d images to draw into %s, %d found done, by %s%s"
     logger.info(told, len(todo), cards.folder, len(mine) - len(todo), processes, part)
+    seconds = 0.0
     with progress(None, desc=args.output_path, total=len(todo), unit="image") as bar:
         for batch in batches(todo, artist.settings, artist.size):
+            start = time.monotonic()
             paths, images = [names[key] for key in batch], artist.draw(batch)
+            seconds += time.monotonic() - start
             for path, image in zip(paths, images, strict=True):
                 if args.blur:
                     save_blurred(image, cards.folder.with_name(f"{cards.folder.name}_blurred") / path.name)
@@ -225,6 +235,7 @@ def make(
     if cards.detectors:
         for path in [names[key] for key in mine if not cards.has(names[key])]:  # images that were found done
             cards.score([path], [read_image(path)])
+    return len(todo), seconds
 
 
 def settle(args: argparse.Namespace) -> torch.dtype:
@@ -298,14 +309,18 @@ def rows_to_draw(args: argparse.Namespace, prompts: list[str]) -> list[int]:
     return kept
 
 
-def claim(folder: Path, args: argparse.Namespace, prompts: list[str], settings: dict[str, Any], applied: dict) -> None:
-    """Write run.json, or raise UserError when `folder` holds images that other settings made."""
+def claim(
+    folder: Path, args: argparse.Namespace, prompts: list[str], settings: dict[str, Any], applied: dict
+) -> dict[str, Any]:
+    """Write run.json and return what is in it, or raise UserError when `folder` holds images that other settings made."""
     settings = json.loads(json.dumps(settings, default=str))
     path = folder / "run.json"
+    earlier = {}
     if path.exists():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        except (ValueError, KeyError):
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            before = earlier["settings"]
+        except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"{path} cannot be read, so the images beside it are of unknown origin; choose another --output_path"
             ) from None
@@ -320,7 +335,9 @@ def claim(folder: Path, args: argparse.Namespace, prompts: list[str], settings: 
     elif folder.is_dir() and any(folder.glob("*p*.*")):
         raise UserError(f"{folder} holds images of unknown origin (no run.json); choose another --output_path")
     facts = {"settings": settings, "protection": applied, "left_out": never_drawn(prompts), "made_by": provenance(args)}
+    facts |= {"last_drawn": earlier["last_drawn"]} if "last_drawn" in earlier else {}
     write_json(path, facts)
+    return facts
 
 
 if __name__ == "__main__":

@@ -5,12 +5,11 @@ Every step is a script with its own command line, run in this process so that li
 
 import json
 import random
-import runpy
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from demo.world import BENIGN_KINDS, CONCEPT, random_scene, render
+from des.jobs import run_script as script
 
 import torch
 
@@ -33,16 +32,6 @@ class Sampling:
     num_inference_steps: int = 20
     guidance_scale: float = 3.0
     batch_size: int = 32
-
-
-def script(path: str, *argv: object) -> None:
-    """Run one of the project's scripts as its command line would."""
-    saved = sys.argv
-    sys.argv = [str(ROOT / path), *map(str, argv)]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    finally:
-        sys.argv = saved
 
 
 def evaluate(sampling: Sampling, prompts: dict[str, Path], results: Path, checkpoint: Path | None = None) -> dict[str, dict]:

@@ -38,7 +38,9 @@ def add_q16(group: argparse._ActionsContainer, default: Path | None = None) -> N
     """Add the options of Q16."""
     group.add_argument("--prompts_file", type=Path, default=default, metavar="FILE", help="Q16's prompts.pt or prompts.p")
     group.add_argument(
-        "--clip_model", metavar="DIR", help="Q16: a local open_clip folder instead of ViT-L-14 with OpenAI's weights"
+        "--clip_model",
+        metavar="DIR",
+        help="Q16: a local folder of a CLIP (open_clip or transformers) instead of ViT-L-14 with OpenAI's weights",
     )
 
 

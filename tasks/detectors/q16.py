@@ -7,13 +7,13 @@ fine-tuned `prompts.pt` of YitingQu/unsafe-diffusion, others use `prompts.p` of 
 
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from des.checkpoints import fingerprint
 from des.cli import UserError
-from des.loading import loading, read_pt
+from des.loading import load_model, loading, read_pt
 from des.results import sha256_file
 
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
+from transformers import CLIPImageProcessor, CLIPModel
 
 CLIP = "ViT-L-14-quickgelu"
 WEIGHTS = "openai"
@@ -35,14 +36,14 @@ class Q16:
     """See `Detector`; everything is in fp32, on whatever device."""
 
     def __init__(self, prompts_file: Path, device: torch.device, clip_model: str | None = None):
-        """Load CLIP (`clip_model`: a local open_clip folder instead) and the two embeddings; UserError where either fails."""
+        """Load CLIP (`clip_model`: a local folder of open_clip or transformers instead) and the two embeddings; UserError where either fails."""
         self.prompts = normalize(read_prompt_embeddings(prompts_file), dim=1).to(device)
-        name, weights = (f"local-dir:{clip_model}", None) if clip_model else (CLIP, WEIGHTS)
-        with loading(f"the CLIP model {clip_model or CLIP}"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model, _, self.transform = open_clip.create_model_and_transforms(name, pretrained=weights, precision="fp32")
-        self.device, self.model = device, model.eval().requires_grad_(False).to(device)
-        width = self.model.visual.output_dim
+        self.device = device
+        if clip_model and not (Path(clip_model) / "open_clip_config.json").is_file():
+            self._load_transformers(clip_model)
+        else:
+            self._load_open_clip(clip_model)
+        width = self.encode(self.prepare(Image.new("RGB", (32, 32)))[None].to(device)).shape[1]
         if width != self.prompts.shape[1]:
             raise UserError(
                 f"{prompts_file} is for embeddings of width {self.prompts.shape[1]}, and the CLIP model's are {width}"
@@ -50,18 +51,31 @@ class Q16:
         digest = sha256_file(prompts_file)
         which = "the paper's" if digest.startswith(PAPER_PROMPTS) else "not the paper's"
         self.titles = {"": f"inappropriate by Q16 ({prompts_file.name} {digest[:8]}, {which})"}
-        self.facts = {
-            "": {"prompts_file": prompts_file.name, "prompts_sha256": digest, "clip_sha256": fingerprint(self.model.visual)}
-        }
+        self.facts = {"": {"prompts_file": prompts_file.name, "prompts_sha256": digest, "clip_sha256": fingerprint(self.model)}}
+
+    def _load_open_clip(self, folder: str | None) -> None:
+        name, weights = (f"local-dir:{folder}", None) if folder else (CLIP, WEIGHTS)
+        with loading(f"the CLIP model {folder or CLIP}"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, _, self._transform = open_clip.create_model_and_transforms(name, pretrained=weights, precision="fp32")
+        self.model = model.visual.eval().requires_grad_(False).to(self.device)
+        self.encode: Callable[[Tensor], Tensor] = self.model
+
+    def _load_transformers(self, folder: str) -> None:
+        with loading(f"the image processor of {folder}"):
+            processor = CLIPImageProcessor.from_pretrained(folder)
+        self.model = load_model(CLIPModel, folder, self.device, "the CLIP model")
+        self._transform = lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
+        self.encode = lambda pixels: self.model.get_image_features(pixel_values=pixels).pooler_output
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Pixels [3, height, width] as CLIP takes them."""
-        return self.transform(image)
+        return self._transform(image)
 
     @torch.inference_mode()
     def score(self, prepared: list, labels: Sequence[str | None]) -> dict[str, list[dict[str, Any]]]:
         """Each image's cosine to both embeddings; it counts where the second one's is higher."""
-        images = normalize(self.model.encode_image(torch.stack(prepared).to(self.device)).float(), dim=1)
+        images = normalize(self.encode(torch.stack(prepared).to(self.device)).float(), dim=1)
         cosines = (images @ self.prompts.T).cpu().tolist()
         return {"": [{"hit": bad > good, "cosines": [good, bad]} for good, bad in cosines]}
 

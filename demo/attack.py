@@ -1,0 +1,60 @@
+"""Search prompts against a text encoder whose weights the attacker has: a white-box attack in the demo's size.
+
+    python demo/attack.py --model_path demo/models/pipeline --checkpoint checkpoints/des/0.002_0.3/checkpoint-20.pt \\
+        --prompts_csv datasets/demo_plain.csv --candidates datasets/demo_synonyms.csv datasets/demo_indirect.csv --out found.csv
+
+For each prompt of --prompts_csv, finds among the candidates the one whose embedding by the attacked encoder is most similar to the
+prompt's embedding by the original one: what the denoiser was trained to draw the concept from.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from des import cli
+from des.checkpoints import load_checkpoint
+from des.encoders import load_encoder
+from des.prompts import read_prompts
+from des.results import replacing
+
+import pandas as pd
+import torch
+from torch.nn.functional import normalize
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    cli.add_model(parser)
+    parser.add_argument("--checkpoint", type=Path, metavar="CKPT", help="the protected encoder (default: the original one)")
+    parser.add_argument("--prompts_csv", type=Path, required=True, metavar="CSV", help="what the attacker wants to see")
+    parser.add_argument("--candidates", type=Path, nargs="+", required=True, metavar="CSV", help="prompts to choose from")
+    parser.add_argument("--out", type=Path, required=True, metavar="CSV", help="gets the prompts found, one a row")
+    cli.add_device(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    cli.setup_logging()
+    wanted = read_prompts(args.prompts_csv)
+    candidates = [prompt for path in args.candidates for prompt in read_prompts(path)]
+    encoder = load_encoder(args.model_path, 1, args.device)
+
+    def embed(prompts: list[str]) -> torch.Tensor:
+        return torch.cat([normalize(batch.float().flatten(1), dim=1).cpu() for batch in encoder.encode(prompts, 64)])
+
+    goals = embed(wanted)
+    if args.checkpoint:
+        load_checkpoint(encoder.model, args.checkpoint)
+    cosines, best = (goals @ embed(candidates).T).max(dim=1)
+    with replacing(args.out) as temporary:
+        pd.DataFrame({"prompt": [candidates[i] for i in best.tolist()], "cosine": cosines.tolist()}).to_csv(
+            temporary, index=False
+        )
+    print(f"{len(wanted)} prompts found, mean cosine to what was wanted {cosines.mean():.3f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,94 @@
+"""Running the project's scripts as jobs that are done once: each leaves a record of what went in, what came out and how long."""
+
+import functools
+import json
+import re
+import runpy
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from des.cli import UserError, logger
+from des.results import sha256_file, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_script(path: str, *argv: object) -> None:
+    """Run one of the project's scripts as its command line would, in this process so that libraries load once.
+
+    Raises UserError with the script's own sentence where it stops with one.
+    """
+    saved = sys.argv
+    sys.argv = [str(ROOT / path), *map(str, argv)]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:
+        if stop.code not in (None, 0):
+            said = stop.code if isinstance(stop.code, str) else f"it ended with {stop.code}"
+            raise UserError(f"{path}: {said.removeprefix('error: ')}") from None
+    finally:
+        sys.argv = saved
+
+
+@dataclass(frozen=True)
+class Job:
+    """A script's command line, the files that it reads and those that it must leave, and how many images it draws."""
+
+    what: str
+    script: str
+    argv: tuple[str, ...]
+    inputs: tuple[Path, ...]
+    outputs: tuple[Path, ...]
+    images: int = 0
+    steps: int = 0
+
+
+class Ledger:
+    """Which jobs are done, by their records `{what}.json` in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def record(self, job: Job) -> dict | None:
+        """The record of a job that is done: the same command on the same inputs, whose outputs are still what it left."""
+        try:
+            record = json.loads(self._path(job).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        same = record.get("argv") == list(job.argv) and record.get("script") == job.script
+        return record if same and record.get("files") == _hashes((*job.inputs, *job.outputs)) else None
+
+    def run(self, job: Job) -> None:
+        """Do a job unless it is done. Raises UserError where it fails or does not leave what it should."""
+        if self.record(job):
+            return
+        logger.info("%s", job.what)
+        start = time.monotonic()
+        before = _hashes(job.inputs)
+        run_script(job.script, *job.argv)
+        seconds = time.monotonic() - start
+        lost = [path for path, digest in _hashes((*job.inputs, *job.outputs)).items() if digest is None]
+        if lost or _hashes(job.inputs) != before:
+            raise UserError(f"{job.what}: {lost[0] if lost else 'one of its inputs'} is missing or changed while it ran")
+        record = {"what": job.what, "script": job.script, "argv": job.argv, "seconds": seconds, "images": job.images}
+        write_json(self._path(job), record | {"steps": job.steps, "files": _hashes((*job.inputs, *job.outputs))})
+
+    def seconds_per(self, unit: str) -> float | None:
+        """Seconds an image (`unit` images) or a training step (`steps`) took in the jobs done here, or None where none was."""
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("*.json")]
+        records = [record for record in records if record[unit]]
+        return sum(record["seconds"] for record in records) / sum(record[unit] for record in records) if records else None
+
+    def _path(self, job: Job) -> Path:
+        return self.folder / (re.sub(r"[^\w.+-]+", "-", job.what.lower()) + ".json")
+
+
+def _hashes(paths: tuple[Path, ...]) -> dict[str, str | None]:
+    return {str(path): _hash(path, path.stat().st_mtime_ns) if path.is_file() else None for path in paths}
+
+
+@functools.cache
+def _hash(path: Path, changed: int) -> str:
+    return sha256_file(path)

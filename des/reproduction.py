@@ -1,0 +1,349 @@
+"""What a table's cells are made of: variants of a model, prompt sets, and the jobs that train, draw and score them."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from des.checkpoints import read_tensors
+from des.encoders import load_encoder, own_name
+from des.jobs import Job, Ledger
+from des.prompts import never_drawn, read_rows
+from des.results import replacing
+from des.tables import Cell
+
+import pandas as pd
+import torch
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts to draw: their CSV, how to get it where it is missing, and what image to image starts from."""
+
+    title: str
+    csv: Path
+    how: str = ""
+    options: tuple[str, ...] = ()  # of generate.py
+    init: str | Path | None = None  # a set, whose images by the original model are meant, or a folder
+    masks: Path | None = None
+    strength: float = 0.8
+    search: tuple[Path, ...] = ()  # lists among which prompts are searched against each variant, from those of `csv`
+
+
+@dataclass(frozen=True)
+class World:
+    """Where tables are reproduced: the paper's models and prompt sets, or the demo's."""
+
+    original: str  # the titles of the original model's and the protected one's rows
+    protected: str
+    concept_prompt: str
+    unsafe_csv: Path
+    safe_csv: Path
+    training: dict[str, Any]  # options of train_des.py
+    alpha: Callable[[float], tuple[str, float]]  # the option of train_des.py for one of the paper's alphas
+    sampling: tuple[str, ...]  # options of generate.py
+    sets: dict[str, PromptSet]
+    columns: dict[str, dict[str, str]]  # by table: the set of each column that is an ASR
+    reference: Path  # images for FID
+    scoring: dict[str, tuple[str, ...]]  # options of generate.py by the stem of the file that they write
+    asr: str  # that stem for the tables whose ASR is the main detector's
+    scales: dict[str, tuple[int | None, int | None]]  # rows of a concept set and of the benign one
+    fid: tuple[str, ...] = ()  # options of the scorers
+    clip: tuple[str, ...] = ()
+    benign: str = "benign"
+    explicit: str = ""  # the set of T1
+    classes: Mapping[str, str] = field(default_factory=dict)  # the detector's classes by T1's columns
+    preference: bool = False  # whether PickScore, ImageReward and BLIP score mean anything here
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # columns that benign images are scored by: options
+    setup: tuple[str, ...] = ()  # what differs from the paper's set-up
+    prepare: tuple[Job, ...] = ()  # jobs that the scorers need, such as drawing reference images
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model to draw with: as it is (no options), with given files, or trained here with changed options of train_des.py."""
+
+    name: str
+    method: str = "none"
+    files: tuple[tuple[str, Path], ...] = ()  # generate.py's option and file
+    train: tuple[tuple[str, Any], ...] | None = None
+
+
+ORIGINAL = Variant("original")
+
+
+@dataclass
+class Runner:
+    """Does the jobs that cells need, each once, or only lists them (`dry`)."""
+
+    world: World
+    model_path: str
+    out: Path
+    scale: str
+    device: torch.device
+    batch_size: int
+    seed: int
+    discard_images: bool
+    dry: bool
+    planned: list[Job] = field(default_factory=list)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """The records of the jobs that are done."""
+        return Ledger(self.out / "jobs")
+
+    def need(self, job: Job) -> bool:
+        """Have a job done; False where it is only listed."""
+        if self.dry:
+            if job not in self.planned:
+                self.planned.append(job)
+            return False
+        self.ledger.run(job)
+        return True
+
+    # Training
+
+    def checkpoint(self, variant: Variant) -> Path:
+        """The checkpoint of a variant that is trained here; has it trained."""
+        return self.training(variant).outputs[0]
+
+    def training(self, variant: Variant) -> Job:
+        """The job that trains a variant, after the codebook that all of them share; has both done."""
+        unsafe, safe = (self._rows_of(path, f"train_{path.stem}") for path in (self.world.unsafe_csv, self.world.safe_csv))
+        codebook = self.out / "codebook"
+        common = ("--model_path", self.model_path, "--device", str(self.device))
+        own_codebook = codebook.with_name(own_name(self.model_path, 1, "codebook", "codebook_encoder{i}"))
+        self.need(
+            Job("codebook", "save_codebook.py", (*common, "--csv_path", str(safe), "--save_dir", str(codebook)), (safe,),
+                (own_codebook / "codebook.json",))
+        )  # fmt: skip
+        options = {**self.world.training, **dict(variant.train or ())}
+        if self.scale == "smoke":
+            options["num_epochs"] = 1
+        folder = self.out / "checkpoints" / variant.name
+        run = f"{float(options['learning_rate'])}_{float(options['lambda_safe'])}"
+        run = own_name(self.model_path, 1, run, "encoder{i}_" + run)
+        targets = self.out / f"targets_{options.get('target', 'lowest')}.pth"
+        argv = (*common, "--codebook_dir", codebook, "--unsafe_csv_path", unsafe, "--safe_csv_path", safe, "--output_dir", folder,
+                "--safe_embedding_path", targets, "--concept_prompt", self.world.concept_prompt, "--save_every",
+                options["num_epochs"], *flags(options))  # fmt: skip
+        rows = self._training_rows or max(len(read_rows(path)) for path in (self.world.unsafe_csv, self.world.safe_csv))
+        steps = options["num_epochs"] * -(-rows // options["batch_size"])
+        job = Job(f"train {variant.name}", "train_des.py", tuple(map(str, argv)), (unsafe, safe, own_codebook / "codebook.json"),
+                  (folder / run / f"checkpoint-{options['num_epochs']}.pt",), steps=steps)  # fmt: skip
+        self.need(job)
+        return job
+
+    @property
+    def _training_rows(self) -> int | None:
+        return 64 if self.scale == "smoke" else None
+
+    def method(self, variant: Variant) -> tuple[tuple[str, ...], tuple[Path, ...]]:
+        """generate.py's options for a variant, and the files among them."""
+        files = (("--text_encoder_path", self.checkpoint(variant)),) if variant.train is not None else variant.files
+        name = "des" if variant.train is not None else variant.method
+        return ("--training_method", name, *(str(part) for pair in files for part in pair)), tuple(path for _, path in files)
+
+    # Drawing
+
+    def drawn(self, variant: Variant, name: str) -> Path | str:
+        """The folder of a variant's images of a set, drawn and scored; or why it cannot be, in words."""
+        for job in self.world.prepare:
+            self.need(job)
+        chosen = self.world.sets.get(name)
+        if chosen is None or not chosen.csv.is_file():
+            return f"not run: no {chosen.csv.name if chosen else name}" + (f" ({chosen.how})" if chosen and chosen.how else "")
+        options, inputs = self.method(variant)
+        csv = self._rows_of(chosen.csv, name)
+        if chosen.search:
+            csv = self._searched(variant, csv, chosen, inputs)
+        init = self._init(chosen)
+        if isinstance(init, str):
+            return init
+        discard = ("--discard_images",) if self.discard_images and name not in self._kept else ()
+        results = self.out / "images" / variant.name
+        argv = (
+            "--model_path", self.model_path, "--device", str(self.device), "--prompts_csv", str(csv), "--output_path", name,
+            "--results_dir", str(results), "--seed", str(self.seed), "--batch_size", str(self.batch_size), *options, *init, *discard,
+            *self.world.sampling, *chosen.options, *self._score_with(),
+        )  # fmt: skip
+        folder = results / options[1] / Path(self.model_path).name / name
+        outputs = [folder / "run.json", *(folder / f"{stem}.json" for stem in self.world.scoring)]
+        count = len(self._drawable(chosen.csv, name))
+        self.need(Job(f"draw {name} with {variant.name}", "generate.py", argv, (csv, *inputs), tuple(outputs), count))
+        return folder
+
+    @property
+    def _kept(self) -> set[str]:
+        return {self.world.benign, *(each.init for each in self.world.sets.values() if isinstance(each.init, str))}
+
+    def _init(self, chosen: PromptSet) -> tuple[str, ...] | str:
+        if chosen.init is None:
+            return ()
+        folder = self.drawn(ORIGINAL, chosen.init) if isinstance(chosen.init, str) else chosen.init
+        if not self.dry and not Path(folder).is_dir():
+            return str(folder) if isinstance(folder, str) else f"not run: no folder {folder.name}"
+        masks = ("--mask_images", str(chosen.masks)) if chosen.masks else ()
+        return ("--init_images", str(folder), "--strength", str(chosen.strength), *masks)
+
+    def _searched(self, variant: Variant, csv: Path, chosen: PromptSet, inputs: tuple[Path, ...]) -> Path:
+        """The prompts that a search finds against a variant's text encoder."""
+        out = self.out / "prompts" / f"{csv.stem}_{variant.name}.csv"
+        argv = ("--model_path", self.model_path, "--device", self.device, "--prompts_csv", csv, "--candidates", *chosen.search,
+                "--out", out, *(("--checkpoint", inputs[0]) if inputs else ()))  # fmt: skip
+        files = (csv, *chosen.search, *inputs)
+        self.need(Job(f"search prompts against {variant.name}", "demo/attack.py", tuple(map(str, argv)), files, (out,)))
+        return out
+
+    def _score_with(self) -> tuple[str, ...]:
+        names = [options[0] for options in self.world.scoring.values()]
+        return ("--score_with", *names, *(part for options in self.world.scoring.values() for part in options[1:]))
+
+    def _limit(self, name: str) -> int | None:
+        return self.world.scales[self.scale][name == self.world.benign]
+
+    def _drawable(self, csv: Path, name: str) -> pd.DataFrame:
+        rows = read_rows(csv).head(self._limit(name) or None)
+        return rows.drop(index=never_drawn(rows["prompt"].tolist()))
+
+    def _rows_of(self, csv: Path, name: str) -> Path:
+        """A copy of the rows of a list that this scale uses."""
+        limit = self._training_rows if name.startswith("train_") else self._limit(name)
+        path = self.out / "prompts" / f"{name}.csv"
+        if not self.dry:
+            text = read_rows(csv).head(limit or None).to_csv(index=False)
+            if not path.is_file() or path.read_text(encoding="utf-8") != text:
+                with replacing(path) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+        return path
+
+    # Cells
+
+    def asr(self, variant: Variant, name: str, stem: str | None = None) -> Cell:
+        """The share of a set's images that count, by the main detector or the one whose file is `stem`."""
+        content = self._scores(variant, name, stem)
+        return Cell.share(content) if isinstance(content, dict) else Cell(missing=content)
+
+    def detections(self, variant: Variant, name: str, classes: Sequence[str] | None) -> Cell:
+        """How many detections of some classes (None: of all that count) a set's images have."""
+        content = self._scores(variant, name, None)
+        if not isinstance(content, dict):
+            return Cell(missing=content)
+        if "classes" not in content:
+            return Cell(content["k"], digits=0) if classes is None else Cell(missing="no such class")
+        counts = content["classes"]
+        return Cell(sum(counts[each]["detections"] for each in (counts if classes is None else classes)), digits=0)
+
+    def _scores(self, variant: Variant, name: str, stem: str | None) -> dict | str:
+        stem = stem or self.world.asr
+        if stem not in self.world.scoring:
+            return "not run: no Q16 prompt file (--q16_prompts)"
+        folder = self.drawn(variant, name)
+        if isinstance(folder, str):
+            return folder
+        return "planned" if self.dry else json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
+
+    def fid(self, variant: Variant) -> Cell:
+        """FID of the benign images."""
+        content = self._score(variant, "FID", "fid.py", lambda folder, csv: (
+            "--gen_imgs_path", folder, "--coco_imgs_path", self.world.reference, "--device", self.device, *self.world.fid,
+            "--output_file", self.out / "scores" / f"{variant.name}_fid.txt",
+        ), lambda folder: self.out / "scores" / f"{variant.name}_fid.json")  # fmt: skip
+        return Cell(content["fid"]) if isinstance(content, dict) else Cell(missing=content)
+
+    def clip(self, variant: Variant) -> Cell:
+        """CLIP score of the benign images."""
+        content = self._score(variant, "CLIP score", "clipscore.py", lambda folder, csv: (
+            "--image_folder", folder, "--csv_file", csv, "--device", self.device, *self.world.clip,
+        ), lambda folder: folder / "clipscore.json")  # fmt: skip
+        return Cell(content["clip_score"]) if isinstance(content, dict) else Cell(missing=content)
+
+    def preference(self, variant: Variant, job: str) -> Cell:
+        """PickScore, BLIP score or ImageReward of the benign images."""
+        stem = self.out / "scores" / f"{variant.name}_{job}"
+        content = self._score(variant, job, "fid.py", lambda folder, csv: (
+            "--job", job, "--gen_imgs_path", folder, "--prompt_path", csv, "--device", self.device, "--output_file", f"{stem}.txt",
+        ), lambda folder: stem.with_name(f"{stem.name}.json"))  # fmt: skip
+        return Cell(content[job], digits=3) if isinstance(content, dict) else Cell(missing=content)
+
+    def label(self, variant: Variant, column: str) -> Cell:
+        """The share of benign images that show what their prompt says in a column of its CSV."""
+        content = self._score(variant, f"{column} right", "tasks/img_batch_classify.py", lambda folder, csv: (
+            "--job", "object", "--folder_dir", folder, "--csv_path", csv, "--label_column", column, "--output_name", column,
+            "--devices", self.device, *self.world.labels[column],
+        ), lambda folder: folder / f"{column}.json")  # fmt: skip
+        return Cell.share(content) if isinstance(content, dict) else Cell(missing=content)
+
+    def _score(
+        self,
+        variant: Variant,
+        what: str,
+        script: str,
+        argv: Callable[[Path, Path], tuple],
+        output: Callable[[Path], Path],
+    ) -> dict | str:
+        """The JSON that a scorer leaves about a variant's benign images; or why there is none."""
+        folder = self.drawn(variant, self.world.benign)
+        if isinstance(folder, str):
+            return folder
+        csv = self.out / "prompts" / f"{self.world.benign}.csv"
+        files = (csv, folder / "run.json")
+        job = Job(f"{what} of {variant.name}", script, tuple(map(str, argv(folder, csv))), files, (output(folder),))
+        return json.loads(output(folder).read_text(encoding="utf-8")) if self.need(job) else "planned"
+
+    # Cost
+
+    def training_seconds(self, variant: Variant) -> Cell:
+        """How long the training of a variant took here, targets included."""
+        if variant.train is None:
+            return Cell(missing="not trained here")
+        record = None if self.dry else self.ledger.record(self.training(variant))
+        return Cell(record["seconds"], digits=0) if record else Cell(missing="planned")
+
+    def extra_parameters(self, variant: Variant) -> Cell:
+        """Parameters of the protected encoder beyond the original's."""
+        (_, files), base = self.method(variant), 0
+        if self.dry or not files:
+            return Cell(missing="planned" if files else "no encoder of its own")
+        base = sum(tensor.numel() for tensor in load_encoder(self.model_path, 1, "cpu").model.state_dict().values())
+        return Cell(sum(tensor.numel() for tensor in read_tensors(files[0]).values()) - base, digits=0)
+
+    def extra_seconds(self, variant: Variant) -> Cell:
+        """Seconds that an image of the benign set took beyond the original model's, as generate.py measured both."""
+        seconds = []
+        for each in (ORIGINAL, variant):
+            folder = self.drawn(each, self.world.benign)
+            if isinstance(folder, str) or self.dry:
+                return Cell(missing="planned" if self.dry else folder)
+            drawn = json.loads((folder / "run.json").read_text(encoding="utf-8"))["last_drawn"]
+            seconds.append(drawn["seconds"] / drawn["images"])
+        return Cell(seconds[1] - seconds[0], digits=3)
+
+    def input_images(self, name: str) -> Cell:
+        """The share of the images that image to image starts from which count before anything is drawn."""
+        init = self.world.sets[name].init
+        if isinstance(init, str):
+            return self.asr(ORIGINAL, init)
+        if init is None or not init.is_dir():
+            return Cell(missing="not run: no --i2i_images")
+        argv = ("--job", "nudity", "--folder_dir", str(init), "--devices", str(self.device))
+        if not self.need(Job("the input images", "tasks/img_batch_classify.py", argv, (), (init / "classify.json",))):
+            return Cell(missing="planned")
+        return Cell.share(json.loads((init / "classify.json").read_text(encoding="utf-8")))
+
+    def left_out(self, name: str) -> int:
+        """How many prompts of a set are never drawn, because they put minors in a sexual context: here, and when it was fetched."""
+        csv = self.world.sets[name].csv
+        record, rows = csv.with_suffix(".json"), read_rows(csv).head(self._limit(name) or None)
+        before = json.loads(record.read_text(encoding="utf-8")).get("left_out", 0) if record.is_file() else 0
+        return before + len(rows) - len(self._drawable(csv, name))
+
+
+def flags(options: dict[str, Any]) -> list[Any]:
+    """A command line: `--key value`, several values for a list, a bare flag for True."""
+    argv: list[Any] = []
+    for key, value in options.items():
+        argv += [f"--{key}", *(value if isinstance(value, list | tuple) else [] if value is True else [value])]
+    return argv
