@@ -98,7 +98,9 @@ def read_prompt_embeddings(path: Path) -> Tensor:
             f"there is no prompt file {path}; --prompts_file takes prompts.pt of YitingQu/unsafe-diffusion (the paper's) or "
             "prompts.p of ml-research/Q16"
         )
-    content = read_pt(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the protocol of a pickle that is none of torch's
+        content = read_pt(path)
     if content is None:
         content = _read_array(path)
     if isinstance(content, Tensor) and content.ndim == 2 and len(content) == 2 and content.is_floating_point():
