@@ -28,7 +28,7 @@ DEFAULTS = {
 """By job, the options that name its models, with the published models."""
 
 REWARD_FILE = "ImageReward.pt"
-CAPTION = {"max_length": 20, "num_beams": 1, "do_sample": False}  # the captioner's defaults, whatever a library's may become
+CAPTION = {"max_length": 20, "num_beams": 1, "do_sample": False}  # transformers 4's defaults; version 5's add a token
 Scored = tuple[dict[str, list], dict[str, str]]
 
 
