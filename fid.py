@@ -29,7 +29,7 @@ from des.scores import write_scores
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("--job", choices=("fid", *JOBS), default="fid")
+    parser.add_argument("--job", choices=("fid", *JOBS), default="fid", help="what is computed")
     parser.add_argument("--gen_imgs_path", type=Path, required=True, metavar="DIR", help="generated images")
     parser.add_argument(
         "--output_file", type=Path, metavar="F", help="text file for the result (default: {gen_imgs_path}_{job}.txt)"

@@ -5,6 +5,7 @@ All three feed the same weights (pt_inception-2015-12-05-6726825d, which pytorch
 
 import io
 from collections.abc import Callable, Mapping
+from http.client import HTTPException
 from pathlib import Path
 
 from des.cli import UserError
@@ -89,7 +90,7 @@ def _published() -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=HASH, progress=False)
-        except (OSError, RuntimeError) as error:  # no connection, no space, or bytes of another hash
+        except (OSError, RuntimeError, HTTPException) as error:  # no connection, no space, or bytes of another hash
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"the Inception-v3 weights could not be downloaded ({reason}): get {URL_INCEPTION_V3} and give its file to --feature_extractor"

@@ -24,6 +24,7 @@ import torch
 import torch_fidelity
 from cleanfid import fid as cleanfid
 from cleanfid.inception_torchscript import InceptionV3W
+from cleanfid.resize import build_resizer
 from conftest import ROOT, flags, snapshot
 from PIL import Image
 from torch import nn
@@ -135,7 +136,15 @@ def test_batch_size_and_workers_change_nothing(result, folders, weights, tmp_pat
         output = tmp_path / f"{batch_size}.txt"
         again = run(folders, weights, output, batch_size=batch_size, num_workers=workers)
         assert output.read_text() == result["text"].splitlines(keepends=True)[0]
-        assert again["fid"] == pytest.approx(result["fid"], rel=1e-5)
+        assert again["fid"] == pytest.approx(result["fid"], rel=1e-7)
+
+
+def test_the_input_of_clean_fid_is_its_own_bit_for_bit():
+    """Black and white, so that bicubic overshoots and is clipped."""
+    image = Image.effect_noise((70, 50), 90).point(lambda value: 255 * (value > 128)).convert("RGB")
+    theirs = torch.tensor(build_resizer("clean")(np.array(image))).permute(2, 0, 1)
+    assert theirs.min() == 0 and theirs.max() == 255
+    assert torch.equal(VARIANTS["clean-fid"](image), (theirs - 128) / 128)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -231,14 +240,16 @@ def scenes(tmp_path_factory):
 
 def test_an_image_model_is_its_own_variant(call, scenes, tmp_path):
     values = {}
-    for name, gen, batch_size in (("same", "ref", 64), ("balls", "gen", 64), ("batched", "gen", 2)):
+    for name, gen, batch_size in (("same", "ref", 64), ("balls", "gen", 16), ("threes", "gen", 3), ("ones", "gen", 1)):
         done = call("fid.py", *flags(gen_imgs_path=scenes / gen, coco_imgs_path=scenes / "ref", feature_extractor=SMALL, device="cpu",
                                      batch_size=batch_size, output_file=tmp_path / f"{name}.txt"))  # fmt: skip
         assert done.code == 0, done.err
         assert done.out.startswith("FID (the model's own): ")
         values[name] = json.loads((tmp_path / f"{name}.json").read_text())["fid"]
     assert values["same"] == pytest.approx(0, abs=1e-6)
-    assert values["balls"] == pytest.approx(values["batched"], rel=1e-5)
+    assert values["balls"] == pytest.approx(values["threes"], rel=1e-5)
+    assert values["balls"] == pytest.approx(values["ones"], rel=1e-5)
+    assert len({(tmp_path / f"{name}.txt").read_text() for name in ("balls", "threes", "ones")}) == 1
     assert values["balls"] > 1
 
 

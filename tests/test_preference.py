@@ -141,6 +141,10 @@ def published_state(vision=128, text=64, layers=2, patch=8, size=32):
     add("blip.vision_proj", 16, vision)
     add("blip.text_proj", 16, text)
     tensors = {name: torch.randn(shape) * (0.25 if len(shape) > 1 else 0.1) for name, shape in state.items()}
+    for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"):
+        tensors[f"blip.visual_encoder.{name}"] *= 0.005  # so that the epsilon of the first layer norm shows
+    for i in (0, 2, 4, 6, 7):
+        tensors[f"mlp.layers.{i}.weight"] *= 3
     return tensors | {"blip.text_encoder.embeddings.position_ids": torch.arange(40)[None]}
 
 

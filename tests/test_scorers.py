@@ -9,7 +9,7 @@ from demo.world import KINDS, describe, random_scene, render
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, snapshot
+from conftest import ROOT, flags, snapshot
 from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPModel, CLIPProcessor
 
 MODELS = ROOT / "demo/models"
@@ -81,11 +81,14 @@ def test_accuracy_counts_labelled_rows_only(classify, renders):
 
 
 def test_scores_do_not_depend_on_the_batch_size(classify, renders):
-    probabilities = []
-    for batch_size in (1, 7, 64):
-        assert classify(cls_class="ball", batch_size=batch_size).code == 0
+    probabilities, texts = [], set()
+    for batch_size in (1, 3, 16):
+        done = classify(cls_class="ball", batch_size=batch_size)
+        assert done.code == 0
+        texts.add(done.out)
         content = json.loads((renders / "images/classify.json").read_text())
         probabilities.append([image["probability"] for image in content["images"]])
+    assert len(texts) == 1
     assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-5)
     assert probabilities[0] == pytest.approx(probabilities[2], abs=1e-5)
 
@@ -143,6 +146,29 @@ def test_clip_score_is_100_times_the_cosine(call, renders):
     assert result["clip_score"] == pytest.approx(np.mean(expected), abs=1e-3)
     half = 1.959964 * np.std(expected, ddof=1) / COUNT**0.5
     assert (result["low"], result["high"]) == pytest.approx((np.mean(expected) - half, np.mean(expected) + half), abs=1e-3)
+
+
+def test_the_clip_score_does_not_depend_on_batch_size_and_workers(call, renders):
+    scores, texts = [], set()
+    for batch_size, workers in ((1, 1), (3, 4), (16, 2)):
+        options = flags(csv_file=renders / "p.csv", clip_model=MODELS / "clip", device="cpu", expected=COUNT)
+        done = call(
+            "clipscore.py", *options, *flags(image_folder=renders / "images", batch_size=batch_size, num_workers=workers)
+        )
+        assert done.code == 0, done.err
+        texts.add(done.out)
+        scores.append([float(row["clip_score"]) for row in csv.DictReader((renders / "images/clipscore.csv").open())])
+    assert len(texts) == 1
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    assert scores[0] == pytest.approx(scores[2], abs=1e-4)
+
+
+def test_the_clip_score_refuses_another_number_of_images(call, renders):
+    before = snapshot(renders)
+    options = flags(csv_file=renders / "p.csv", clip_model=MODELS / "clip", device="cpu", expected=COUNT + 1)
+    done = call("clipscore.py", *options, *flags(image_folder=renders / "images"))
+    assert done.failed_in_one_sentence and f"and {COUNT + 1} are expected" in done.err
+    assert snapshot(renders) == before
 
 
 def test_long_prompts_are_truncated(call, tmp_path):
