@@ -1,74 +1,169 @@
-"""FID: the Fréchet distance between the features of generated and of reference images.
+"""FID of generated images against reference images, or how well each generated image suits its prompt.
 
-    python fid.py --gen_imgs_path results/des/pipeline/benign --coco_imgs_path results/reference --feature_extractor DIR --device cuda:0
+    python fid.py --gen_imgs_path results/des/pipeline/benign --coco_imgs_path coco_10k --variant paper clean-fid --device cuda:0
+    python fid.py --gen_imgs_path results/des/pipeline/benign --coco_imgs_path coco_10k --save_stats coco_paper.npz
+    python fid.py --gen_imgs_path results/none/pipeline/benign --ref_stats coco_paper.npz
+    python fid.py --gen_imgs_path results/des/pipeline/benign --prompt_path datasets/coco_prompts.csv --job pickscore
 
-The features are the pooled output of an image model (--feature_extractor, a folder or hub id); FIDs of different extractors do
-not compare. Every image file under both folders counts, subfolders included. Writes {gen_imgs_path}_fid.txt and .json.
+FID has variants, whose numbers do not compare: `paper` (text2image-benchmark: centre crop, PIL bicubic), `torch-fidelity` and
+`clean-fid`, all on the Inception-v3 of 2015; or the pooled output of any image model (--feature_extractor DIR), for small images.
+Every image file under a folder counts, subfolders included. Writes {gen_imgs_path}_{job}.txt and .json, and for pickscore,
+blipscore and imagereward a .csv with one row an image.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from des import cli
 from des.checkpoints import fingerprint
 from des.cli import UserError
-from des.frechet import frechet_distance
-from des.images import image_batches, image_files
-from des.loading import load_model, loading
-from des.results import provenance, write_json, write_text
-
-import torch
-from torch import nn
-from transformers import AutoImageProcessor, AutoModel
+from des.features import OWN, Extractor, extract, is_image_model, load_extractor
+from des.frechet import Gaussian, load_statistics, save_statistics
+from des.images import image_files, pair_with_prompts
+from des.inception import VARIANTS
+from des.preference import DEFAULTS, JOBS, TITLES
+from des.results import provenance, sha256_file, write_json, write_text
+from des.scores import write_scores
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--job", choices=("fid", *JOBS), default="fid", help="what is computed")
     parser.add_argument("--gen_imgs_path", type=Path, required=True, metavar="DIR", help="generated images")
-    parser.add_argument("--coco_imgs_path", type=Path, required=True, metavar="DIR", help="reference images")
-    parser.add_argument("--job", choices=("fid",), default="fid")
     parser.add_argument(
-        "--feature_extractor", required=True, metavar="M", help="image model whose pooled output is the feature"
+        "--output_file", type=Path, metavar="F", help="text file for the result (default: {gen_imgs_path}_{job}.txt)"
     )
-    parser.add_argument(
-        "--output_file", type=Path, metavar="F", help="text file for the result (default: {gen_imgs_path}_fid.txt)"
-    )
+    cli.add_expected(parser)
     cli.add_device(parser)
-    parser.add_argument("--batch_size", type=cli.positive_int, default=64, metavar="N", help="images a forward pass")
-    return parser.parse_args(argv)
+    cli.add_batches(parser, batch_size=64)
+    fid = parser.add_argument_group("fid (the other jobs do not read --coco_imgs_path)")
+    fid.add_argument("--coco_imgs_path", type=Path, metavar="DIR", help="reference images")
+    fid.add_argument("--expected_ref", type=cli.positive_int, metavar="N", help="like --expected, for the reference images")
+    fid.add_argument("--variant", nargs="+", choices=VARIANTS, metavar="V", help=f"{', '.join(VARIANTS)} (default: paper)")
+    fid.add_argument(
+        "--feature_extractor", metavar="M", help="Inception-v3 weights file (default: the published one is downloaded); or an "
+        "image model, a folder or hub id, whose pooled output is the feature",
+    )  # fmt: skip
+    fid.add_argument("--save_stats", type=Path, metavar="NPZ", help="keep the reference images' mu and sigma in this file")
+    fid.add_argument("--ref_stats", type=Path, metavar="NPZ", help="such a file, or pytorch-fid's, for --coco_imgs_path")
+    prompts = parser.add_argument_group("pickscore, blipscore, imagereward (fid does not read --prompt_path)")
+    prompts.add_argument("--prompt_path", type=Path, metavar="CSV", help="the prompts of the generated images")
+    for option, what in (
+        ("model", "the scorer's own model: PickScore's CLIP, BLIP's captioner, or ImageReward.pt"),
+        ("processor", "what reads the prompts for pickscore and imagereward"),
+        ("clip_model", "CLIP that compares prompt and caption for blipscore"),
+    ):
+        prompts.add_argument(f"--{option}", metavar="M", help=f"{what} (default: as published)")
+    args = parser.parse_args(argv)
+    check(args, parser)
+    args.output_file = args.output_file or args.gen_imgs_path.with_name(f"{args.gen_imgs_path.name}_{args.job}.txt")
+    return args
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse options that do not go together, and fill in the defaults that hang on the job."""
+    of_fid = ("expected_ref", "variant", "feature_extractor", "save_stats", "ref_stats")
+    known = of_fid if args.job == "fid" else tuple(DEFAULTS[args.job])
+    for option in (*of_fid, "model", "processor", "clip_model"):
+        if getattr(args, option) is not None and option not in known:
+            parser.error(f"--job {args.job} does not read --{option}")
+    if args.job != "fid":
+        if args.prompt_path is None:
+            parser.error(f"--job {args.job} needs --prompt_path")
+        for option, default in DEFAULTS[args.job].items():
+            setattr(args, option, getattr(args, option) or default)
+        return
+    if (args.coco_imgs_path is None) == (args.ref_stats is None):
+        parser.error("give the reference either as images (--coco_imgs_path) or as their statistics (--ref_stats)")
+    for option in ("save_stats", "expected_ref"):
+        if args.ref_stats and getattr(args, option):
+            parser.error(f"--{option} needs reference images (--coco_imgs_path)")
+    own = is_image_model(args.feature_extractor)
+    if own and args.variant:
+        parser.error(
+            f"--variant is for Inception-v3 weights, and {args.feature_extractor} is no file: a model reads images its own way"
+        )
+    args.variant = [OWN] if own else list(dict.fromkeys(args.variant or ["paper"]))
+    if len(args.variant) > 1 and (args.save_stats or args.ref_stats):
+        parser.error("statistics are those of one --variant")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cli.setup_logging()
-    folders = {"generated": image_files(args.gen_imgs_path), "reference": image_files(args.coco_imgs_path)}
-    for name, paths in folders.items():
-        if len(paths) < 2:
-            raise UserError(f"FID needs at least two {name} images; {paths[0].parent} holds one")
-    with loading(f"the image processor of {args.feature_extractor}"):
-        processor = AutoImageProcessor.from_pretrained(args.feature_extractor)
-    model = load_model(AutoModel, args.feature_extractor, args.device, "the feature extractor")
-    features = {name: extract(paths, processor, model, args.batch_size, name) for name, paths in folders.items()}
-    fid = frechet_distance(features["generated"], features["reference"])
-
-    counts = {name: len(paths) for name, paths in folders.items()}
-    width = features["generated"].shape[1]
-    text = f"FID: {fid:.4f} ({counts['generated']} generated, {counts['reference']} reference images, {width} features of {args.feature_extractor})"
-    output = args.output_file or args.gen_imgs_path.with_name(f"{args.gen_imgs_path.name}_{args.job}.txt")
-    facts = {"fid": fid, **counts, "features": width, "extractor_sha256": fingerprint(model), "made_by": provenance(args)}
-    write_json(output.with_suffix(".json"), facts)
-    write_text(output, text + "\n")
-    print(text)
+    if args.job == "fid":
+        print(score_fid(args))
+        return
+    image_files(args.gen_imgs_path, args.expected)
+    images = pair_with_prompts(args.gen_imgs_path, args.prompt_path)
+    columns, hashes = JOBS[args.job](images, args)
+    facts = hashes | {"made_by": provenance(args)}
+    print(write_scores(args.output_file, args.job, TITLES[args.job], images, args.gen_imgs_path, columns, facts))
 
 
-@torch.inference_mode()
-def extract(paths: list[Path], processor: AutoImageProcessor, model: nn.Module, batch_size: int, desc: str) -> torch.Tensor:
-    """Pooled features [images, features] in float64 on the CPU."""
-    batches = []
-    for images in image_batches(paths, batch_size, desc):
-        output = model(**processor(images, return_tensors="pt").to(model.device))
-        batches.append(output.pooler_output.flatten(1).double().cpu())
-    return torch.cat(batches)
+def score_fid(args: argparse.Namespace) -> str:
+    """Compute every variant's FID, write the results and return their text."""
+    generated = at_least_two(args.gen_imgs_path, args.expected, "generated")
+    reference = at_least_two(args.coco_imgs_path, args.expected_ref, "reference") if args.coco_imgs_path else []
+    stored, recorded = load_statistics(args.ref_stats) if args.ref_stats else (None, {})
+    extractor = load_extractor(args.feature_extractor, args.variant, args.device)
+    sha256 = fingerprint(extractor.model)
+    check_statistics(args, recorded, sha256)
+    references = [stored] if stored else gaussians(extractor, reference, args, "reference")
+    found = gaussians(extractor, generated, args, "generated")
+    width, stored_width = len(found[0].mean), len(references[0].mean)
+    if width != stored_width:
+        raise UserError(f"{args.ref_stats} holds {stored_width} features, and the feature extractor makes {width}")
+
+    fids = {name: x.distance(y) for name, x, y in zip(args.variant, found, references, strict=True)}
+    counts = {"generated": len(generated), "reference": recorded.get("n") if stored else len(reference)}
+    facts = {"fid": fids[args.variant[0]], "variants": fids, **counts, "features": width, "extractor_sha256": sha256}
+    if stored:
+        facts["ref_stats"] = {"sha256": sha256_file(args.ref_stats), "recorded": recorded}
+    about = f"{len(generated)} generated, {describe_reference(args, counts['reference'], recorded)}, {width} features"
+    if args.variant == [OWN]:
+        about += f" of {args.feature_extractor}"
+    text = "\n".join(f"FID ({name}): {fid:.4f} ({about})" for name, fid in fids.items())
+    if args.save_stats:
+        kept = {"n": len(reference), "variant": args.variant[0], "extractor_sha256": sha256}
+        save_statistics(args.save_stats, references[0], kept)
+    write_json(args.output_file.with_suffix(".json"), facts | {"made_by": provenance(args)})
+    write_text(args.output_file, text + "\n")
+    return text
+
+
+def gaussians(extractor: Extractor, paths: list[Path], args: argparse.Namespace, name: str) -> list[Gaussian]:
+    """The Gaussian of the images' features for every variant."""
+    return [Gaussian.of_features(each) for each in extract(extractor, paths, args.batch_size, args.num_workers, name)]
+
+
+def describe_reference(args: argparse.Namespace, count: int | None, recorded: dict[str, Any]) -> str:
+    """What the images were compared with, and whether its variant and network could be checked."""
+    if not args.ref_stats:
+        return f"{count} reference images"
+    images = "an unrecorded number of" if count is None else str(count)
+    unknown = [what for what, key in (("variant", "variant"), ("network", "extractor_sha256")) if key not in recorded]
+    unchecked = f" (its {' and '.join(unknown)} not recorded)" if unknown else ""
+    return f"statistics of {images} reference images from {args.ref_stats.name}{unchecked}"
+
+
+def at_least_two(folder: Path, expected: int | None, name: str) -> list[Path]:
+    """The images of a folder; UserError for another number than expected, and for one that has no covariance."""
+    paths = image_files(folder, expected)
+    if len(paths) < 2:
+        raise UserError(f"FID needs at least two {name} images; {folder} holds one")
+    return paths
+
+
+def check_statistics(args: argparse.Namespace, recorded: dict[str, Any], sha256: str) -> None:
+    """Refuse statistics that record another variant, another network, or fewer than two images."""
+    if recorded.get("variant", args.variant[0]) != args.variant[0]:
+        raise UserError(f"{args.ref_stats} holds statistics of variant {recorded['variant']}, not of {args.variant[0]}")
+    if recorded.get("extractor_sha256", sha256) != sha256:
+        raise UserError(f"{args.ref_stats} was made with another feature extractor (sha256 {recorded['extractor_sha256']})")
+    if recorded.get("n", 2) < 2:
+        raise UserError(f"{args.ref_stats} holds statistics of {recorded['n']} images, and a covariance needs two")
 
 
 if __name__ == "__main__":

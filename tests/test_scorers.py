@@ -5,14 +5,11 @@ import json
 import random
 
 from demo.world import KINDS, describe, random_scene, render
-from des.frechet import frechet_distance
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
-from conftest import ROOT, snapshot
-from torchmetrics.image.fid import FrechetInceptionDistance
+from conftest import ROOT, flags, snapshot
 from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPModel, CLIPProcessor
 
 MODELS = ROOT / "demo/models"
@@ -84,11 +81,14 @@ def test_accuracy_counts_labelled_rows_only(classify, renders):
 
 
 def test_scores_do_not_depend_on_the_batch_size(classify, renders):
-    probabilities = []
-    for batch_size in (1, 7, 64):
-        assert classify(cls_class="ball", batch_size=batch_size).code == 0
+    probabilities, texts = [], set()
+    for batch_size in (1, 3, 16):
+        done = classify(cls_class="ball", batch_size=batch_size)
+        assert done.code == 0
+        texts.add(done.out)
         content = json.loads((renders / "images/classify.json").read_text())
         probabilities.append([image["probability"] for image in content["images"]])
+    assert len(texts) == 1
     assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-5)
     assert probabilities[0] == pytest.approx(probabilities[2], abs=1e-5)
 
@@ -148,6 +148,29 @@ def test_clip_score_is_100_times_the_cosine(call, renders):
     assert (result["low"], result["high"]) == pytest.approx((np.mean(expected) - half, np.mean(expected) + half), abs=1e-3)
 
 
+def test_the_clip_score_does_not_depend_on_batch_size_and_workers(call, renders):
+    scores, texts = [], set()
+    for batch_size, workers in ((1, 1), (3, 4), (16, 2)):
+        options = flags(csv_file=renders / "p.csv", clip_model=MODELS / "clip", device="cpu", expected=COUNT)
+        done = call(
+            "clipscore.py", *options, *flags(image_folder=renders / "images", batch_size=batch_size, num_workers=workers)
+        )
+        assert done.code == 0, done.err
+        texts.add(done.out)
+        scores.append([float(row["clip_score"]) for row in csv.DictReader((renders / "images/clipscore.csv").open())])
+    assert len(texts) == 1
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    assert scores[0] == pytest.approx(scores[2], abs=1e-4)
+
+
+def test_the_clip_score_refuses_another_number_of_images(call, renders):
+    before = snapshot(renders)
+    options = flags(csv_file=renders / "p.csv", clip_model=MODELS / "clip", device="cpu", expected=COUNT + 1)
+    done = call("clipscore.py", *options, *flags(image_folder=renders / "images"))
+    assert done.failed_in_one_sentence and f"and {COUNT + 1} are expected" in done.err
+    assert snapshot(renders) == before
+
+
 def test_long_prompts_are_truncated(call, tmp_path):
     render(random_scene(random.Random(1))).save(tmp_path / "a_none_0p.png")
     (tmp_path / "p.csv").write_text("prompt\n" + "a red ball on a meadow " * 40 + "\n")
@@ -163,64 +186,3 @@ def test_long_prompts_are_truncated(call, tmp_path):
         "cpu",
     )
     assert done.code == 0 and "1 images" in done.out
-
-
-@pytest.mark.parametrize(("n", "m", "d"), [(200, 150, 8), (12, 40, 30), (12, 9, 30), (50, 50, 50)])
-def test_frechet_distance_equals_scipy(n, m, d):
-    draw = np.random.default_rng(n).normal
-    x, y = draw(size=(n, d)) @ draw(size=(d, d)), draw(size=(m, d)) + 0.5
-    sx, sy = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    root = np.sqrt(np.linalg.eigvals(sx @ sy).astype(complex)).real.sum()  # the trace of the root of a product of PSD matrices
-    expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(sx) + np.trace(sy) - 2 * root
-    assert frechet_distance(torch.tensor(x), torch.tensor(y)) == pytest.approx(expected, rel=1e-5)
-    if n > d and m > d:
-        assert root == pytest.approx(np.trace(scipy.linalg.sqrtm(sx @ sy)).real, rel=1e-6)
-
-
-class FirstPixels(torch.nn.Module):
-    """A stand-in feature network for torchmetrics: the first eight values of each image."""
-
-    num_features = 8
-
-    def forward(self, x):
-        return x.flatten(1)[:, :8].float()
-
-
-def test_frechet_distance_equals_torchmetrics():
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randint(low, 256, (60, 3, 4, 4), generator=generator, dtype=torch.uint8) for low in (0, 60))
-    metric = FrechetInceptionDistance(feature=FirstPixels(), input_img_size=(3, 4, 4)).set_dtype(torch.float64)
-    metric.update(x, real=True)
-    metric.update(y, real=False)
-    features = FirstPixels()
-    assert frechet_distance(features(x), features(y)) == pytest.approx(metric.compute().item(), rel=1e-6)
-
-
-def test_fid_script(call, renders, tmp_path):
-    for row in range(6):
-        render(random_scene(random.Random(row), "ball")).save(tmp_path / f"b_{row}p.png")
-    values = {}
-    for name, folder, batch_size in (("same", renders / "images", 64), ("balls", tmp_path, 64), ("batched", tmp_path, 2)):
-        done = call("fid.py", "--gen_imgs_path", folder, "--coco_imgs_path", renders / "images", "--feature_extractor", MODELS / "classifier_object",
-                    "--device", "cpu", "--batch_size", batch_size, "--output_file", tmp_path / f"{name}.txt")  # fmt: skip
-        assert done.code == 0, done.err
-        values[name] = json.loads((tmp_path / f"{name}.json").read_text())["fid"]
-    assert values["same"] == pytest.approx(0, abs=1e-6)
-    assert values["balls"] == pytest.approx(values["batched"], rel=1e-4)
-    assert values["balls"] > 1
-
-
-def test_fid_refuses_too_few_images(call, renders, tmp_path):
-    render(random_scene(random.Random(0))).save(tmp_path / "b_0p.png")
-    done = call(
-        "fid.py",
-        "--gen_imgs_path",
-        tmp_path,
-        "--coco_imgs_path",
-        renders / "images",
-        "--feature_extractor",
-        MODELS / "classifier_object",
-        "--device",
-        "cpu",
-    )
-    assert done.failed_in_one_sentence and "at least two generated images" in done.err

@@ -1,0 +1,105 @@
+"""Scores of how well an image suits its prompt: PickScore, BLIP score and ImageReward. Each job is one function.
+
+All take images, prompts and the scorer's sources, and return the columns of the per-image table, the score first, and the hashes
+of the models that made it.
+"""
+
+import argparse
+from pathlib import Path
+
+from des.checkpoints import fingerprint
+from des.cli import UserError
+from des.imagereward import load_imagereward, tokenize
+from des.images import image_batches
+from des.loading import load_model, loading
+from des.scores import clip_cosines, load_processor
+
+import pandas as pd
+import torch
+from torch.nn.functional import cosine_similarity
+from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipProcessor, CLIPModel, CLIPProcessor
+
+TITLES = {"pickscore": "PickScore", "blipscore": "BLIP score", "imagereward": "ImageReward"}
+DEFAULTS = {
+    "pickscore": {"model": "yuvalkirstain/PickScore_v1", "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"},
+    "blipscore": {"model": "Salesforce/blip-image-captioning-base", "clip_model": "openai/clip-vit-base-patch32"},
+    "imagereward": {"model": "THUDM/ImageReward", "processor": "google-bert/bert-base-uncased"},
+}
+"""By job, the options that name its models, with the published models."""
+
+REWARD_FILE = "ImageReward.pt"
+CAPTION = {"max_length": 20, "num_beams": 1, "do_sample": False}  # transformers 4's defaults; version 5's add a token
+Scored = tuple[dict[str, list], dict[str, str]]
+
+
+def pickscore(images: pd.DataFrame, args: argparse.Namespace) -> Scored:
+    """PickScore: exp(logit scale) * cosine(image, prompt), about 15 to 25. Source: Kirstain et al., NeurIPS 2023."""
+    processor = load_processor(CLIPProcessor, args.processor)
+    model = load_model(CLIPModel, args.model, args.device, "the PickScore model")
+    paths, prompts = images["image"].tolist(), images["prompt"].tolist()
+    cosines = clip_cosines(paths, prompts, processor, model, args.batch_size, args.num_workers, "PickScore")
+    scores = model.logit_scale.detach().exp().item() * cosines
+    return {"pickscore": scores.tolist()}, {"model_sha256": fingerprint(model)}
+
+
+@torch.inference_mode()
+def blipscore(images: pd.DataFrame, args: argparse.Namespace) -> Scored:
+    """BLIP score: the cosine in -1..1 of CLIP's text features of the prompt and of BLIP's caption of the image (greedy, 20 tokens)."""
+    processor = load_processor(BlipProcessor, args.model)
+    captioner = load_model(BlipForConditionalGeneration, args.model, args.device, "the captioner")
+    tokenizer = load_processor(AutoTokenizer, args.clip_model)
+    clip = load_model(CLIPModel, args.clip_model, args.device, "the CLIP model")
+    captions: list[str] = []
+    for batch in image_batches(images["image"].tolist(), args.batch_size, "captions", args.num_workers):
+        pixels = processor(images=batch, return_tensors="pt")["pixel_values"].to(args.device)
+        tokens = captioner.generate(pixel_values=pixels, **CAPTION)
+        captions += [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
+    prompts, scores = images["prompt"].tolist(), []
+    for start in range(0, len(prompts), args.batch_size):
+        of_prompts, of_captions = (
+            _text_features(clip, tokenizer, texts[start : start + args.batch_size]) for texts in (prompts, captions)
+        )
+        scores += cosine_similarity(of_prompts, of_captions).tolist()
+    return {"blipscore": scores, "caption": captions}, {
+        "model_sha256": fingerprint(captioner),
+        "clip_sha256": fingerprint(clip),
+    }
+
+
+def _text_features(clip: CLIPModel, tokenizer: AutoTokenizer, texts: list[str]) -> torch.Tensor:
+    length = clip.config.text_config.max_position_embeddings
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(clip.device)
+    return clip.get_text_features(**inputs).pooler_output.cpu().double()
+
+
+@torch.inference_mode()
+def imagereward(images: pd.DataFrame, args: argparse.Namespace) -> Scored:
+    """ImageReward v1.0, normalised as published, about -2 to 2. Source: Xu et al., NeurIPS 2023."""
+    tokenizer = load_processor(AutoTokenizer, args.processor)
+    model = load_imagereward(_reward_file(args.model), args.device)
+    if len(tokenizer) > model.text.config.vocab_size:
+        raise UserError(f"{args.processor} has {len(tokenizer)} tokens, and {args.model} knows {model.text.config.vocab_size}")
+    paths, prompts, scores = images["image"].tolist(), images["prompt"].tolist(), []
+    starts = range(0, len(paths), args.batch_size)
+    batches = image_batches(paths, args.batch_size, "ImageReward", args.num_workers, model.prepare)
+    for start, batch in zip(starts, batches, strict=True):
+        tokens = tokenize(tokenizer, prompts[start : start + args.batch_size])
+        inputs = {name: tensor.to(args.device) for name, tensor in tokens.items()}
+        scores += model(torch.stack(batch).to(args.device), **inputs).cpu().double().tolist()
+    return {"imagereward": scores}, {"model_sha256": fingerprint(model)}
+
+
+def _reward_file(source: str) -> Path:
+    """The weights file itself, the one in a folder, or the one of a hub id."""
+    path = Path(source)
+    if path.is_dir():
+        path /= REWARD_FILE
+    if path.is_file():
+        return path
+    from huggingface_hub import hf_hub_download
+
+    with loading(f"{REWARD_FILE} of {source}"):
+        return Path(hf_hub_download(source, REWARD_FILE))
+
+
+JOBS = {"pickscore": pickscore, "blipscore": blipscore, "imagereward": imagereward}
