@@ -229,12 +229,12 @@ def make(
                 if not args.discard_images:
                     with replacing(path) as temporary:
                         image.save(temporary, format="PNG")
-            if cards.detectors:
-                cards.score(paths, images)
+                if cards.detectors:
+                    cards.score(path, image)
             bar.update(len(batch))
     if cards.detectors:
         for path in [names[key] for key in mine if not cards.has(names[key])]:  # images that were found done
-            cards.score([path], [read_image(path)])
+            cards.score(path, read_image(path))
     return len(todo), seconds
 
 

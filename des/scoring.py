@@ -122,16 +122,13 @@ class Scorecards:
         """Whether the image that is or would be at `path` was scored."""
         return self.read(path.with_suffix(".json")) is not None
 
-    def score(self, paths: list[Path], images: list[Image.Image]) -> None:
-        """Score images that belong at `paths`."""
-        findings: list[dict[str, Any]] = [{} for _ in paths]
+    def score(self, path: Path, image: Image.Image) -> None:
+        """Score the image that belongs at `path`: alone, so that its figures do not depend on what is drawn beside it."""
+        findings = {}
         for name, detector in self.detectors.items():
-            prepared = [detector.prepare(image.convert("RGB")) for image in images]
-            for verdict, found in detector.score(prepared, [self.label] * len(paths)).items():
-                for mine, finding in zip(findings, found, strict=True):
-                    mine.setdefault(name, {})[verdict] = finding
-        for path, found in zip(paths, findings, strict=True):
-            write_json(path.with_suffix(".json"), {"file": path.name, "detectors": self.stamp, "findings": found})
+            verdicts = detector.score([detector.prepare(image.convert("RGB"))], [self.label])
+            findings[name] = {verdict: found for verdict, (found,) in verdicts.items()}
+        write_json(path.with_suffix(".json"), {"file": path.name, "detectors": self.stamp, "findings": findings})
 
     def write(self, args: argparse.Namespace, expected: Sequence[Path]) -> list[str]:
         """Write the verdicts over all cards in the folder, those of other shards too; returns their lines for people.
