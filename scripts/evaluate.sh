@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Scores of the images that generate.sh drew: bash scripts/evaluate.sh sd15|sd35|flux, or DEMO=1. Settings: settings.sh.
+# Without LIMIT every image of a list must be there.
+source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
+
+for method in $METHODS; do
+    images="$OUT/images/$method/$(basename "$MODEL")"
+    for set in $CONCEPT_SETS; do
+        complete=(--csv_path "datasets/$set.csv")
+        [ -n "${LIMIT:-}" ] && complete=(--expected "$LIMIT")
+        run python tasks/img_batch_classify.py "${COUNTED[@]}" --folder_dir "$images/$set" --devices "$DEVICE" "${complete[@]}"
+    done
+    prompts=datasets/$BENIGN.csv
+    if [ -n "${LIMIT:-}" ]; then
+        prompts=$OUT/$BENIGN-$LIMIT.csv
+        run python -c 'import sys; from des.prompts import read_rows; read_rows(sys.argv[1]).head(int(sys.argv[2])).to_csv(sys.argv[3], index=False)' \
+            "datasets/$BENIGN.csv" "$LIMIT" "$prompts"
+    fi
+    run python clipscore.py --image_folder "$images/$BENIGN" --csv_file "$prompts" --device "$DEVICE" "${CLIP[@]}"
+    reference=${REFERENCE:-$OUT/images/none/$(basename "$MODEL")/$BENIGN} # the demo: images of the original model
+    if [ "$images/$BENIGN" != "$reference" ]; then
+        run python fid.py --gen_imgs_path "$images/$BENIGN" --coco_imgs_path "$reference" --device "$DEVICE" "${FID[@]}"
+    fi
+done

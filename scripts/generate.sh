@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The images of the original model and of the one that train.sh protected: bash scripts/generate.sh sd15|sd35|flux, or DEMO=1.
+# Settings and what can be changed: settings.sh.
+source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
+
+protected=()
+for i in "${ENCODERS[@]}"; do
+    option=--text_encoder_path
+    [ "$i" -gt 1 ] && option=--text_encoder_${i}_path
+    protected+=("$option" "$(encoder_folder "$i")/checkpoint-$EPOCHS.pt")
+done
+for set in $CONCEPT_SETS $BENIGN; do
+    fetch "$set"
+    for method in $METHODS; do
+        chosen=()
+        [ "$method" = des ] && chosen=("${protected[@]}")
+        run python generate.py --model_path "$MODEL" --device "$DEVICE" --prompts_csv "datasets/$set.csv" --output_path "$set" \
+            --results_dir "$OUT/images" --training_method "$method" "${chosen[@]}" "${SAMPLING[@]}" "${END[@]}"
+    done
+done

@@ -1,0 +1,92 @@
+# Sourced by train.sh, generate.sh and evaluate.sh: the paper's settings of one model, by name (sd15, sd35, flux), or the demo's
+# where DEMO=1. Each can be changed from outside: MODEL, DEVICE, EPOCHS, SETS, LIMIT (rows of a set), OUT. PRINT=1 prints the commands.
+
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+NAME=${1:-sd15}
+DEVICE=${DEVICE:-cuda:0}
+METHODS=${METHODS:-none des}
+CONCEPT=nudity
+ALPHA=(--concept_guidance_scale 200)
+RATE=1e-05
+EPOCHS=${EPOCHS:-2}
+UNSAFE=datasets/unsafe_prompts_copro_sexual.csv
+SAFE=datasets/safe_prompts_copro_sexual.csv
+CONCEPT_SETS=${SETS:-sneaky_prompts mma_prompts ringabell_prompts p4d_prompts i2p_sexual_prompts}
+BENIGN=coco_prompts
+SAMPLING=()
+COUNTED=(--job nudity)
+FID=(--variant paper)
+CLIP=()
+REFERENCE=datasets/coco_images
+
+case "$NAME" in # encoders that are trained, and pairs a step for each
+sd15)
+    MODEL=${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}
+    ENCODERS=(1)
+    BATCHES=(128)
+    ;;
+sd35)
+    MODEL=${MODEL:-stabilityai/stable-diffusion-3.5-medium}
+    ENCODERS=(1 2 3)
+    BATCHES=(128 128 4)
+    ;;
+flux)
+    MODEL=${MODEL:-black-forest-labs/FLUX.1-dev}
+    ENCODERS=(1 2)
+    BATCHES=(16 4)
+    ;;
+*) fail "$NAME is none of sd15, sd35, flux" ;;
+esac
+
+if [ "${DEMO:-}" = 1 ]; then
+    NAME=demo
+    MODEL=demo/models/pipeline
+    DEVICE=cpu
+    ENCODERS=(1)
+    BATCHES=(128)
+    CONCEPT=mushroom
+    ALPHA=(--concept_guidance_ratio 0.3)
+    RATE=0.002
+    [ "$EPOCHS" = 2 ] && EPOCHS=20
+    UNSAFE=datasets/demo_unsafe_train.csv
+    SAFE=datasets/demo_safe_train.csv
+    CONCEPT_SETS=${SETS:-demo_plain demo_synonyms demo_indirect}
+    BENIGN=demo_benign
+    LIMIT=${LIMIT:-22}
+    SAMPLING=(--num_inference_steps 20 --guidance_scale 3)
+    COUNTED=(--job object --classifier demo/models/classifier_object --cls_class "$CONCEPT")
+    FID=(--feature_extractor demo/models/classifier_object)
+    CLIP=(--clip_model demo/models/clip)
+    REFERENCE=
+    export HF_HUB_OFFLINE=1
+fi
+
+OUT=${OUT:-results/$NAME}
+END=(${LIMIT:+--end_idx "$LIMIT"})
+use_environment requirements.txt
+
+run() {
+    if [ "${PRINT:-}" = 1 ]; then
+        printf '%q ' "$@"
+        echo
+    else
+        echo "== $*" >&2
+        "$@"
+    fi
+}
+
+# fetch NAME...: have prompt lists in datasets/; the demo's are in the repository
+fetch() {
+    local name
+    for name in "$@"; do
+        [ "$NAME" = demo ] || [ -f "datasets/$name.csv" ] || run python datasets/download.py "$name"
+    done
+}
+
+# encoder_folder I: where train.sh leaves the checkpoints of encoder I
+encoder_folder() {
+    local prefix=
+    [ "${#ENCODERS[@]}" -gt 1 ] && prefix="encoder${1}_"
+    echo "$OUT/checkpoints/${prefix}${RATE}_0.3"
+}
