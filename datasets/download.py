@@ -89,6 +89,8 @@ def obtain(name: str, folder: Path, given: Path | None = None, token: str | None
     paths = [folder / (output if a_set.images_of else f"{output}.csv") for output in a_set.outputs(name)]
     wanted = [path for path in paths if not is_there(path)]
     if not wanted:
+        if given:
+            compare_with_records(name, from_user(given, a_set), paths)
         return logger.info("%s is there already", " and ".join(map(str, paths)))
     folder.mkdir(parents=True, exist_ok=True)
     if a_set.images_of:
@@ -96,7 +98,7 @@ def obtain(name: str, folder: Path, given: Path | None = None, token: str | None
     part = folder / f".{name}.part"
     source = from_user(given, a_set) if given else from_public(name, a_set, part, token)
     try:
-        compare_with_records(name, source, wanted)
+        compare_with_records(name, source, paths)
         if a_set.images_of:
             write_images(source, folder / f"{a_set.images_of}.csv", wanted[0])
         else:
@@ -152,7 +154,8 @@ def from_public(name: str, a_set: PromptSet, part: Path, token: str | None) -> S
         if not a_set.hub:
             raise
         raise UserError(
-            f"{name} is gated: ask for access at {a_set.page}, then pass --token (or HF_TOKEN) of the account that has it ({error})"
+            f"the hub gives {name} to accounts with access only: ask for it at {a_set.page}, "
+            f"then pass that account's --token (or HF_TOKEN); {error}"
         ) from None
     if digest and not has_digest(part, digest):
         discard(part)
@@ -161,12 +164,12 @@ def from_public(name: str, a_set: PromptSet, part: Path, token: str | None) -> S
     return Source(part, PurePosixPath(urlsplit(url).path).suffix.lower(), facts, given=False)
 
 
-def compare_with_records(name: str, source: Source, wanted: list[Path]) -> None:
-    """Refuse a source that is not the one of an earlier download whose record is still there."""
-    for record in (path.with_suffix(".json") for path in wanted):
+def compare_with_records(name: str, source: Source, paths: list[Path]) -> None:
+    """Refuse a source that is not the one that a record names, whether its list is still there or not."""
+    for record in (path.with_suffix(".json") for path in paths):
         known = recorded(record, "source_sha256") if record.exists() else source.facts["source_sha256"]
         if known != source.facts["source_sha256"]:
-            raise UserError(f"{name} has changed: {record} records another source_sha256; move that away to take the new one")
+            raise UserError(f"{name} was made from another file, says {record}; move both away to make it from this one")
 
 
 def convert(name: str, a_set: PromptSet, source: Source) -> tuple[Converted, ...]:

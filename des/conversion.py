@@ -1,5 +1,6 @@
 """From the file of a public prompt set to the rows of one `prompt` column, and from COCO's archive to the images of a list."""
 
+import csv
 import json
 import zipfile
 import zlib
@@ -187,7 +188,8 @@ def _is_known(place: Any) -> bool:
 
 def write_rows(rows: pd.DataFrame, path: Path) -> None:
     """Write a prompt CSV; UserError unless the project's reader gives the same rows back."""
-    rows.to_csv(path, index=False, lineterminator="\n", encoding="utf-8")
+    quoting = csv.QUOTE_ALL  # QUOTE_MINIMAL leaves a lone carriage return bare, which readers take for the end of a row
+    rows.to_csv(path, index=False, lineterminator="\n", encoding="utf-8", quoting=quoting)
     if not read_rows(path).equals(rows):
         raise UserError("its prompts hold characters that a CSV file does not keep")
 

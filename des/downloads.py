@@ -42,7 +42,7 @@ def hub_file(repo: str, suffixes: tuple[str, ...], token: str | None = None) -> 
     The host is `HF_ENDPOINT`. The hash is the sha256 of a large file, and git's of a small one. Raises Denied for a gated set,
     and UserError where the hub cannot be reached or the set holds no such file, or several.
     """
-    api = HfApi(endpoint=constants.ENDPOINT, token=token or False)  # False: never one that lies on this machine
+    api = HfApi(token=token or False)  # False: never one that lies on this machine
     try:
         info = api.dataset_info(repo, files_metadata=True)
         files = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings}
@@ -60,7 +60,7 @@ def hub_file(repo: str, suffixes: tuple[str, ...], token: str | None = None) -> 
         if len(found) > 1:
             raise UserError(f"{repo} holds {len(found)} files {suffix} ({found[0]}, …); download one and give it by --convert")
         if found:
-            url = hf_hub_url(repo, found[0], repo_type="dataset", revision=info.sha, endpoint=constants.ENDPOINT)
+            url = hf_hub_url(repo, found[0], repo_type="dataset", revision=info.sha)
             return HubFile(url, files[found[0]], (info.card_data or {}).get("license"))
     raise UserError(f"{repo} holds no file of the formats {', '.join(suffixes)}")
 
