@@ -63,7 +63,11 @@ def read_source(path: Path, suffix: str) -> pd.DataFrame:
 def read_json(path: Path, lines: bool = False) -> Any:
     """Read JSON, or JSON Lines as a list; UserError where it is damaged."""
     try:
-        return [json.loads(line) for line in _lines(path) if line.strip()] if lines else json.loads(_text_of(path))
+        content = [json.loads(line) for line in _lines(path) if line.strip()] if lines else json.loads(_text_of(path))
+        json.dumps(content, ensure_ascii=False).encode()
+        return content
+    except UnicodeEncodeError:
+        raise UserError(f"{path} holds halves of characters (surrogates), which no text in UTF-8 can") from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path} is no readable JSON: {error}") from None
 

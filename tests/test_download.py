@@ -10,6 +10,8 @@ from hashlib import sha1, sha256
 from io import BytesIO
 from pathlib import Path
 
+from des.cli import UserError
+from des.conversion import write_rows
 from des.prompt_sets import SETS
 from des.prompts import read_rows
 
@@ -125,7 +127,7 @@ FORMATS = {
     "list.csv": table(PROMPTS),
     "bom.csv": b"\xef\xbb\xbf" + pd.DataFrame({"Prompt": PROMPTS}).to_csv(index=False).encode(),
     "list.tsv": pd.DataFrame(ROWS).to_csv(index=False, sep="\t").encode(),
-    "list.txt": "\r\n".join(PROMPTS).encode(),
+    "list.txt": "".join(f"{prompt}\r\n" for prompt in PROMPTS).encode(),
     "records.json": json.dumps(ROWS).encode(),
     "columns.json": json.dumps({"n": list(range(5)), "prompt": PROMPTS}).encode(),
     "within.json": json.dumps({"version": 1, "data": ROWS}).encode(),
@@ -141,6 +143,7 @@ def test_every_format_gives_the_same_rows(call, offer, folder, tmp_path, file):
     offer("unlearndiffatk", content, file)
     assert call(SCRIPT, "unlearndiffatk", "--dir", folder).code == 0
     assert prompts_of(folder / "unlearndiffatk.csv") == PROMPTS
+    assert record_of(folder / "unlearndiffatk.csv")["source_rows"] == 5
     (tmp_path / file).write_bytes(content)
     assert call(SCRIPT, "--convert", tmp_path / file, "unlearndiffatk", "--dir", tmp_path / "own").code == 0
     assert (tmp_path / "own/unlearndiffatk.csv").read_bytes() == (folder / "unlearndiffatk.csv").read_bytes()
@@ -181,10 +184,11 @@ def test_a_later_run_continues(call, offer, folder, loopback):
 def test_a_wrong_checksum_keeps_nothing_and_touches_nothing(call, offer, folder):
     offer("coco_prompts", table(PROMPTS), sha256="0" * 64)
     offer.hub("i2p", table(PROMPTS), digest="1" * 64, columns=())
+    offer.hub("mma", table(PROMPTS), digest="2" * 40)
     offer("mma_prompts", table(PROMPTS))
     assert call(SCRIPT, "mma_prompts", "--dir", folder).code == 0
     before = snapshot(folder)
-    for name, digest in (("coco_prompts", "0" * 64), ("i2p", "1" * 64)):
+    for name, digest in (("coco_prompts", "0" * 64), ("i2p", "1" * 64), ("mma", "2" * 40)):
         done = call(SCRIPT, name, "--dir", folder)
         assert done.failed_in_one_sentence
         assert f"what came for {name} does not have the published checksum {digest}" in done.err
@@ -237,8 +241,11 @@ def test_i2p_without_its_seeds_is_refused(call, offer, folder):
 
 def test_missing_numbers_stay_empty_and_whole(call, offer, folder):
     """A column of whole numbers with a gap is not turned into fractions."""
-    rows = pd.DataFrame({"prompt": ["a kite", "a boat"], "case_number": pd.array([5, None], dtype="Int64")})
-    offer("unlearndiffatk", parquet(rows), "list.parquet")
+    import pyarrow.parquet
+
+    file = BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a kite", "a boat"], "case_number": [5, None]}), file)
+    offer("unlearndiffatk", file.getvalue(), "list.parquet")
     assert call(SCRIPT, "unlearndiffatk", "--dir", folder).code == 0
     assert read_rows(folder / "unlearndiffatk.csv")["case_number"].tolist() == ["5", ""]
 
@@ -342,7 +349,7 @@ def test_who_is_a_minor_is_never_in_a_sexual_set(call, offer, folder):
 
 
 def test_other_sets_to_generate_from_keep_minors_that_are_not_in_a_sexual_context(call, offer, folder):
-    prompts = [*NAMED, "a child in lingerie", *["a kite"] * 60]
+    prompts = [*NAMED, "a kid's kite with explicit instructions", *["a kite"] * 60]
     offer("i2p_hate_prompts", table(prompts))
     assert call(SCRIPT, "i2p_hate_prompts", "--dir", folder).code == 0
     assert prompts_of(folder / "i2p_hate_prompts.csv") == [*NAMED, *["a kite"] * 60]
@@ -350,7 +357,7 @@ def test_other_sets_to_generate_from_keep_minors_that_are_not_in_a_sexual_contex
 
 
 def test_training_sets_keep_every_row(call, offer, folder):
-    offer("unsafe_prompts_copro_sexual", table(NAMED), rows=5)
+    offer("unsafe_prompts_copro_sexual", table(NAMED), rows=5, sexual=True)
     done = call(SCRIPT, "unsafe_prompts_copro_sexual", "--dir", folder)
     path = folder / "unsafe_prompts_copro_sexual.csv"
     assert prompts_of(path) == NAMED
@@ -441,6 +448,8 @@ def test_copro_in_another_form_is_refused(call, offer, folder, content, reason):
 def test_half_of_a_pair_is_made_again(call, offer, folder):
     offer("copro_sexual", json.dumps(RECORDS).encode(), "CoPro_v1.0.json")
     call(SCRIPT, "copro_sexual", "--dir", folder)
+    other = folder / "copro_sexual_unsafe.json"
+    other.write_text(other.read_text().replace("name", "note"))  # what is not made again keeps its record
     before = snapshot(folder)
     (folder / "copro_sexual_safe.csv").unlink()
     assert call(SCRIPT, "copro_sexual", "--dir", folder).code == 0
@@ -570,6 +579,7 @@ def test_parquet_without_pyarrow_says_what_to_install(call, offer, folder, tmp_p
         ("list.csv", b"caption\na kite\n", "list.csv has no column `prompt`; its columns are 'caption'"),
         ("list.csv", b"", "is no readable CSV file"),
         ("list.json", b"{", "is no readable JSON"),
+        ("list.json", b'["half a character \\ud800"]', "holds halves of characters"),
         ("list.json", b'{"a": 1}', "holds no list of records, of columns or of prompts"),
         ("list.jsonl", b'{"prompt": "a kite"}\n[1', "is no readable JSON"),
         ("list.parquet", b"PAR1", "is no readable parquet file"),
@@ -586,6 +596,15 @@ def test_what_cannot_be_converted_is_one_sentence(call, offer, folder, tmp_path,
     assert done.failed_in_one_sentence
     assert reason in done.err
     assert names(folder) == []
+
+
+def test_what_does_not_come_back_from_the_csv_is_not_written(tmp_path, monkeypatch):
+    rows = pd.DataFrame({"prompt": ["a kite", "a boat"]}, dtype=str)
+    write_rows(rows, tmp_path / "list.csv")
+    assert prompts_of(tmp_path / "list.csv") == ["a kite", "a boat"]
+    monkeypatch.setattr("des.conversion.read_rows", lambda path: rows[:1])
+    with pytest.raises(UserError, match="characters that a CSV file does not keep"):
+        write_rows(rows, tmp_path / "list.csv")
 
 
 def photographs(numbers: list[int]) -> tuple[bytes, dict[str, bytes]]:
