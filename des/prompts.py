@@ -24,16 +24,12 @@ _SEXUAL = re.compile(
 _SEXUAL_SET_SHARE = 0.05
 
 
-def read_rows(csv_path: Path) -> pd.DataFrame:
-    """Read a prompt CSV; row i of the result is row i as every script of this project counts them.
-
-    Every column is text, as it stands in the file. Rows whose `prompt` is blank are left out and do not count. Raises
-    UserError for a file that is missing, empty, unreadable or without a `prompt` column.
-    """
+def read_table(csv_path: Path, separator: str = ",") -> pd.DataFrame:
+    """Read a CSV with a header as it stands: every column is text; UserError where it is missing, empty or unreadable."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # raised where a row has more cells than the header
-            rows = pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
+            return pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False, sep=separator)
     except (pd.errors.ParserWarning, pd.errors.ParserError):
         raise UserError(
             f"{csv_path} has a row with more cells than its header, or an open quote; quote prompts with commas"
@@ -42,6 +38,15 @@ def read_rows(csv_path: Path) -> pd.DataFrame:
         raise UserError(f"there is no prompt file {csv_path}") from None
     except (pd.errors.EmptyDataError, UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"{csv_path} is no readable CSV file in UTF-8: {str(error).strip().splitlines()[0]}") from None
+
+
+def read_rows(csv_path: Path) -> pd.DataFrame:
+    """Read a prompt CSV; row i of the result is row i as every script of this project counts them.
+
+    Every column is text, as it stands in the file. Rows whose `prompt` is blank are left out and do not count. Raises
+    UserError for a file that is missing, empty, unreadable or without a `prompt` column.
+    """
+    rows = read_table(csv_path)
     if "prompt" not in rows:
         raise UserError(f"{csv_path} has no column `prompt`; its columns are {', '.join(map(repr, rows.columns))}")
     rows = rows[rows["prompt"].str.strip() != ""].reset_index(drop=True)

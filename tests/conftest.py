@@ -5,7 +5,9 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import pytest
 import torch
+from loopback import Server
 from tiny import build
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -67,6 +70,25 @@ def spawn(script: str, *argv: object, cwd: Path = ROOT) -> Finished:
     command = [sys.executable, str(ROOT / script), *map(str, argv)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ)
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    """A server on loopback for as long as it is needed."""
+    server = Server()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def loopback(monkeypatch):
+    """A server on loopback, for downloads that try again at once."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr("des.downloads.PAUSE", 0)
+    with serving() as server:
+        yield server
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

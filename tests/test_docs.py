@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = ["save_codebook.py", "train_des.py", "generate.py", "tasks/img_batch_classify.py", "clipscore.py", "fid.py"]
-TOOLS = ["scripts/download_checkpoint.py", "scripts/rounding.py", "scripts/benchmark.py"]
+TOOLS = ["datasets/download.py", "scripts/download_checkpoint.py", "scripts/rounding.py", "scripts/benchmark.py"]
 
 
 def test_each_formula_is_at_its_line():

@@ -4,10 +4,8 @@ import errno
 import importlib.util
 import json
 import sys
-import threading
 from hashlib import sha256
 from http.client import HTTPResponse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from des.cli import UserError
@@ -15,53 +13,7 @@ from des.cli import UserError
 import pytest
 import torch
 from conftest import ROOT, snapshot
-
-
-class Server(ThreadingHTTPServer):
-    """Serves `content`; `cut` ends that many answers after `after` bytes; `asked` and `sent` tell each request's Range and bytes."""
-
-    content, etag, cut, after, status, ranges_work, kind, chunked = b"", '"one"', 0, 0, 200, True, "application/binary", False
-    told = "bytes {start}-{last}/{whole}"
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[str | None] = []
-        self.sent: list[int] = []
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        server, self.close_connection = self.server, True
-        asked, whole = self.headers["Range"], len(server.content)
-        server.asked.append(asked)
-        if server.status != 200:
-            return self.send_error(server.status)
-        partial = asked and server.ranges_work and self.headers["If-Range"] in (None, server.etag)
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if partial else 0
-        status = 200 if not partial else 206 if start < whole else 416
-        body = server.content[start:]
-        told = server.told.format(start=start, last=whole - 1, whole=whole)
-        self.send_response(status)
-        self.send_header("Content-Type", server.kind)
-        self.send_header(*(("Transfer-Encoding", "chunked") if server.chunked else ("Content-Length", str(len(body)))))
-        if partial:
-            self.send_header("Content-Range", told if body else f"bytes */{whole}")
-        if server.etag:
-            self.send_header("ETag", server.etag)
-        sent = body
-        if server.cut:
-            server.cut -= 1
-            sent = body[: server.after]
-        server.sent.append(len(sent))  # before anything goes out, so that a test that has its answer finds it
-        self.end_headers()
-        if server.chunked:
-            sent = f"{len(body):x}\r\n".encode() + sent + b"\r\n0\r\n\r\n" * (len(sent) == len(body))
-        self.wfile.write(sent)
+from loopback import names
 
 
 def saved(content: object, folder: Path) -> bytes:
@@ -70,19 +22,11 @@ def saved(content: object, folder: Path) -> bytes:
     return (folder / "source.pt").read_bytes()
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 @pytest.fixture
-def server(tmp_path):
-    server = Server()
+def server(loopback, tmp_path):
     weight = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
-    server.content = saved({"model_state_dict": {"weight": weight}}, tmp_path)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    loopback.content = saved({"model_state_dict": {"weight": weight}}, tmp_path)
+    return loopback
 
 
 @pytest.fixture
@@ -91,9 +35,7 @@ def script(server, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(module, "PAUSE", 0)
-    url = f"http://127.0.0.1:{server.server_port}/des.pt"
+    url = f"{server.url}/des.pt"
     monkeypatch.setattr(
         module, "PUBLISHED", {name: module.Published(url, it.trains, it.pipelines) for name, it in module.PUBLISHED.items()}
     )

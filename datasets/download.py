@@ -1,0 +1,222 @@
+"""Fetch the public prompt sets and COCO's reference images, and write each as one list with a `prompt` column.
+
+    python datasets/download.py coco_prompts i2p_sexual_prompts --dir datasets
+
+A set becomes NAME.csv, and NAME.json with its source, licence, date, rows and sha256. An interrupted download continues where it
+stopped. What a set's owner gives on request only, or you have already, is turned by --convert FILE NAME. Gated sets need the token
+of an account that has access: --token, or the variable HF_TOKEN.
+
+Sets to generate from lose the prompts that put minors in a sexual context, and sexual ones all that name minors; NAME.json says how
+many. Training sets keep every row: the encoder must learn to refuse them.
+"""
+
+import argparse
+import datetime
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from des import cli
+from des.cli import UserError, logger
+from des.conversion import TABLES, Converted, convert_pairs, convert_prompts, extract_images, read_json, read_source, write_rows
+from des.downloads import Denied, discard, download, has_digest, hub_file, recorded
+from des.prompt_sets import SETS, PromptSet
+from des.results import replacing, sha256_file, sha256_texts, write_json
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file that a set is made from, its format, and what is recorded of it; `given` where it is the user's own."""
+
+    path: Path
+    suffix: str
+    facts: dict
+    given: bool
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which sets; --list names them")
+    parser.add_argument("--all", action="store_true", help="every set that can be downloaded (COCO's archive alone has 6 GB)")
+    parser.add_argument("--list", action="store_true", help="print the names, and what each set tests")
+    parser.add_argument("--convert", type=Path, metavar="FILE", help=f"make the one NAME from a file ({' '.join(TABLES)} .zip)")
+    parser.add_argument("--token", metavar="T", help="token of a Hugging Face account, for gated sets (or HF_TOKEN)")
+    parser.add_argument("--dir", type=Path, metavar="DIR", help="where they go (default: this script's folder)")
+    args = parser.parse_args(argv)
+    args.dir = args.dir or Path(__file__).resolve().parent
+    args.token = args.token or os.environ.get("HF_TOKEN") or None
+    unknown = [name for name in args.names if name not in SETS]
+    if unknown:
+        parser.error(f"{unknown[0]} is no set; --list names them all")
+    if not args.names and not args.all and not args.list:
+        parser.error("name a set, or --all")
+    if args.convert and (len(args.names) != 1 or args.all):
+        parser.error("--convert makes exactly one set; name it")
+    if args.token and not re.fullmatch(r"[\x21-\x7e]+", args.token):  # else libraries would quote it in an error
+        parser.error("the token holds characters that none can have")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    cli.setup_logging()
+    if args.list:
+        return print("\n".join(f"{name:<28} {a_set.tests}" for name, a_set in SETS.items()))
+    every = [name for name, a_set in SETS.items() if a_set.url or a_set.hub] if args.all else []
+    names = list(dict.fromkeys([*args.names, *every]))
+    failed = {}
+    for name in names:
+        try:
+            obtain(name, args.dir, args.convert, args.token)
+        except UserError as error:
+            if len(names) == 1:
+                raise
+            failed[name] = error
+    for name, error in failed.items():
+        logger.error("%s: %s", name, error)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(names)} sets could not be had: {', '.join(failed)}")
+
+
+def obtain(name: str, folder: Path, given: Path | None = None, token: str | None = None) -> None:
+    """Write one set unless it is there, from its public source or a `given` file, and say what came of it. Raises UserError."""
+    a_set = SETS[name]
+    paths = [folder / (output if a_set.images_of else f"{output}.csv") for output in a_set.outputs(name)]
+    wanted = [path for path in paths if not is_there(path)]
+    if not wanted:
+        if given:
+            compare_with_records(name, from_user(given, a_set), paths)
+        return logger.info("%s is there already", " and ".join(map(str, paths)))
+    folder.mkdir(parents=True, exist_ok=True)
+    if a_set.images_of:
+        obtain(a_set.images_of, folder, token=token)
+    part = folder / f".{name}.part"
+    source = from_user(given, a_set) if given else from_public(name, a_set, part, token)
+    try:
+        compare_with_records(name, source, paths)
+        if a_set.images_of:
+            write_images(source, folder / f"{a_set.images_of}.csv", wanted[0])
+        else:
+            for path, converted in zip(paths, convert(name, a_set, source), strict=True):
+                if path in wanted:
+                    write_list(path, converted, a_set, source)
+    except UserError as error:
+        if given:
+            raise
+        discard(part)
+        raise UserError(f"what came for {name} was not kept: {error}") from None
+    discard(part)
+
+
+def is_there(path: Path) -> bool:
+    """Whether a list or folder is there as its record says; UserError for one that differs from it, or has none."""
+    record = path.with_suffix(".json")
+    if not path.exists():
+        return False
+    if not record.exists():
+        raise UserError(f"{path} is there without its record {record.name}; move it away to make it again")
+    if (sha256_images(path) if path.is_dir() else sha256_file(path)) != recorded(record):
+        raise UserError(f"{path} is not what {record.name} records; move both away to make it again")
+    return True
+
+
+def from_user(path: Path, a_set: PromptSet) -> Source:
+    """A file that the user has, which is compared with the published hash, but need not have it."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path} to convert")
+    same = bool(a_set.sha256) and has_digest(path, a_set.sha256)
+    if a_set.sha256 and not same:
+        logger.warning("%s is not the published file; it is converted as it is", path)
+    facts = {"source": path.name, "licence": a_set.licence, "source_sha256": sha256_file(path), "checksum_verified": same}
+    return Source(path, path.suffix.lower(), facts, given=True)
+
+
+def from_public(name: str, a_set: PromptSet, part: Path, token: str | None) -> Source:
+    """Download a set's file to `part` and compare it with the published hash, if there is one. Raises UserError."""
+    if not (a_set.url or a_set.hub):
+        raise UserError(
+            f"{name} has no public source: ask its authors at {a_set.page}, then --convert FILE {name}; "
+            f"{name}_prompts is the paper's own copy"
+        )
+    url, digest, licence, headers = a_set.url, a_set.sha256, a_set.licence, {}
+    try:
+        if a_set.hub:  # the token goes nowhere else
+            found = hub_file(a_set.hub, TABLES, token)
+            url, digest, licence = found.url, found.digest, found.licence or licence
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+        download(name, url, part, headers)
+    except Denied as error:
+        if not a_set.hub:
+            raise
+        raise UserError(
+            f"the hub gives {name} to accounts with access only: ask for it at {a_set.page}, "
+            f"then pass that account's --token (or HF_TOKEN); {error}"
+        ) from None
+    if digest and not has_digest(part, digest):
+        discard(part)
+        raise UserError(f"what came for {name} does not have the published checksum {digest}; it was not kept")
+    facts = {"source": url, "licence": licence, "source_sha256": sha256_file(part), "checksum_verified": bool(digest)}
+    return Source(part, PurePosixPath(urlsplit(url).path).suffix.lower(), facts, given=False)
+
+
+def compare_with_records(name: str, source: Source, paths: list[Path]) -> None:
+    """Refuse a source that is not the one that a record names, whether its list is still there or not."""
+    for record in (path.with_suffix(".json") for path in paths):
+        known = recorded(record, "source_sha256") if record.exists() else source.facts["source_sha256"]
+        if known != source.facts["source_sha256"]:
+            raise UserError(f"{name} was made from another file, says {record}; move both away to make it from this one")
+
+
+def convert(name: str, a_set: PromptSet, source: Source) -> tuple[Converted, ...]:
+    """The lists of a set, one for each of its outputs. Raises UserError, also for another number of rows than was published."""
+    if a_set.pairs:
+        return convert_pairs(read_json(source.path, lines=source.suffix == ".jsonl"), a_set.pairs, source.path.name)
+    table = read_source(source.path, source.suffix)
+    filled = convert_prompts(table, a_set, source.path.name)
+    counts = (len(table), len(table) - filled.blank)  # a published number may or may not count blank ones
+    if (a_set.rows and a_set.rows not in counts) or len(table) < (a_set.first or 0):
+        wrong = f"{name} has {len(table)} rows here, and {a_set.rows or a_set.first} as published"
+        if not source.given:
+            raise UserError(wrong)
+        logger.warning("%s", wrong)
+    return (filled,)
+
+
+def write_list(path: Path, converted: Converted, a_set: PromptSet, source: Source) -> None:
+    """Write one list and, before it takes its place, its record."""
+    counts = {"rows": len(converted.rows), "left_out": converted.left_out, "blank": converted.blank}
+    with replacing(path) as temporary:
+        write_rows(converted.rows, temporary)
+        facts = {"sha256": sha256_file(temporary), "columns": list(converted.rows.columns)}
+        write_record(path, source, {**counts, "source_rows": converted.source_rows, "use": a_set.use, **facts})
+    why = "that name minors in a sexual set" if a_set.sexual else "that put minors in a sexual context"
+    left = f"{converted.left_out} left out {why}" if a_set.use == "generate" else "none left out of a training set"
+    print(f"{path}: {len(converted.rows)} rows, {left}, {converted.blank} blank")
+
+
+def write_images(source: Source, csv_path: Path, folder: Path) -> None:
+    """Write the images that a list numbers and, before the folder takes its place, its record."""
+    with replacing(folder) as temporary:
+        names = extract_images(source.path, csv_path, temporary)
+        facts = {"rows": len(names), "use": "reference", "sha256": sha256_images(temporary), "list": csv_path.name}
+        write_record(folder, source, facts | {"list_sha256": sha256_file(csv_path)})
+    print(f"{folder}: {len(names)} images")
+
+
+def write_record(path: Path, source: Source, facts: dict) -> None:
+    date = datetime.date.today().isoformat()
+    write_json(path.with_suffix(".json"), {"name": path.stem, "date": date, **source.facts, **facts})
+
+
+def sha256_images(folder: Path) -> str:
+    """One hash of a folder's files: their names and contents."""
+    return sha256_texts(f"{path.name} {sha256_file(path)}" for path in sorted(folder.iterdir()))
+
+
+if __name__ == "__main__":
+    cli.run(main)
