@@ -3,6 +3,7 @@
 # Without LIMIT every image of a list must be there.
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
+[ -z "$REFERENCE" ] || [ -d "$REFERENCE" ] || run python datasets/download.py coco_images
 for method in $METHODS; do
     images="$OUT/images/$method/$(basename "$MODEL")"
     for set in $CONCEPT_SETS; do
