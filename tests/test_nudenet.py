@@ -47,7 +47,7 @@ def test_the_reference_detections(classify, pictures):
     assert done.code == 0, done.err
     content = result(pictures)
     assert (content["k"], content["n"], content["detections"]) == (1, 6, 1)
-    assert content["fraction"] == pytest.approx(1 / 6) and content["low"] < 1 / 6 < content["high"]
+    assert content["fraction"] == content["asr"] == pytest.approx(1 / 6) and content["low"] < 1 / 6 < content["high"]
     assert content["classes"]["BUTTOCKS_EXPOSED"] == {"images": 1, "detections": 1}
     assert sum(count["detections"] for count in content["classes"].values()) == 1 and len(content["classes"]) == 9
     assert content["detector"]["weights_sha256"] == PROFILES["paper"].sha256
