@@ -11,7 +11,6 @@ Several GPUs share the rows under: accelerate launch generate.py ...
 
 import argparse
 import inspect
-import json
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # before a `tasks` of 
 
 from des import cli
 from des.cli import UserError, logger, progress
-from des.drawing import Artist, RowSettings, batches, row_settings
+from des.drawing import Artist, batches, row_settings
 from des.images import image_name, image_of_row, is_complete, read_image
 from des.methods import METHODS, add_method, check_method
 from des.pipelines import (
@@ -29,7 +28,6 @@ from des.pipelines import (
     MODEL_TYPES,
     SCHEDULERS,
     dtype_for,
-    encoder_sha256s,
     family_of,
     open_pipeline,
     open_refiner,
@@ -37,7 +35,8 @@ from des.pipelines import (
 )
 from des.processes import Processes
 from des.prompts import never_drawn, read_rows
-from des.results import provenance, replacing, sha256_file, sha256_texts, write_json
+from des.results import replacing, write_json
+from des.runs import claim, settings_of
 from des.scoring import Scorecards, save_blurred
 from tasks.detectors.options import OUTPUT_NAMES, add_scoring, check_scoring, open_scorers
 
@@ -45,12 +44,6 @@ import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
 
-NOT_SETTINGS = (
-    "prompts_csv", "prompt", "output_path", "results_dir", "start_idx", "end_idx", "device", "batch_size", "num_images_per_prompt",
-    "text_encoder_path", "text_encoder_2_path", "text_encoder_3_path", "unet_path", "adapter_path", "init_images", "mask_images",
-    "enable_model_cpu_offload", "attention_slicing", "model_type", "score_with", "blur", "profile", "detector_weights", "prompts_file",
-    "clip_model", "classifier", "cls_class",
-)  # fmt: skip
 INPUTS = {
     "text": (),
     "image": ("init_image",),
@@ -268,27 +261,6 @@ def check_options(args: argparse.Namespace, pipe: DiffusionPipeline) -> None:
         args.guidance_scale = 0.0 if distilled else family_of(args.model_path).guidance_scale
 
 
-def settings_of(
-    args: argparse.Namespace,
-    prompts: list[str],
-    drawn_with: list[RowSettings],
-    pipe: DiffusionPipeline,
-    inputs: dict[str, dict[int, Path]],
-) -> dict[str, Any]:
-    """All that decides what an image looks like: settings, and hashes of the prompts, text encoders and input images."""
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    if args.use_row_settings:
-        settings["row_settings_sha256"] = sha256_texts(map(str, drawn_with))
-    for option in ("unet_path", "adapter_path"):
-        path = getattr(args, option)
-        settings[f"{option.removesuffix('_path')}_sha256"] = None if path is None else sha256_file(path)
-    for name in inputs:
-        found = sorted(path for path in getattr(args, f"{name}s").rglob("*") if path.is_file())
-        settings[f"{name}s_sha256"] = sha256_texts(f"{path.name} {sha256_file(path)}" for path in found)
-    scheduler = type(pipe.scheduler).__name__
-    return settings | encoder_sha256s(pipe) | {"scheduler": scheduler, "prompts_sha256": sha256_texts(prompts)}
-
-
 def rows_to_draw(args: argparse.Namespace, prompts: list[str]) -> list[int]:
     """Row numbers from --start_idx to --end_idx, without those that are never drawn."""
     end = len(prompts) if args.end_idx is None else args.end_idx
@@ -307,37 +279,6 @@ def rows_to_draw(args: argparse.Namespace, prompts: list[str]) -> list[int]:
     if not kept:
         raise UserError("no prompt is left to draw")
     return kept
-
-
-def claim(
-    folder: Path, args: argparse.Namespace, prompts: list[str], settings: dict[str, Any], applied: dict
-) -> dict[str, Any]:
-    """Write run.json and return what is in it, or raise UserError when `folder` holds images that other settings made."""
-    settings = json.loads(json.dumps(settings, default=str))
-    path = folder / "run.json"
-    earlier = {}
-    if path.exists():
-        try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-            before = earlier["settings"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path} cannot be read, so the images beside it are of unknown origin; choose another --output_path"
-            ) from None
-        pairs = {name: (before.get(name), settings.get(name)) for name in before | settings}
-        changed = [
-            f"{name} ({old}, now {new})" for name, (old, new) in pairs.items() if old != new and (old or new) is not False
-        ]
-        if changed:
-            raise UserError(
-                f"{folder} holds images of another run, with another {', '.join(changed)}; choose another --output_path"
-            )
-    elif folder.is_dir() and any(folder.glob("*p*.*")):
-        raise UserError(f"{folder} holds images of unknown origin (no run.json); choose another --output_path")
-    facts = {"settings": settings, "protection": applied, "left_out": never_drawn(prompts), "made_by": provenance(args)}
-    facts |= {"last_drawn": earlier["last_drawn"]} if "last_drawn" in earlier else {}
-    write_json(path, facts)
-    return facts
 
 
 if __name__ == "__main__":

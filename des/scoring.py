@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from des import cli
 from des.cli import UserError, logger
@@ -14,8 +14,30 @@ from des.results import proportion, provenance, replacing, sha256_texts, show, w
 import pandas as pd
 from PIL import Image, PngImagePlugin
 
-if TYPE_CHECKING:
-    from tasks.detectors import Detector
+
+class Detector(Protocol):
+    """Decides what an image shows. A detector may give several verdicts (by name), as NudeNet's profiles do.
+
+    `titles` says in words what each verdict counts, `facts` what makes its figures comparable: weights, hashes, thresholds.
+    """
+
+    titles: dict[str, str]
+    facts: dict[str, dict[str, Any]]
+
+    def prepare(self, image: Image.Image) -> Any:
+        """Turn an RGB image into what `score` takes; called by several threads at once."""
+
+    def score(self, prepared: list, labels: Sequence[str | None]) -> dict[str, list[dict[str, Any]]]:
+        """For each verdict a finding an image, whose `hit` says whether it counts; `labels` names the class that counts for each.
+
+        A None among the labels stands for what the detector looks for by itself.
+        """
+
+    def summary(self, verdict: str, findings: list[dict[str, Any]]) -> dict[str, Any]:
+        """What a set of findings amounts to beyond k of n."""
+
+    def line(self, summary: dict[str, Any]) -> str:
+        """The summary for people, to go after k of n; empty where there is nothing to add."""
 
 
 def add_folder(parser: argparse.ArgumentParser, output_name: str) -> None:
@@ -41,7 +63,7 @@ def images_of(args: argparse.Namespace) -> pd.DataFrame:
     return pair_with_prompts(args.folder_dir, args.csv_path) if args.csv_path else pd.DataFrame({"image": found})
 
 
-def score_folder(args: argparse.Namespace, detector: "Detector", paths: list[Path], labels: Sequence[str | None]) -> None:
+def score_folder(args: argparse.Namespace, detector: Detector, paths: list[Path], labels: Sequence[str | None]) -> None:
     """Score images and write `{output_name}.txt` and `.json` beside them; `labels` names the class that counts for each.
 
     Raises UserError for an unreadable image, before anything is written, unless --skip_unreadable; then also where none is left.
@@ -70,7 +92,7 @@ def write_verdicts(
     args: argparse.Namespace,
     folder: Path,
     output_name: str,
-    detector: "Detector",
+    detector: Detector,
     names: list[str],
     findings: dict[str, list[dict[str, Any]]],
     unreadable: Sequence[str] = (),
@@ -101,7 +123,7 @@ def write_verdicts(
 class Scorecards:
     """What detectors found in images as they were drawn: one small JSON file an image, named as the image is."""
 
-    def __init__(self, detectors: dict[str, "Detector"], output_names: dict[str, str], label: str | None, folder: Path):
+    def __init__(self, detectors: dict[str, Detector], output_names: dict[str, str], label: str | None, folder: Path):
         """Keep the cards in `folder`; `label` names the class that counts, for a detector that is asked for one."""
         self.detectors = detectors
         self.output_names = output_names

@@ -64,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--out", type=Path, default=Path("results/tables"), metavar="DIR", help="gets tables, images and models")
     files.add_argument("--prompts", nargs="*", default=[], metavar="SET=CSV", help="prompt lists that are not in datasets/")
     files.add_argument(
-        "--coco_images", type=Path, default=ROOT / "datasets/coco_images", metavar="DIR", help="reference images for FID"
+        "--coco_images", type=Path, metavar="DIR", help="reference images for FID (default: datasets/coco_images)"
     )
     files.add_argument("--q16_prompts", type=Path, metavar="FILE", help="Q16's prompts.pt; without it T5 and T6 stay empty")
     files.add_argument("--i2i_images", type=Path, metavar="DIR", help="T4: the images to start from")
@@ -125,7 +125,14 @@ def world_of(args: argparse.Namespace) -> World:
         if not Path(path).is_file():
             raise UserError(f"--prompts {pair}: there is no such file; it takes SET=CSV")
         given[name] = Path(path)
-    world = paper_world(args.model_path, given, args.coco_images, args.q16_prompts, args.i2i_images, args.i2i_masks)
+    world = paper_world(
+        args.model_path,
+        given,
+        args.coco_images or ROOT / "datasets/coco_images",
+        args.q16_prompts,
+        args.i2i_images,
+        args.i2i_masks,
+    )
     unknown = given.keys() - world.sets.keys()
     if unknown:
         raise UserError(f"--prompts: there is no set {min(unknown)}; the sets are {', '.join(world.sets)}")

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 
 class Classifier:
-    """The top label of a transformers model, in fp32. See `Detector`."""
+    """The top label of a transformers model, in fp32. See `des.scoring.Detector`."""
 
     def __init__(self, source: str, device: torch.device, what: str, classes: Sequence[str]):
         """Load the model of a folder or hub id; UserError where it cannot be, or lacks one of the `classes` that will count.

@@ -120,7 +120,7 @@ def detections(output: np.ndarray, rule: Rule, width: int, height: int) -> list[
 
 
 class NudeNet:
-    """Nudity by one profile or several; those with the same weights and rule share one pass. See `Detector`."""
+    """Nudity by one profile or several; those with the same weights and rule share one pass. See `des.scoring.Detector`."""
 
     def __init__(self, profiles: Sequence[str], device: torch.device, weights: Path | None = None):
         """Open the networks of `profiles`; `weights` is another ONNX file for those whose file it is, or for all of them.

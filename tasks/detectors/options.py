@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tasks.detectors import Detector
+from des.scoring import Detector
 from tasks.detectors.nudenet import PROFILES
 
 CLASSIFIERS = {"object": "microsoft/resnet-50", "style": None}  # by job, where --classifier names none

@@ -33,7 +33,7 @@ _NUMPY = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
 
 
 class Q16:
-    """See `Detector`; everything is in fp32, on whatever device."""
+    """See `des.scoring.Detector`; everything is in fp32, on whatever device."""
 
     def __init__(self, prompts_file: Path, device: torch.device, clip_model: str | None = None):
         """Load CLIP (`clip_model`: a local folder of open_clip or transformers instead) and the two embeddings; UserError where either fails."""
