@@ -12,7 +12,7 @@ from des.prompts import never_drawn, read_rows
 import pandas as pd
 from PIL import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")  # those that pytorch-fid counts
 WORKERS = 4
 BLURRED = ("des", "blurred")  # the mark in a PNG that is no image to score
 _ROW = re.compile(r"_(\d+)p(?:_(\d+))?\.[a-z]+$", re.IGNORECASE)
