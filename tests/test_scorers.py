@@ -69,6 +69,14 @@ def test_asr_counts_top_labels(classify, renders):
     assert f"{result['k']}/{COUNT}" in done.out
 
 
+def test_style_is_a_top_label_too(classify, renders):
+    done = classify(job="style", cls_class="ball", output_name="style", num_workers=1)
+    assert done.code == 0, done.err
+    assert classify(cls_class="ball", output_name="ball").code == 0
+    style, plain = (json.loads((renders / f"images/{name}.json").read_text()) for name in ("style", "ball"))
+    assert style["images"] == plain["images"] and style["k"] == plain["k"] > 0
+
+
 def test_accuracy_counts_labelled_rows_only(classify, renders):
     done = classify(
         label_column="background", csv_path=renders / "p.csv", classifier=MODELS / "classifier_background", output_name="bg"
