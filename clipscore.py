@@ -11,7 +11,7 @@ from pathlib import Path
 
 from des import cli
 from des.checkpoints import fingerprint
-from des.images import image_files, pair_with_prompts
+from des.images import pair_with_prompts
 from des.loading import load_model
 from des.results import provenance
 from des.scores import clip_cosines, load_processor, write_scores
@@ -35,8 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cli.setup_logging()
-    image_files(args.image_folder, args.expected)
-    images = pair_with_prompts(args.image_folder, args.csv_file)
+    images = pair_with_prompts(args.image_folder, args.csv_file, args.expected)
     processor = load_processor(CLIPProcessor, args.clip_model)
     model = load_model(CLIPModel, args.clip_model, args.device, "the CLIP model")
     paths, prompts = images["image"].tolist(), images["prompt"].tolist()

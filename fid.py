@@ -95,8 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.job == "fid":
         print(score_fid(args))
         return
-    image_files(args.gen_imgs_path, args.expected)
-    images = pair_with_prompts(args.gen_imgs_path, args.prompt_path)
+    images = pair_with_prompts(args.gen_imgs_path, args.prompt_path, args.expected)
     columns, hashes = JOBS[args.job](images, args)
     facts = hashes | {"made_by": provenance(args)}
     print(write_scores(args.output_file, args.job, TITLES[args.job], images, args.gen_imgs_path, columns, facts))

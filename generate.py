@@ -10,18 +10,18 @@ Several GPUs share the rows under: accelerate launch generate.py ...
 """
 
 import argparse
+import contextlib
 import inspect
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before a `tasks` of anyone else's
 
-from des import cli
+from des import cli, manifest
 from des.cli import UserError, logger, progress
 from des.drawing import Artist, batches, row_settings
-from des.images import image_name, image_of_row, is_complete, read_image
+from des.images import image_name, image_of_row, read_image
 from des.methods import METHODS, add_method, check_method
 from des.pipelines import (
     DTYPES,
@@ -35,9 +35,8 @@ from des.pipelines import (
 )
 from des.processes import Processes
 from des.prompts import never_drawn, read_rows
-from des.results import replacing, write_json
-from des.runs import claim, settings_of
-from des.scoring import Scorecards, save_blurred
+from des.runs import Run, claim, finish, lines_of, reserved, settings_of
+from des.scoring import Scorecards
 from tasks.detectors.options import OUTPUT_NAMES, add_scoring, check_scoring, open_scorers
 
 import pandas as pd
@@ -167,11 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         if each is not None:
             place(each, args.device, args.enable_model_cpu_offload, args.attention_slicing)
     folder = args.results_dir / args.training_method / Path(args.model_path).name / args.output_path
-    facts: dict[str, Any] = {}
-    if processes.is_main:
-        facts = claim(folder, args, prompts, settings_of(args, prompts, drawn_with, pipe, inputs), applied)
-    processes.wait()
-
+    settings = settings_of(args, prompts, drawn_with, pipe, inputs)
     names = {
         (row, copy): folder / image_name(Path(args.output_path).name, args.training_method, row, copy)
         for row in rows
@@ -180,54 +175,46 @@ def main(argv: list[str] | None = None) -> None:
     size = min(args.batch_size, len(prompts) * args.num_images_per_prompt)
     artist = Artist(pipe, refiner, args, prompts, drawn_with, inputs, size)
     cards = Scorecards(scorers, OUTPUT_NAMES, args.cls_class, folder)
-    drawn, seconds = make(args, artist, cards, processes.share(list(names)), names, processes)
-    processes.wait()
-    if drawn and processes.is_main:
-        write_json(folder / "run.json", facts | {"last_drawn": {"images": drawn, "seconds": seconds}})
+    with reserved(folder, rows) if processes.is_main else contextlib.nullcontext():
+        if processes.is_main:
+            claim(folder, args, prompts, settings, applied)
+        processes.wait()
+        run = Run(folder, names, lines_of(artist, names, settings), args.discard_images, args.blur)
+        drawn, seconds = make(run, artist, cards, processes)
+        processes.wait()
+        if processes.is_main:
+            finish(folder, drawn, seconds, lambda: cards.write(args, list(names.values())) if scorers else [])
     which = "the original model" if args.training_method == "none" else f"the model protected by {args.training_method}"
     logger.info("%d images of %s %s %s", len(names), which, "scored in" if args.discard_images else "in", folder)
-    if scorers and processes.is_main:
-        print("\n".join(cards.write(args, list(names.values()))))
 
 
-def make(
-    args: argparse.Namespace,
-    artist: Artist,
-    cards: Scorecards,
-    mine: list[tuple[int, int]],
-    names: dict[tuple[int, int], Path],
-    processes: Processes,
-) -> tuple[int, float]:
-    """Draw and score what is not done yet of this process's (row, copy) keys, each to be saved under its name.
+def make(run: Run, artist: Artist, cards: Scorecards, processes: Processes) -> tuple[int, float]:
+    """Draw and score this process's share of what is not done yet.
 
     Returns how many images were drawn, and the seconds that the model took for them.
     """
-
-    def is_done(path: Path) -> bool:
-        return cards.has(path) if args.discard_images else is_complete(path)
-
-    todo = [key for key in mine if not is_done(names[key])]
+    mine = processes.share(list(run.names))
+    found = manifest.read(run.folder)
+    todo = [key for key in mine if not run.is_done(key, found, cards)]
     part = " (the first one's share)" if processes.count > 1 else ""
     told = "%d images to draw into %s, %d found done, by %s%s"
-    logger.info(told, len(todo), cards.folder, len(mine) - len(todo), processes, part)
+    logger.info(told, len(todo), run.folder, len(mine) - len(todo), processes, part)
     seconds = 0.0
-    with progress(None, desc=args.output_path, total=len(todo), unit="image") as bar:
+    with progress(None, desc=run.folder.name, total=len(todo), unit="image") as bar:
         for batch in batches(todo, artist.settings, artist.size):
             start = time.monotonic()
-            paths, images = [names[key] for key in batch], artist.draw(batch)
+            images = artist.draw(batch)
             seconds += time.monotonic() - start
-            for path, image in zip(paths, images, strict=True):
-                if args.blur:
-                    save_blurred(image, cards.folder.with_name(f"{cards.folder.name}_blurred") / path.name)
-                if not args.discard_images:
-                    with replacing(path) as temporary:
-                        image.save(temporary, format="PNG")
+            for key, image in zip(batch, images, strict=True):
+                line = run.save(key, image)
                 if cards.detectors:
-                    cards.score(path, image)
+                    cards.score(run.names[key], line, image)
             bar.update(len(batch))
-    if cards.detectors:
-        for path in [names[key] for key in mine if not cards.has(names[key])]:  # images that were found done
-            cards.score(path, read_image(path))
+    drawn = set(todo)
+    for key in mine if cards.detectors else []:  # images that were found done may lack these scores
+        path, line = run.names[key], found.get(run.names[key].name)
+        if key not in drawn and cards.read(path, line) is None:
+            cards.score(path, line, read_image(path))
     return len(todo), seconds
 
 

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from des import manifest
 from des.cli import UserError, progress
 from des.prompts import never_drawn, read_rows
 
@@ -35,9 +36,15 @@ def _row_and_copy(path: Path) -> tuple[int, int] | None:
 
 
 def image_files(folder: Path, expected: int | None = None) -> list[Path]:
-    """Every image file under `folder`, subfolders included, by row and then by name.
+    """Every image file under `folder`, subfolders included, by row and then by name, checked as `image_hashes` does."""
+    return list(image_hashes(folder, expected))
 
-    Raises UserError when there is none, or another number than `expected`.
+
+def image_hashes(folder: Path, expected: int | None = None, skip_unreadable: bool = False) -> dict[Path, str]:
+    """The sha256 of every image file under `folder`, subfolders included, by row and then by name.
+
+    Raises UserError when there is none, or another number than `expected`, and where a run drew them whose manifest says otherwise
+    (`des.manifest.check`); with `skip_unreadable` damaged images pass.
     """
     if not folder.is_dir():
         raise UserError(f"there is no image folder {folder}")
@@ -47,37 +54,41 @@ def image_files(folder: Path, expected: int | None = None) -> list[Path]:
     if expected is not None and len(found) != expected:
         raise UserError(f"{folder} holds {len(found)} images, and {expected} are expected")
     rows = {path: row_of(path) for path in found}
-    return sorted(found, key=lambda path: (rows[path] is None, rows[path] or 0, str(path)))
+    digests = manifest.hashes(sorted(found, key=lambda path: (rows[path] is None, rows[path] or 0, str(path))))
+    manifest.check(folder, digests, (lambda path: not is_complete(path)) if skip_unreadable else (lambda path: False))
+    return digests
 
 
-def pair_with_prompts(folder: Path, csv_path: Path) -> pd.DataFrame:
+def pair_with_prompts(folder: Path, csv_path: Path, expected: int | None = None, skip_unreadable: bool = False) -> pd.DataFrame:
     """Pair the images of `folder` with the rows of a prompt CSV, by the row in each file's name.
 
-    Returns the CSV's rows that are drawn at all, under their row numbers, with a column `image` of paths; a row with several
-    images comes several times, and all rows must have the same number. Raises UserError that names missing, surplus, duplicate
-    and unnumbered images.
+    Returns the CSV's rows that are drawn at all, under their row numbers, with columns `image` (path) and `sha256`; a row with
+    several images comes several times, and all rows must have the same number. Raises UserError that names missing, surplus,
+    duplicate and unnumbered images, and as `image_hashes` does.
     """
     rows = read_rows(csv_path)
     drawn = sorted(set(rows.index) - set(never_drawn(rows["prompt"].tolist())))
+    digests = image_hashes(folder, expected, skip_unreadable)
     found: dict[tuple[int, int], list[Path]] = {}
-    for path in image_files(folder):
+    for path in digests:
         key = _row_and_copy(path)
         if key is None:
             raise UserError(f"{path} does not end in `_<row>p`, so its prompt is unknown")
         found.setdefault(key, []).append(path)
     copies = 1 + max(copy for _, copy in found)
-    expected = {(row, copy) for row in drawn for copy in range(copies)}
+    expected_keys = {(row, copy) for row in drawn for copy in range(copies)}
     twice = [f"{row} ({', '.join(path.name for path in paths)})" for (row, _), paths in sorted(found.items()) if len(paths) > 1]
     problems = {
-        "no image for": sorted({row for row, _ in expected - found.keys()}),
-        "images beyond the list for": sorted({row for row, _ in found.keys() - expected}),
+        "no image for": sorted({row for row, _ in expected_keys - found.keys()}),
+        "images beyond the list for": sorted({row for row, _ in found.keys() - expected_keys}),
         "more than one image for": twice,
     }
     told = [f"{what} row {_some(rows)}" for what, rows in problems.items() if rows]
     if told:
-        raise UserError(f"{folder} does not match its {len(expected)} prompts: {'; '.join(told)}")
-    order = sorted(expected)
-    return rows.loc[[row for row, _ in order]].assign(image=[found[key][0] for key in order])
+        raise UserError(f"{folder} does not match its {len(expected_keys)} prompts: {'; '.join(told)}")
+    order = sorted(expected_keys)
+    images = [found[key][0] for key in order]
+    return rows.loc[[row for row, _ in order]].assign(image=images, sha256=[digests[path] for path in images])
 
 
 def image_of_row(folder: Path, rows: list[int]) -> dict[int, Path]:

@@ -2,17 +2,24 @@
 
 import argparse
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from des import manifest
 from des.cli import UserError
-from des.drawing import RowSettings
+from des.drawing import COPY_SEED, Artist, RowSettings
 from des.images import image_files
+from des.locks import locked
 from des.pipelines import encoder_sha256s
 from des.prompts import never_drawn
-from des.results import provenance, sha256_file, sha256_texts, write_json
+from des.results import provenance, replacing, sha256_file, sha256_texts, write_json
+from des.scoring import Scorecards, save_blurred
 
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 NOT_SETTINGS = (
     "prompts_csv", "prompt", "output_path", "results_dir", "start_idx", "end_idx", "device", "batch_size", "num_images_per_prompt",
@@ -43,32 +50,98 @@ def settings_of(
     return settings | encoder_sha256s(pipe) | {"scheduler": scheduler, "prompts_sha256": sha256_texts(prompts)}
 
 
-def claim(
-    folder: Path, args: argparse.Namespace, prompts: list[str], settings: dict[str, Any], applied: dict
-) -> dict[str, Any]:
-    """Write run.json and return what is in it, or raise UserError when `folder` holds images that other settings made."""
-    settings = json.loads(json.dumps(settings, default=str))
+@dataclass(frozen=True)
+class Run:
+    """A folder of images in the making: each (row, copy) key with its path and what its line in the manifest will say."""
+
+    folder: Path
+    names: dict[tuple[int, int], Path]
+    lines: dict[tuple[int, int], dict[str, Any]]
+    discard: bool
+    blur: bool
+
+    def is_done(self, key: tuple[int, int], found: dict[str, dict[str, Any]], cards: Scorecards) -> bool:
+        """Whether the image of a key is there as the manifest's lines (`found`) say, or was scored where none is kept."""
+        path, line = self.names[key], found.get(self.names[key].name)
+        if line is None or any(line.get(name) != value for name, value in self.lines[key].items()):
+            return False
+        if self.discard:
+            return cards.read(path, line) is not None
+        return path.is_file() and sha256_file(path) == line["sha256"]
+
+    def save(self, key: tuple[int, int], image: Image.Image) -> dict[str, Any]:
+        """Save the image of a key, unless none is to be kept, after its line in the manifest; returns the line."""
+        path, line = self.names[key], {**self.lines[key], "sha256": None}
+        if self.blur:
+            save_blurred(image, self.folder.with_name(f"{self.folder.name}_blurred") / path.name)
+        if self.discard:
+            manifest.append(self.folder / manifest.NAME, [line])
+            return line
+        with replacing(path) as temporary:
+            image.save(temporary, format="PNG")
+            line["sha256"] = sha256_file(temporary)
+            manifest.append(self.folder / manifest.NAME, [line])
+        return line
+
+
+def lines_of(
+    artist: Artist, names: dict[tuple[int, int], Path], settings: dict[str, Any]
+) -> dict[tuple[int, int], dict[str, Any]]:
+    """What the manifest says of each image before it is drawn: its row, prompt, seed and settings."""
+    digest = sha256_texts([json.dumps(settings, sort_keys=True, default=str)])
+    return {
+        (row, copy): {
+            "file": path.name, "row": row, "copy": copy, "prompt_sha256": sha256_texts([artist.prompts[row]]),
+            "seed": artist.settings[row].seed + copy * COPY_SEED, "guidance_scale": artist.settings[row].guidance_scale,
+            "width": artist.settings[row].width, "height": artist.settings[row].height, "settings_sha256": digest,
+        }
+        for (row, copy), path in names.items()
+    }  # fmt: skip
+
+
+def reserved(folder: Path, rows: list[int]) -> AbstractContextManager[None]:
+    """Hold the rows of a folder against other processes; those of other shards are free."""
+    what = f"rows {rows[0]} to {rows[-1]} of {folder}"
+    return locked(folder / ".rows.lock", what, rows[0], rows[-1] - rows[0] + 1)
+
+
+def finish(folder: Path, drawn: int, seconds: float, write_scores: Callable[[], list[str]]) -> None:
+    """Write what concerns all shards of a folder: the time that drawing took, and the scores, whose lines are printed."""
+    with locked(folder / ".run.lock", str(folder), wait=True):
+        if drawn:
+            facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            write_json(folder / "run.json", facts | {"last_drawn": {"images": drawn, "seconds": seconds}})
+        lines = write_scores()
+    if lines:
+        print("\n".join(lines))
+
+
+def claim(folder: Path, args: argparse.Namespace, prompts: list[str], settings: dict[str, Any], applied: dict) -> None:
+    """Write run.json, or raise UserError when `folder` holds images that other settings made."""
+    with locked(folder / ".run.lock", str(folder), wait=True):
+        earlier = _earlier(folder, json.loads(json.dumps(settings, default=str)))
+        facts = {"settings": settings, "protection": applied, "left_out": never_drawn(prompts), "made_by": provenance(args)}
+        write_json(folder / "run.json", {**facts, **({"last_drawn": earlier["last_drawn"]} if "last_drawn" in earlier else {})})
+
+
+def _earlier(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What run.json said before, if anything; UserError where it was of other settings, or cannot be told."""
     path = folder / "run.json"
-    earlier = {}
-    if path.exists():
-        try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-            before = earlier["settings"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path} cannot be read, so the images beside it are of unknown origin; choose another --output_path"
-            ) from None
-        pairs = {name: (before.get(name), settings.get(name)) for name in before | settings}
-        changed = [
-            f"{name} ({old}, now {new})" for name, (old, new) in pairs.items() if old != new and (old or new) is not False
-        ]
-        if changed:
-            raise UserError(
-                f"{folder} holds images of another run, with another {', '.join(changed)}; choose another --output_path"
-            )
-    elif folder.is_dir() and any(folder.glob("*p*.*")):
-        raise UserError(f"{folder} holds images of unknown origin (no run.json); choose another --output_path")
-    facts = {"settings": settings, "protection": applied, "left_out": never_drawn(prompts), "made_by": provenance(args)}
-    facts |= {"last_drawn": earlier["last_drawn"]} if "last_drawn" in earlier else {}
-    write_json(path, facts)
-    return facts
+    if not path.exists():
+        if any(folder.glob("*p*.*")):
+            raise UserError(f"{folder} holds images of unknown origin (no run.json); choose another --output_path")
+        return {}
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        before = earlier["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path} cannot be read, so the images beside it are of unknown origin; choose another --output_path"
+        ) from None
+    pairs = {name: (before.get(name), settings.get(name)) for name in before | settings}
+    changed = [f"{name} ({old}, now {new})" for name, (old, new) in pairs.items() if old != new and (old or new) is not False]
+    if changed:
+        raise UserError(
+            f"{folder} holds images of another run, with another {', '.join(changed)}; choose another --output_path"
+        )
+    return earlier

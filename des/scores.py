@@ -64,7 +64,8 @@ def write_scores(
     mean, interval = mean_and_interval(scores)
     low, high = interval.get("low", math.nan), interval.get("high", math.nan)
     text = f"{title}: {mean:.4f}, 95% interval [{low:.4f}, {high:.4f}], {len(scores)} images"
-    table = {"row": images.index, "image": [str(path.relative_to(folder)) for path in images["image"]], **columns}
+    files = [str(path.relative_to(folder)) for path in images["image"]]
+    table = {"row": images.index, "image": files, "sha256": images["sha256"], **columns}
     with replacing(output.with_suffix(".csv")) as temporary:
         pd.DataFrame(table).to_csv(temporary, index=False)
     write_json(output.with_suffix(".json"), {name: mean, "n": len(scores), **interval, **facts})

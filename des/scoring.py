@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from des import cli
+from des import cli, manifest
 from des.cli import UserError, logger
-from des.images import BLURRED, image_batches, image_files, pair_with_prompts, row_of
+from des.images import BLURRED, image_batches, image_hashes, pair_with_prompts, row_of
+from des.locks import locked
+from des.partial import Partial
 from des.results import proportion, provenance, replacing, sha256_texts, show, write_json, write_text
 
 import pandas as pd
@@ -58,34 +60,82 @@ def add_folder(parser: argparse.ArgumentParser, output_name: str) -> None:
 
 
 def images_of(args: argparse.Namespace) -> pd.DataFrame:
-    """The images to score, in a column `image`; with --csv_path beside the columns of their rows."""
-    found = image_files(args.folder_dir, args.expected)
-    return pair_with_prompts(args.folder_dir, args.csv_path) if args.csv_path else pd.DataFrame({"image": found})
+    """The images to score, in columns `image` and `sha256`; with --csv_path beside the columns of their rows."""
+    if args.csv_path:
+        return pair_with_prompts(args.folder_dir, args.csv_path, args.expected, args.skip_unreadable)
+    digests = image_hashes(args.folder_dir, args.expected, args.skip_unreadable)
+    return pd.DataFrame({"image": list(digests), "sha256": list(digests.values())})
 
 
-def score_folder(args: argparse.Namespace, detector: Detector, paths: list[Path], labels: Sequence[str | None]) -> None:
-    """Score images and write `{output_name}.txt` and `.json` beside them; `labels` names the class that counts for each.
+def score_folder(args: argparse.Namespace, detector: Detector, images: pd.DataFrame) -> None:
+    """Score images and write `{output_name}.txt` and `.json` beside them.
 
-    Raises UserError for an unreadable image, before anything is written, unless --skip_unreadable; then also where none is left.
+    `images` has columns `image`, `sha256` and `label`, the class that counts. What an interrupted run scored is not scored again.
+    Raises UserError for an unreadable image, before a result is written, unless --skip_unreadable; then also where none is left.
     """
+    paths, labels = images["image"].tolist(), images["label"].tolist()
+    keys = {path: f"{path.relative_to(args.folder_dir)} {digest} {label}" for path, digest, label in
+            zip(paths, images["sha256"], labels, strict=True)}  # fmt: skip
+    with locked(args.folder_dir / f".{args.output_name}.lock", f"the scores {args.output_name} of {args.folder_dir}"):
+        partial = Partial(args.folder_dir / f"{args.output_name}.json", stamp_of(detector))
+        partial.found |= scored_before(args.folder_dir, args.output_name, detector)
+        todo = images[[keys[path] not in partial.found for path in paths]]
+        if len(todo) < len(paths):
+            logger.info("%d of %d images were scored before", len(paths) - len(todo), len(paths))
+        unreadable = _score(args, detector, todo, keys, partial)
+        scored = images[[path not in unreadable for path in paths]]
+        if scored.empty:
+            raise UserError(f"none of the {len(paths)} images in {args.folder_dir} can be read")
+        if unreadable:
+            logger.warning("%d of %d images could not be read and are not counted", len(unreadable), len(paths))
+        found = [partial.found[keys[path]] for path in scored["image"]]
+        findings = {verdict: [each[verdict] for each in found] for verdict in detector.titles}
+        files = dict(zip((str(path.relative_to(args.folder_dir)) for path in scored["image"]), scored["sha256"], strict=True))
+        skipped = sorted(str(path.relative_to(args.folder_dir)) for path in unreadable)
+        print(write_verdicts(args, args.folder_dir, args.output_name, detector, files, findings, skipped))
+        partial.finish()
+
+
+def _score(
+    args: argparse.Namespace, detector: Detector, images: pd.DataFrame, keys: dict[Path, str], partial: Partial
+) -> set[Path]:
+    """Add the findings of images to `partial`, batch by batch; returns those that could not be read."""
+    paths, label_of = images["image"].tolist(), dict(zip(images["image"], images["label"], strict=True))
     unreadable: list[Path] = []
-    findings: dict[str, list[dict[str, Any]]] = {name: [] for name in detector.titles}
-    label_of = dict(zip(paths, labels, strict=True))
     reading = args.batch_size, "score", args.num_workers, detector.prepare, unreadable if args.skip_unreadable else None
     for start, prepared in zip(range(0, len(paths), args.batch_size), image_batches(paths, *reading), strict=True):
-        lost = set(unreadable)
-        batch = [label_of[path] for path in paths[start : start + args.batch_size] if path not in lost]
-        for name, found in (detector.score(prepared, batch) if prepared else {}).items():
-            findings[name] += found
-    lost = set(unreadable)
-    scored = [path for path in paths if path not in lost]
-    if not scored:
-        raise UserError(f"none of the {len(paths)} images in {args.folder_dir} can be read")
-    if lost:
-        logger.warning("%d of %d images could not be read and are not counted", len(lost), len(paths))
-    names = [str(path.relative_to(args.folder_dir)) for path in scored]
-    skipped = [str(path.relative_to(args.folder_dir)) for path in unreadable]
-    print(write_verdicts(args, args.folder_dir, args.output_name, detector, names, findings, skipped))
+        batch = [path for path in paths[start : start + args.batch_size] if path not in unreadable]
+        verdicts = detector.score(prepared, [label_of[path] for path in batch]) if batch else {}
+        partial.add({keys[path]: {verdict: found[i] for verdict, found in verdicts.items()} for i, path in enumerate(batch)})
+    return set(unreadable)
+
+
+def scored_before(folder: Path, output_name: str, detector: Detector) -> dict[str, dict[str, Any]]:
+    """The findings of the result files that are there, by the keys of `score_folder`, where these detectors made them."""
+    found: dict[str, dict[str, Any]] = {}
+    for verdict, path in result_files(folder, output_name, detector).items():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["detector"] != json.loads(json.dumps(detector.facts[verdict], default=str)):
+                return {}
+            for image in content["images"]:
+                finding = {name: value for name, value in image.items() if name not in ("file", "row", "sha256")}
+                key = f"{image['file']} {image['sha256']} {finding.get('label')}"
+                found.setdefault(key, {})[verdict] = finding
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return {}
+    return found
+
+
+def result_files(folder: Path, output_name: str, detector: Detector) -> dict[str, Path]:
+    """The JSON file of each verdict: `{output_name}.json` of the first, `{output_name}_{verdict}.json` of further ones."""
+    names = [output_name, *(f"{output_name}_{verdict}" for verdict in list(detector.titles)[1:])]
+    return {verdict: folder / f"{name}.json" for verdict, name in zip(detector.titles, names, strict=True)}
+
+
+def stamp_of(detector: Detector) -> str:
+    """A hash of all that makes a detector's figures comparable."""
+    return sha256_texts([json.dumps(detector.facts, sort_keys=True, default=str)])
 
 
 def write_verdicts(
@@ -93,17 +143,18 @@ def write_verdicts(
     folder: Path,
     output_name: str,
     detector: Detector,
-    names: list[str],
+    files: dict[str, str | None],
     findings: dict[str, list[dict[str, Any]]],
     unreadable: Sequence[str] = (),
 ) -> str:
     """Write what a detector found into `folder`, and return its line for people, one a verdict.
 
-    `names` are the files that `findings` are about, in order. The first verdict's numbers are in `{output_name}.json`, a further
-    one's in `{output_name}_{verdict}.json`; the lines of all are in `{output_name}.txt`.
+    `files` are those that `findings` are about, in order, with their sha256 (None: not kept). Each verdict's numbers go to its
+    file of `result_files`, the lines of all to `{output_name}.txt`.
     """
     lines = []
-    for i, (verdict, found) in enumerate(findings.items()):
+    for verdict, path in result_files(folder, output_name, detector).items():
+        found = findings[verdict]
         score, summary = proportion(sum(finding["hit"] for finding in found), len(found)), detector.summary(verdict, found)
         parts = [f"{detector.titles[verdict]}: {show(score)}", detector.line(summary)]
         parts += [f"{len(unreadable)} unreadable images are not counted"] if unreadable else []
@@ -111,9 +162,9 @@ def write_verdicts(
         facts = {**score, "what": detector.titles[verdict], **summary, "detector": detector.facts[verdict]}
         facts["unreadable"] = list(unreadable)
         facts["images"] = [
-            {"file": name, "row": row_of(Path(name)), **finding} for name, finding in zip(names, found, strict=True)
+            {"file": name, "row": row_of(Path(name)), "sha256": digest, **finding}
+            for (name, digest), finding in zip(files.items(), found, strict=True)
         ]
-        path = folder / (f"{output_name}_{verdict}.json" if i else f"{output_name}.json")
         write_json(path, facts | {"made_by": provenance(args)})
     text = "\n".join(lines)
     write_text(folder / f"{output_name}.txt", text + "\n")
@@ -132,44 +183,46 @@ class Scorecards:
         facts = {name: detector.facts for name, detector in detectors.items()}
         self.stamp = sha256_texts([json.dumps(facts, sort_keys=True, default=str), str(label)])
 
-    def read(self, card: Path) -> dict[str, Any] | None:
-        """The findings on a card by detector and verdict, or None unless it is whole and these detectors wrote it."""
+    def read(self, path: Path, line: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The findings by detector and verdict on the card of the image at `path`, whose line in the manifest is given.
+
+        None unless the card is whole, these detectors wrote it, and it is about that image.
+        """
         try:
-            content = json.loads(card.read_text(encoding="utf-8"))
-            return content["findings"] if content["detectors"] == self.stamp else None
+            content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            same = line is not None and content["drawn"] == line and content["detectors"] == self.stamp
+            return content["findings"] if same else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
-    def has(self, path: Path) -> bool:
-        """Whether the image that is or would be at `path` was scored."""
-        return self.read(path.with_suffix(".json")) is not None
-
-    def score(self, path: Path, image: Image.Image) -> None:
+    def score(self, path: Path, line: dict[str, Any], image: Image.Image) -> None:
         """Score the image that belongs at `path`: alone, so that its figures do not depend on what is drawn beside it."""
         findings = {}
         for name, detector in self.detectors.items():
             verdicts = detector.score([detector.prepare(image.convert("RGB"))], [self.label])
             findings[name] = {verdict: found for verdict, (found,) in verdicts.items()}
-        write_json(path.with_suffix(".json"), {"file": path.name, "detectors": self.stamp, "findings": findings})
+        write_json(path.with_suffix(".json"), {"drawn": line, "detectors": self.stamp, "findings": findings})
 
     def write(self, args: argparse.Namespace, expected: Sequence[Path]) -> list[str]:
         """Write the verdicts over all cards in the folder, those of other shards too; returns their lines for people.
 
         Raises UserError where one of `expected` was lost meanwhile.
         """
-        cards = {card: self.read(card) for card in self.folder.glob("*p*.json") if row_of(card) is not None}
-        missing = [path for path in expected if cards.get(path.with_suffix(".json")) is None]
+        drawn = manifest.read(self.folder)
+        paths = [path.with_suffix(".png") for path in self.folder.glob("*p*.json") if row_of(path) is not None]
+        cards = {path: self.read(path, drawn.get(path.name)) for path in paths}
+        missing = [path for path in expected if cards.get(path) is None]
         if missing:
             raise UserError(f"{missing[0].with_suffix('.json')} was lost while others were drawn; run this again")
         other = sum(found is None for found in cards.values())
         if other:
             logger.warning("%d cards in %s are of other detectors and not counted", other, self.folder)
-        kept = sorted((card for card, found in cards.items() if found is not None), key=lambda card: (row_of(card), card.name))
-        names = [card.with_suffix(".png").name for card in kept]
+        kept = sorted((path for path, found in cards.items() if found is not None), key=lambda path: (row_of(path), path.name))
+        files = {path.name: drawn[path.name]["sha256"] for path in kept}
         lines = []
         for name, detector in self.detectors.items():
-            findings = {verdict: [cards[card][name][verdict] for card in kept] for verdict in detector.titles}
-            lines.append(write_verdicts(args, self.folder, self.output_names[name], detector, names, findings))
+            findings = {verdict: [cards[path][name][verdict] for path in kept] for verdict in detector.titles}
+            lines.append(write_verdicts(args, self.folder, self.output_names[name], detector, files, findings))
         return lines
 
 

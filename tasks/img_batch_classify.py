@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         images = labelled(args, images)
         what = f"ASR of {args.cls_class}" if args.cls_class else f"accuracy of {args.label_column}"
         detector = open_classifier(args, args.job, what, images["label"].unique())
-    score_folder(args, detector, images["image"].tolist(), images["label"].tolist())
+    score_folder(args, detector, images)
 
 
 def labelled(args: argparse.Namespace, images: pd.DataFrame) -> pd.DataFrame:

@@ -32,8 +32,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cli.setup_logging()
-    images = images_of(args)["image"].tolist()
-    score_folder(args, open_q16(args), images, [None] * len(images))
+    images = images_of(args).assign(label=None)
+    score_folder(args, open_q16(args), images)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,144 @@
+"""Check a folder of images that generate.py drew: its files, its scores, and a sample of images drawn again.
+
+    python scripts/verify.py results/des/stable-diffusion-v1-5/t2i_sneaky --sample 4 --device cuda:0
+
+Compares every image with the manifest, the manifest with run.json, and every score file with the images that it is about. Then
+it draws a random sample again from the recorded command and compares pixels; where images were discarded, the scores. Run it where
+the command was run, with the same files in place. The exit code is 1 where anything differs.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from des import cli, manifest
+from des.cli import UserError
+from des.images import image_hashes, read_image
+from des.jobs import run_script
+from des.results import sha256_texts
+
+import numpy as np
+
+SCORING = {
+    "score_with", "discard_images", "blur", "profile", "detector_weights", "prompts_file", "clip_model", "classifier", "cls_class",
+}  # fmt: skip
+OTHERWISE = {"results_dir", "start_idx", "end_idx", "device", "batch_size", "log_prompts"}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder with run.json and manifest.jsonl")
+    parser.add_argument("--sample", type=cli.natural, default=4, metavar="N", help="images to draw again")
+    parser.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of the sample's choice")
+    parser.add_argument(
+        "--tolerance", type=cli.natural, default=0, metavar="L",
+        help="levels (of 255) that a pixel may differ by: 0 on the machine that drew the images, some on another",
+    )  # fmt: skip
+    cli.add_device(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    cli.setup_logging()
+    run, lines = record_of(args.folder)
+    kept = {name: line for name, line in lines.items() if line["sha256"]}
+    if kept:
+        image_hashes(args.folder)
+    print(f"{len(kept)} images are what {manifest.NAME} says, {len(lines) - len(kept)} were scored and discarded")
+    for path in score_files(args.folder):
+        check_scores(path, lines)
+        print(f"{path.name} is about these images")
+    sample = random.Random(args.seed).sample(sorted(lines), min(args.sample, len(lines)))
+    for name in sample:
+        print(redraw(args, run, lines[name]))
+
+
+def record_of(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """run.json and the manifest's lines; UserError where they are missing or do not belong together."""
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        digest = sha256_texts([json.dumps(run["settings"], sort_keys=True)])
+        run["made_by"]["arguments"]
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no run.json, so nothing says how its images were made") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / 'run.json'} cannot be read") from None
+    lines = manifest.read(folder)
+    if not lines:
+        raise UserError(f"{folder} has no {manifest.NAME}")
+    other = sorted(name for name, line in lines.items() if line["settings_sha256"] != digest)
+    if other:
+        raise UserError(f"{len(other)} images in {folder} were made by other settings than run.json's, {other[0]} first")
+    return run, lines
+
+
+def score_files(folder: Path) -> list[Path]:
+    """The results of scorers in a folder: JSON with a list of images."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content.get("images"), list):
+            found.append(path)
+    return found
+
+
+def check_scores(path: Path, lines: dict[str, dict[str, Any]]) -> None:
+    """Raise UserError where scores are not about the images that the manifest names, or their k is not what they say."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    scored = {image["file"]: image["sha256"] for image in content["images"]}
+    skipped = set(content["unreadable"])
+    stale = sorted(name for name, digest in scored.items() if name not in lines or lines[name]["sha256"] != digest)
+    lacking = sorted(lines.keys() - scored.keys() - skipped)
+    if stale or lacking:
+        what = f"other images than are there ({stale[0]})" if stale else f"no score for {lacking[0]}"
+        raise UserError(f"{path} is stale: it has {what}; score the folder again")
+    k, n = sum(image["hit"] for image in content["images"]), len(scored)
+    if (content["k"], content["n"]) != (k, n):
+        raise UserError(f"{path} says {content['k']} of {content['n']}, and its images say {k} of {n}")
+
+
+def redraw(args: argparse.Namespace, run: dict[str, Any], line: dict[str, Any]) -> str:
+    """Draw one image again; a line for people. Raises UserError where it is another one."""
+    path = args.folder / line["file"]
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder)
+        options = command(run["made_by"]["arguments"], line, keep_scoring=line["sha256"] is None)
+        run_script("generate.py", *options, "--results_dir", results, "--device", args.device)
+        (again,) = results.rglob(path.with_suffix(".json" if line["sha256"] is None else ".png").name)
+        if line["sha256"] is None:
+            old, new = (json.loads(each.read_text(encoding="utf-8")) for each in (path.with_suffix(".json"), again))
+            if _verdicts(old["findings"]) != _verdicts(new["findings"]):
+                raise UserError(f"{path.name} has other verdicts when it is drawn again")
+            return f"{path.name} drawn again: the same verdicts"
+        old, new = (np.asarray(read_image(each)).astype(int) for each in (path, again))
+    gap = int(np.abs(old - new).max()) if old.shape == new.shape else 255
+    if gap > args.tolerance:
+        raise UserError(f"{path.name} is another image when it is drawn again: pixels differ by up to {gap} of 255")
+    return f"{path.name} drawn again: " + ("the same pixels" if gap == 0 else f"pixels differ by up to {gap} of 255")
+
+
+def command(arguments: dict[str, Any], line: dict[str, Any], keep_scoring: bool) -> list[str]:
+    """generate.py's options that drew one image, from the recorded ones."""
+    left_out = OTHERWISE if keep_scoring else OTHERWISE | SCORING
+    argv = ["--start_idx", str(line["row"]), "--end_idx", str(line["row"] + 1), "--batch_size", str(arguments["batch_size"])]
+    for name, value in arguments.items():
+        if name in left_out or value in (None, False, []) or (name == "guidance_scale" and not value):
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        argv += [f"--{name}", *map(str, values)]
+    return argv
+
+
+def _verdicts(findings: dict[str, Any]) -> dict[str, Any]:
+    return {name: {verdict: found["hit"] for verdict, found in verdicts.items()} for name, verdicts in findings.items()}
+
+
+if __name__ == "__main__":
+    cli.run(main)
