@@ -13,8 +13,9 @@ from des import cli
 from des.checkpoints import fingerprint
 from des.images import pair_with_prompts
 from des.loading import load_model
+from des.locks import locked
 from des.results import provenance
-from des.scores import clip_cosines, load_processor, write_scores
+from des.scores import Scoring, clip_cosine, load_processor, score_images, write_scores
 
 from transformers import CLIPModel, CLIPProcessor
 
@@ -38,11 +39,12 @@ def main(argv: list[str] | None = None) -> None:
     images = pair_with_prompts(args.image_folder, args.csv_file, args.expected)
     processor = load_processor(CLIPProcessor, args.clip_model)
     model = load_model(CLIPModel, args.clip_model, args.device, "the CLIP model")
-    paths, prompts = images["image"].tolist(), images["prompt"].tolist()
-    scores = 100 * clip_cosines(paths, prompts, processor, model, args.batch_size, args.num_workers, "CLIP score")
-    facts = {"clip_sha256": fingerprint(model), "made_by": provenance(args)}
-    output = args.image_folder / "clipscore.txt"
-    print(write_scores(output, "clip_score", "CLIP score", images, args.image_folder, {"clip_score": scores.tolist()}, facts))
+    output, hashes = args.image_folder / "clipscore.txt", {"clip_sha256": fingerprint(model)}
+    how = Scoring(output, args.image_folder, args.batch_size, args.num_workers, "CLIP score")
+    with locked(args.image_folder / ".clipscore.lock", str(output)):
+        scores = [100 * cosine for cosine in score_images(images, how, hashes, clip_cosine(model, processor))]
+        facts, columns = hashes | {"made_by": provenance(args)}, {"clip_score": scores}
+        print(write_scores(output, "clip_score", "CLIP score", images, args.image_folder, columns, facts))
 
 
 if __name__ == "__main__":

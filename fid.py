@@ -20,10 +20,12 @@ from des.checkpoints import fingerprint
 from des.cli import UserError
 from des.features import OWN, Extractor, extract, is_image_model, load_extractor
 from des.frechet import Gaussian, load_statistics, save_statistics
-from des.images import image_files, pair_with_prompts
+from des.images import image_hashes, pair_with_prompts
 from des.inception import VARIANTS
+from des.locks import locked
+from des.partial import Partial
 from des.preference import DEFAULTS, JOBS, TITLES
-from des.results import provenance, sha256_file, write_json, write_text
+from des.results import provenance, sha256_file, sha256_texts, write_json, write_text
 from des.scores import write_scores
 
 
@@ -92,25 +94,29 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cli.setup_logging()
-    if args.job == "fid":
-        print(score_fid(args))
-        return
+    with locked(args.output_file.with_name(f".{args.output_file.stem}.lock"), str(args.output_file)):
+        print(score_fid(args) if args.job == "fid" else score_prompts(args))
+
+
+def score_prompts(args: argparse.Namespace) -> str:
+    """Score how well each image suits its prompt, write the results and return their text."""
     images = pair_with_prompts(args.gen_imgs_path, args.prompt_path, args.expected)
     columns, hashes = JOBS[args.job](images, args)
     facts = hashes | {"made_by": provenance(args)}
-    print(write_scores(args.output_file, args.job, TITLES[args.job], images, args.gen_imgs_path, columns, facts))
+    return write_scores(args.output_file, args.job, TITLES[args.job], images, args.gen_imgs_path, columns, facts)
 
 
 def score_fid(args: argparse.Namespace) -> str:
     """Compute every variant's FID, write the results and return their text."""
     generated = at_least_two(args.gen_imgs_path, args.expected, "generated")
-    reference = at_least_two(args.coco_imgs_path, args.expected_ref, "reference") if args.coco_imgs_path else []
+    reference = at_least_two(args.coco_imgs_path, args.expected_ref, "reference") if args.coco_imgs_path else {}
     stored, recorded = load_statistics(args.ref_stats) if args.ref_stats else (None, {})
     extractor = load_extractor(args.feature_extractor, args.variant, args.device)
     sha256 = fingerprint(extractor.model)
     check_statistics(args, recorded, sha256)
-    references = [stored] if stored else gaussians(extractor, reference, args, "reference")
-    found = gaussians(extractor, generated, args, "generated")
+    partial = Partial(args.output_file.with_suffix(".json"), sha256_texts([sha256, *args.variant]))
+    references = [stored] if stored else gaussians(extractor, reference, args, "reference", partial)
+    found = gaussians(extractor, generated, args, "generated", partial)
     width, stored_width = len(found[0].mean), len(references[0].mean)
     if width != stored_width:
         raise UserError(f"{args.ref_stats} holds {stored_width} features, and the feature extractor makes {width}")
@@ -129,12 +135,16 @@ def score_fid(args: argparse.Namespace) -> str:
         save_statistics(args.save_stats, references[0], kept)
     write_json(args.output_file.with_suffix(".json"), facts | {"made_by": provenance(args)})
     write_text(args.output_file, text + "\n")
+    partial.finish()
     return text
 
 
-def gaussians(extractor: Extractor, paths: list[Path], args: argparse.Namespace, name: str) -> list[Gaussian]:
+def gaussians(
+    extractor: Extractor, digests: dict[Path, str], args: argparse.Namespace, name: str, partial: Partial
+) -> list[Gaussian]:
     """The Gaussian of the images' features for every variant."""
-    return [Gaussian.of_features(each) for each in extract(extractor, paths, args.batch_size, args.num_workers, name)]
+    features = extract(extractor, digests, args.batch_size, args.num_workers, name, partial)
+    return [Gaussian.of_features(each) for each in features]
 
 
 def describe_reference(args: argparse.Namespace, count: int | None, recorded: dict[str, Any]) -> str:
@@ -147,12 +157,12 @@ def describe_reference(args: argparse.Namespace, count: int | None, recorded: di
     return f"statistics of {images} reference images from {args.ref_stats.name}{unchecked}"
 
 
-def at_least_two(folder: Path, expected: int | None, name: str) -> list[Path]:
-    """The images of a folder; UserError for another number than expected, and for one that has no covariance."""
-    paths = image_files(folder, expected)
-    if len(paths) < 2:
+def at_least_two(folder: Path, expected: int | None, name: str) -> dict[Path, str]:
+    """The images of a folder with their sha256; UserError for another number than expected, and for one that has no covariance."""
+    digests = image_hashes(folder, expected)
+    if len(digests) < 2:
         raise UserError(f"FID needs at least two {name} images; {folder} holds one")
-    return paths
+    return digests
 
 
 def check_statistics(args: argparse.Namespace, recorded: dict[str, Any], sha256: str) -> None:

@@ -1,13 +1,15 @@
 """What FID compares: features of images, by the Inception-v3 in one or more variants, or by any image model its own way."""
 
-from collections.abc import Callable
+import base64
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from des.cli import logger
 from des.images import image_batches
 from des.inception import VARIANTS, Inception, load_inception
 from des.loading import load_model, loading
+from des.partial import Partial
 
 import torch
 from PIL import Image
@@ -65,12 +67,29 @@ def load_extractor(source: str | None, variants: list[str], device: torch.device
     return ModelExtractor(load_model(AutoModel, source, device, "the feature extractor"), processor)
 
 
-@torch.inference_mode()
-def extract(extractor: Extractor, paths: list[Path], batch_size: int, workers: int, desc: str) -> list[Tensor]:
-    """The features [images, features] of every variant, in float64 on the CPU; UserError that names an unreadable image."""
-    prepare: Callable[[Image.Image], Any] | None = extractor.prepare
-    batches = [
-        [features.cpu().double() for features in extractor(batch)]
-        for batch in image_batches(paths, batch_size, desc, workers, prepare)
-    ]
-    return [torch.cat(features) for features in zip(*batches, strict=True)]
+def extract(
+    extractor: Extractor, digests: Mapping[Path, str], batch_size: int, workers: int, desc: str, partial: Partial
+) -> list[Tensor]:
+    """The features [images, features] of every variant, in float64 on the CPU, of images by path with their sha256.
+
+    What `partial` has of an interrupted run is not computed again. Raises UserError that names an unreadable image.
+    """
+    todo = [path for path, digest in digests.items() if digest not in partial.found]
+    if len(todo) < len(digests):
+        logger.info("%s: the features of %d of %d images were there", desc, len(digests) - len(todo), len(digests))
+    batches = image_batches(todo, batch_size, desc, workers, extractor.prepare)
+    for start, batch in zip(range(0, len(todo), batch_size), batches, strict=True):
+        with torch.inference_mode():
+            variants = [features.float().cpu() for features in extractor(batch)]
+        names = [digests[path] for path in todo[start : start + batch_size]]
+        partial.add({name: [_packed(features[i]) for features in variants] for i, name in enumerate(names)})
+    found = [[_unpacked(text) for text in partial.found[digest]] for digest in digests.values()]
+    return [torch.stack(features).double() for features in zip(*found, strict=True)]
+
+
+def _packed(features: Tensor) -> str:
+    return base64.b64encode(features.contiguous().view(torch.uint8).numpy()).decode()
+
+
+def _unpacked(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32)

@@ -10,12 +10,12 @@ from pathlib import Path
 from des.checkpoints import fingerprint
 from des.cli import UserError
 from des.imagereward import load_imagereward, tokenize
-from des.images import image_batches
 from des.loading import load_model, loading
-from des.scores import clip_cosines, load_processor
+from des.scores import Scoring, clip_cosine, load_processor, score_images
 
 import pandas as pd
 import torch
+from PIL import Image
 from torch.nn.functional import cosine_similarity
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipProcessor, CLIPModel, CLIPProcessor
 
@@ -36,34 +36,29 @@ def pickscore(images: pd.DataFrame, args: argparse.Namespace) -> Scored:
     """PickScore: exp(logit scale) * cosine(image, prompt), about 15 to 25. Source: Kirstain et al., NeurIPS 2023."""
     processor = load_processor(CLIPProcessor, args.processor)
     model = load_model(CLIPModel, args.model, args.device, "the PickScore model")
-    paths, prompts = images["image"].tolist(), images["prompt"].tolist()
-    cosines = clip_cosines(paths, prompts, processor, model, args.batch_size, args.num_workers, "PickScore")
-    scores = model.logit_scale.detach().exp().item() * cosines
-    return {"pickscore": scores.tolist()}, {"model_sha256": fingerprint(model)}
+    hashes = {"model_sha256": fingerprint(model)}
+    scale = model.logit_scale.detach().exp().item()
+    scores = score_images(images, _how(args), hashes, clip_cosine(model, processor))
+    return {"pickscore": [scale * cosine for cosine in scores]}, hashes
 
 
-@torch.inference_mode()
 def blipscore(images: pd.DataFrame, args: argparse.Namespace) -> Scored:
     """BLIP score: the cosine in -1..1 of CLIP's text features of the prompt and of BLIP's caption of the image (greedy, 20 tokens)."""
     processor = load_processor(BlipProcessor, args.model)
     captioner = load_model(BlipForConditionalGeneration, args.model, args.device, "the captioner")
     tokenizer = load_processor(AutoTokenizer, args.clip_model)
     clip = load_model(CLIPModel, args.clip_model, args.device, "the CLIP model")
-    captions: list[str] = []
-    for batch in image_batches(images["image"].tolist(), args.batch_size, "captions", args.num_workers):
+    hashes = {"model_sha256": fingerprint(captioner), "clip_sha256": fingerprint(clip)}
+
+    def score(batch: list[Image.Image], prompts: list[str]) -> list[tuple[float, str]]:
         pixels = processor(images=batch, return_tensors="pt")["pixel_values"].to(args.device)
         tokens = captioner.generate(pixel_values=pixels, **CAPTION)
-        captions += [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
-    prompts, scores = images["prompt"].tolist(), []
-    for start in range(0, len(prompts), args.batch_size):
-        of_prompts, of_captions = (
-            _text_features(clip, tokenizer, texts[start : start + args.batch_size]) for texts in (prompts, captions)
-        )
-        scores += cosine_similarity(of_prompts, of_captions).tolist()
-    return {"blipscore": scores, "caption": captions}, {
-        "model_sha256": fingerprint(captioner),
-        "clip_sha256": fingerprint(clip),
-    }
+        captions = [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
+        of_prompts, of_captions = (_text_features(clip, tokenizer, texts) for texts in (prompts, captions))
+        return list(zip(cosine_similarity(of_prompts, of_captions).tolist(), captions, strict=True))
+
+    scores, captions = zip(*score_images(images, _how(args), hashes, score), strict=True)
+    return {"blipscore": list(scores), "caption": list(captions)}, hashes
 
 
 def _text_features(clip: CLIPModel, tokenizer: AutoTokenizer, texts: list[str]) -> torch.Tensor:
@@ -72,21 +67,23 @@ def _text_features(clip: CLIPModel, tokenizer: AutoTokenizer, texts: list[str]) 
     return clip.get_text_features(**inputs).pooler_output.cpu().double()
 
 
-@torch.inference_mode()
 def imagereward(images: pd.DataFrame, args: argparse.Namespace) -> Scored:
     """ImageReward v1.0, normalised as published, about -2 to 2. Source: Xu et al., NeurIPS 2023."""
     tokenizer = load_processor(AutoTokenizer, args.processor)
     model = load_imagereward(_reward_file(args.model), args.device)
     if len(tokenizer) > model.text.config.vocab_size:
         raise UserError(f"{args.processor} has {len(tokenizer)} tokens, and {args.model} knows {model.text.config.vocab_size}")
-    paths, prompts, scores = images["image"].tolist(), images["prompt"].tolist(), []
-    starts = range(0, len(paths), args.batch_size)
-    batches = image_batches(paths, args.batch_size, "ImageReward", args.num_workers, model.prepare)
-    for start, batch in zip(starts, batches, strict=True):
-        tokens = tokenize(tokenizer, prompts[start : start + args.batch_size])
-        inputs = {name: tensor.to(args.device) for name, tensor in tokens.items()}
-        scores += model(torch.stack(batch).to(args.device), **inputs).cpu().double().tolist()
-    return {"imagereward": scores}, {"model_sha256": fingerprint(model)}
+    hashes = {"model_sha256": fingerprint(model)}
+
+    def score(batch: list[torch.Tensor], prompts: list[str]) -> list[float]:
+        inputs = {name: tensor.to(args.device) for name, tensor in tokenize(tokenizer, prompts).items()}
+        return model(torch.stack(batch).to(args.device), **inputs).tolist()
+
+    return {"imagereward": score_images(images, _how(args), hashes, score, model.prepare)}, hashes
+
+
+def _how(args: argparse.Namespace) -> Scoring:
+    return Scoring(args.output_file, args.gen_imgs_path, args.batch_size, args.num_workers, TITLES[args.job])
 
 
 def _reward_file(source: str) -> Path:

@@ -1,16 +1,20 @@
 """Scores of single images: CLIP's cosine, the mean with its interval, and the files that hold them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from des.cli import logger
 from des.images import image_batches
 from des.loading import loading
-from des.results import Z95, replacing, write_json, write_text
+from des.partial import Partial
+from des.results import Z95, replacing, sha256_texts, write_json, write_text
 
 import pandas as pd
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import CLIPModel, CLIPProcessor
@@ -22,20 +26,55 @@ def load_processor(processor_class: type, source: str) -> Any:
         return processor_class.from_pretrained(source)
 
 
-@torch.inference_mode()
-def clip_cosines(
-    paths: list[Path], prompts: list[str], processor: CLIPProcessor, model: CLIPModel, batch_size: int, workers: int, desc: str
-) -> Tensor:
-    """The cosine of each image to its prompt, [images] in -1..1, in float64 on the CPU; long prompts are truncated."""
+@dataclass(frozen=True)
+class Scoring:
+    """How images are read and scored in batches, and where an interrupted run's scores are: beside the result file `output`."""
+
+    output: Path
+    folder: Path
+    batch_size: int
+    workers: int
+    desc: str
+
+
+def score_images(
+    images: pd.DataFrame,
+    how: Scoring,
+    models: Mapping[str, str],
+    score: Callable[[list, list[str]], list[Any]],
+    prepare: Callable[[Image.Image], Any] | None = None,
+) -> list[Any]:
+    """What `score` makes of every image and its prompt, in order; what an interrupted run scored with the same `models` is kept.
+
+    `images` is what `pair_with_prompts` returns for the folder; `score` takes a batch of images (or what `prepare` makes of them in
+    the reading threads) and their prompts. Raises UserError that names an unreadable image.
+    """
+    partial = Partial(how.output.with_suffix(".json"), sha256_texts(f"{name} {digest}" for name, digest in models.items()))
+    rows = zip(images["image"], images["sha256"], images["prompt"], strict=True)
+    keys = [f"{path.relative_to(how.folder)} {digest} {sha256_texts([prompt])}" for path, digest, prompt in rows]
+    todo = images.assign(key=keys)[[key not in partial.found for key in keys]]
+    if len(todo) < len(images):
+        logger.info("%d of %d images were scored before", len(images) - len(todo), len(images))
+    starts = range(0, len(todo), how.batch_size)
+    batches = image_batches(todo["image"].tolist(), how.batch_size, how.desc, how.workers, prepare)
+    for start, batch in zip(starts, batches, strict=True):
+        part = todo.iloc[start : start + how.batch_size]
+        with torch.inference_mode():
+            found = score(batch, part["prompt"].tolist())
+        partial.add(dict(zip(part["key"], found, strict=True)))
+    return [partial.found[key] for key in keys]
+
+
+def clip_cosine(model: CLIPModel, processor: CLIPProcessor) -> Callable[[list[Image.Image], list[str]], list[float]]:
+    """The cosine in -1..1 of each of some images to its prompt, as a function for `score_images`; long prompts are truncated."""
     length = model.config.text_config.max_position_embeddings
-    starts = range(0, len(paths), batch_size)
-    cosines = []
-    for start, images in zip(starts, image_batches(paths, batch_size, desc, workers), strict=True):
-        texts = prompts[start : start + batch_size]
-        inputs = processor(text=texts, images=images, padding=True, truncation=True, max_length=length, return_tensors="pt")
+
+    def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        inputs = processor(text=prompts, images=images, padding=True, truncation=True, max_length=length, return_tensors="pt")
         output = model(**inputs.to(model.device))
-        cosines.append(cosine_similarity(output.image_embeds.float(), output.text_embeds.float()).cpu().double())
-    return torch.cat(cosines)
+        return cosine_similarity(output.image_embeds.float(), output.text_embeds.float()).tolist()
+
+    return score
 
 
 def mean_and_interval(scores: Tensor) -> tuple[float, dict[str, float]]:
@@ -70,4 +109,5 @@ def write_scores(
         pd.DataFrame(table).to_csv(temporary, index=False)
     write_json(output.with_suffix(".json"), {name: mean, "n": len(scores), **interval, **facts})
     write_text(output, text + "\n")
+    Partial(output.with_suffix(".json"), "").finish()
     return text

@@ -92,8 +92,9 @@ def loopback(monkeypatch):
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder with its content, but for locks, which are empty."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    """Every file under a folder with its content, but for locks and for what an interrupted scorer keeps."""
+    own = (".lock", ".part.jsonl")
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(own)]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

@@ -12,10 +12,12 @@ from unittest import mock
 
 import fid
 from demo.world import KINDS, random_scene, render
+from des.cli import UserError
 from des.features import InceptionExtractor, extract
 from des.frechet import Gaussian, frechet_distance, load_statistics, save_statistics
-from des.images import image_files
+from des.images import image_hashes
 from des.inception import VARIANTS, Inception, load_inception
+from des.partial import Partial
 
 import numpy as np
 import pytest
@@ -148,11 +150,12 @@ def test_the_input_of_clean_fid_is_its_own_bit_for_bit():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_inputs_do_not_depend_on_the_workers(folders, variant):
+def test_inputs_do_not_depend_on_the_workers(folders, variant, tmp_path):
     """Bit for bit, by a stand-in network that returns its input."""
     extractor = InceptionExtractor(nn.Flatten(1), [variant], torch.device("cpu"))
     one, four = (
-        extract(extractor, image_files(folders / "gen"), batch_size, n, "test")[0] for batch_size, n in ((16, 1), (3, 4))
+        extract(extractor, image_hashes(folders / "gen"), batch_size, n, "test", Partial(tmp_path / f"{n}.json", "x"))[0]
+        for batch_size, n in ((16, 1), (3, 4))
     )
     assert one.shape == (8, 3 * 299 * 299) and torch.equal(one, four)
     assert -1 <= one.min() < -0.8 and 0.9 < one.max() <= 1
@@ -349,3 +352,24 @@ def test_pytorch_fid_reads_the_statistics(tmp_path):
     np.testing.assert_allclose(sigma, np.cov(features.numpy(), rowvar=False), rtol=1e-10, atol=1e-12)
     gaussian, facts = load_statistics(tmp_path / "s.npz")
     assert facts == {"n": 30} and gaussian.distance(Gaussian.of_features(features)) == pytest.approx(0, abs=1e-10)
+
+
+def test_an_interrupted_fid_goes_on_with_the_features_it_has(folders, weights, tmp_path, monkeypatch, result):
+    seen = []
+    forward = InceptionExtractor.__call__
+
+    def counted(self, batch):
+        if len(seen) == 4:
+            raise UserError("stopped by the test")
+        seen.append(len(batch))
+        return forward(self, batch)
+
+    output = tmp_path / "cut.txt"
+    monkeypatch.setattr(InceptionExtractor, "__call__", counted)
+    with pytest.raises(UserError, match="stopped by the test"):
+        run(folders, weights, output, batch_size=2)
+    assert not output.exists() and (tmp_path / ".cut.part.jsonl").exists()
+    monkeypatch.setattr(InceptionExtractor, "__call__", lambda self, batch: seen.append(len(batch)) or forward(self, batch))
+    again = run(folders, weights, output, batch_size=2)
+    assert sum(seen) == 14 and again["fid"] == pytest.approx(result["fid"], rel=1e-7)
+    assert not (tmp_path / ".cut.part.jsonl").exists()

@@ -135,7 +135,7 @@ def test_several_images_of_a_row(generate, tmp_path):
     paired = pair_with_prompts(folder, tmp_path / "p.csv")
     assert list(paired.index) == [0, 0, 0, 1, 1, 1, 2, 2, 2] and paired["prompt"].tolist()[3] == PROMPTS[1]
     (folder / "t2i_none_1p_2.png").unlink()
-    with pytest.raises(Exception, match="1 missing .t2i_none_1p_2.png"):
+    with pytest.raises(Exception, match="t2i_none_1p_2"):
         pair_with_prompts(folder, tmp_path / "p.csv")
 
 
