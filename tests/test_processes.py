@@ -87,6 +87,7 @@ def prepare(self, model, optimizer):
     return model, torch.optim.AdamW(model.parameters(), lr=optimizer.param_groups[0]["lr"], fused=True)
 
 Processes.prepare = prepare
+Processes.sharded = True
 Processes.state_dict = lambda self, model: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 train_des.main(sys.argv[1:])
 """
