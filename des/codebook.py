@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -114,23 +113,19 @@ def _write_rows(parts: list[Part], encoder: TextEncoder, prompts: list[str], dty
     if done:
         logger.info("%d of %d rows of the codebook are there; going on after them", done, len(prompts))
     skip = done % batch_size  # encoding starts where a batch does, since a row's last bits depend on its batch
-    batches = encoder.encode(prompts[done - skip :], batch_size, desc="codebook") if done < len(prompts) else ()
-    rows = islice(chain.from_iterable(batches), skip, None)
-    for number, part in enumerate(parts):
-        lacks = len(prompts[number * a_shard : (number + 1) * a_shard]) - part.rows
-        for batch in _batched(islice(rows, lacks), batch_size):
-            if not batch.isfinite().all():
-                _give_up(parts, "an embedding is not finite; no codebook was written")
-            cast = batch.to(DTYPES[dtype][0])
-            if not cast.isfinite().all():
-                _give_up(parts, f"an embedding overflows {dtype}; use --dtype bf16 or fp32")
-            part.append(memoryview(cast.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()), len(batch))
-        part.finish()
-
-
-def _batched(rows: Iterator[Tensor], size: int) -> Iterator[Tensor]:
-    while batch := list(islice(rows, size)):
-        yield torch.stack(batch)
+    rest = prompts[done - skip :] if done < len(prompts) else []
+    for batch in encoder.encode(rest, batch_size, desc="codebook"):
+        if not batch.isfinite().all():
+            _give_up(parts, "an embedding is not finite; no codebook was written")
+        cast = batch[skip:].to(DTYPES[dtype][0]).cpu().contiguous()
+        if not cast.isfinite().all():
+            _give_up(parts, f"an embedding overflows {dtype}; use --dtype bf16 or fp32")
+        while len(cast):
+            part = parts[done // a_shard]
+            rows, cast = cast.tensor_split([a_shard - part.rows])
+            part.append(memoryview(rows.reshape(-1).view(torch.uint8).numpy()), len(rows))
+            done += len(rows)
+        skip = 0
 
 
 def _give_up(parts: list[Part], why: str) -> NoReturn:
