@@ -233,6 +233,17 @@ def test_deterministic_algorithms(train, tmp_path, monkeypatch, whole):
     assert results(tmp_path / "out/0.001_0.3") == results(whole)
 
 
+def test_sharded_weights_have_no_states(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("des.processes.Processes.sharded", True)
+    for option in ({"resume": []}, {"save_every_steps": 1}):
+        done = train(**option)
+        assert done.failed_in_one_sentence and "FSDP" in done.err
+    stop_after(monkeypatch, 5)
+    train()
+    run = tmp_path / "out/0.001_0.3"
+    assert (run / "checkpoint-1.pt").exists() and not (run / "state.pt").exists()
+
+
 @pytest.fixture
 def encoded(monkeypatch):
     """Counts the prompts that the codebook has encoded, and interrupts after some batches when asked to."""
@@ -258,6 +269,8 @@ def test_a_codebook_goes_on_after_its_last_batch(tmp_path, encoder, encoded, a_s
     with pytest.raises(KeyboardInterrupt):
         write_codebook(tmp_path / "cb", encoder, prompts, **size)
     assert not (tmp_path / "cb/codebook.json").exists()
+    with max((tmp_path / "cb").glob("*.part")).open("ab") as file:
+        file.write(b"bytes that were written, but not recorded, when the process died")
     encoded.update(prompts=0, stop=None)
     write_codebook(tmp_path / "cb", encoder, prompts, **size)
     assert encoded["prompts"] == len(prompts) - kept
@@ -348,5 +361,6 @@ def test_a_lock_keeps_other_processes_out_until_its_holder_dies(call, tmp_path):
         process.kill()
         process.communicate()
     assert call("save_codebook.py", *command).code == 0
+    (folder / "rows").unlink()
     with locked(folder / "rows", "images"):
-        pass
+        assert (folder / "rows").exists()
