@@ -277,7 +277,7 @@ def test_a_codebook_goes_on_after_its_last_batch(tmp_path, encoder, encoded, a_s
     assert snapshot(tmp_path / "cb") == snapshot(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("change", ["prompts", "batch size", "damaged", "lost"])
+@pytest.mark.parametrize("change", ["prompts", "batch size", "damaged", "lost", "the second lost"])
 def test_rows_of_something_else_are_not_continued(tmp_path, encoder, encoded, caplog, monkeypatch, change):
     monkeypatch.setattr("des.cli.logger.propagate", True)
     prompts, size = read_prompts(CASE / "safe.csv"), {"batch_size": 3, "shard_bytes": 4 * 77 * 32 * 4}
@@ -293,10 +293,12 @@ def test_rows_of_something_else_are_not_continued(tmp_path, encoder, encoded, ca
     elif change == "damaged":
         first.write_bytes(first.read_bytes()[:-1] + b"?")
     else:
-        first.unlink()
+        (first if change == "lost" else first.with_name(first.name.replace("00001", "00002"))).unlink()
     write_codebook(tmp_path / "cb", encoder, prompts, **size)
-    assert encoded["prompts"] == len(prompts)
-    assert change == "lost" or change in caplog.text
+    assert encoded["prompts"] == len(prompts) - (
+        3 if "second" in change else 0
+    )  # four rows stay; the batch of the fourth is made again
+    assert "lost" in change or change in caplog.text
     write_codebook(tmp_path / "whole", encoder, prompts, **size)
     assert snapshot(tmp_path / "cb") == snapshot(tmp_path / "whole")
 
