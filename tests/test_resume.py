@@ -1,23 +1,17 @@
-"""Interrupted runs go on to the same bytes; two processes never write into one folder."""
+"""Interrupted runs go on to the same bytes."""
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 from des import training
-from des.cli import UserError
 from des.codebook import Codebook, find_targets, write_codebook
 from des.encoders import TextEncoder, load_encoder
-from des.locks import locked
 from des.prompts import read_prompts
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, flags, snapshot
+from conftest import GOLDEN, ROOT, flags, launch_and_halt, snapshot
 
 CASE = GOLDEN / "A"
 
@@ -116,18 +110,6 @@ def test_dropout_and_stochastic_rounding_go_on_as_they_would_have(call, family, 
     assert results(ours) == results(whole)
 
 
-def launch(*argv, stop_when, timeout=120):
-    """Start a script, and halt it (SIGSTOP) as soon as `stop_when()` holds."""
-    process = subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    until = time.monotonic() + timeout
-    while not stop_when():
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < until
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGSTOP)
-    return process
-
-
 def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -137,7 +119,7 @@ def test_a_killed_run_goes_on_and_its_folder_is_its_own_until_then(train, codebo
     assert train("whole", **many).code == 0
     run = tmp_path / "out/0.001_0.3"
     script = ROOT / "train_des.py", *options(codebook, tmp_path / "out", **many)
-    process = launch(*script, stop_when=lambda: lines(run / "metrics.jsonl") >= 10)
+    process = launch_and_halt(*script, stop_when=lambda: lines(run / "metrics.jsonl") >= 10)
     try:
         before = snapshot(tmp_path)
         second = train(**many, resume=[])
@@ -324,45 +306,3 @@ def test_the_search_for_targets_goes_on_after_its_last_group(tmp_path, encoder, 
     one, other = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("t", "whole"))
     assert one["indices"].equal(other["indices"]) and one["hashes"] == other["hashes"]
     assert {path.name for path in tmp_path.iterdir()} == {"t.pth", "whole.pth", ".t.pth.lock", ".whole.pth.lock"}
-
-
-HOLD = """
-import sys, time
-sys.path.insert(0, {root!r})
-from pathlib import Path
-
-from des.locks import locked
-
-folder = Path({folder!r})
-with locked(folder / ".lock", "a codebook"), locked(folder / "rows", "images", 10, 5):
-    (folder / "ready").touch()
-    time.sleep(100)
-"""
-
-
-def test_a_lock_keeps_other_processes_out_until_its_holder_dies(call, tmp_path):
-    folder = tmp_path / "cb"
-    folder.mkdir()
-    program = HOLD.format(root=str(ROOT), folder=str(folder))
-    process = launch("-c", program, stop_when=(folder / "ready").exists)
-    command = flags(model_path=CASE / "model", device="cpu", csv_path=CASE / "safe.csv", save_dir=folder)
-    try:
-        before = snapshot(tmp_path)
-        done = call("save_codebook.py", *command)
-        assert done.failed_in_one_sentence and f"another process is making a codebook in {folder}" in done.err
-        with locked(folder / "rows", "images", 0, 10), locked(folder / "rows", "images", 15, 5):
-            pass
-        for start_byte, length in ((14, 1), (0, 11), (0, 0)):
-            with (
-                pytest.raises(UserError, match="another process is making images"),
-                locked(folder / "rows", "images", start_byte, length),
-            ):
-                pass
-        assert snapshot(tmp_path) == before
-    finally:
-        process.kill()
-        process.communicate()
-    assert call("save_codebook.py", *command).code == 0
-    (folder / "rows").unlink()
-    with locked(folder / "rows", "images"):
-        assert (folder / "rows").exists()
