@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(CLIPModel, args.clip_model, args.device, "the CLIP model")
     output, hashes = args.image_folder / "clipscore.txt", {"clip_sha256": fingerprint(model)}
     how = Scoring(output, args.image_folder, args.batch_size, args.num_workers, "CLIP score")
-    with locked(args.image_folder / ".clipscore.lock", str(output)):
+    with locked(args.image_folder / ".clipscore.lock", output.name):
         scores = [100 * cosine for cosine in score_images(images, how, hashes, clip_cosine(model, processor))]
         facts, columns = hashes | {"made_by": provenance(args)}, {"clip_score": scores}
         print(write_scores(output, "clip_score", "CLIP score", images, args.image_folder, columns, facts))

@@ -94,7 +94,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cli.setup_logging()
-    with locked(args.output_file.with_name(f".{args.output_file.stem}.lock"), str(args.output_file)):
+    with locked(args.output_file.with_name(f".{args.output_file.stem}.lock"), args.output_file.name):
         print(score_fid(args) if args.job == "fid" else score_prompts(args))
 
 

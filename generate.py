@@ -120,6 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     performance.add_argument(
         "--dtype", choices=DTYPES, help="default: fp32 for SD 1.x and 2.x, fp16 for SDXL, bf16 for SD3 and FLUX"
     )
+    cli.add_deterministic(performance)
     performance.add_argument("--enable_model_cpu_offload", action="store_true", help="keep on the GPU only the model in use")
     performance.add_argument("--attention_slicing", action="store_true", help="less memory, slower; for models with a UNet")
     add_scoring(parser)
@@ -147,6 +148,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.deterministic:
+        cli.make_deterministic()
     processes = Processes(args.device)
     args.device = processes.device
     cli.setup_logging(quiet=not processes.is_main)

@@ -8,26 +8,30 @@ Writes OUTPUT_DIR/{lr}_{lambda}/checkpoint-{epoch}.pt with its metadata, metrics
 the targets to --safe_embedding_path. For a pipeline with several text encoders the folder is encoder{i}_{lr}_{lambda}, and the
 codebook is looked for in {codebook_dir}_encoder{i} first. The defaults are the paper's for Stable Diffusion v1.x; it trained FLUX
 with --batch_size 16 and T5-XXL with 4. --dry_run tells what a run needs. Several GPUs: accelerate launch train_des.py ...
+An interrupted run goes on when its command line is repeated with --resume, to the same weights bit for bit on a CPU.
 """
 
 import argparse
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from des import cli, losses
-from des.checkpoints import FORMATS, save_checkpoint
+from des.checkpoints import FORMATS, checkpoint_path, save_checkpoint
 from des.cli import UserError, logger
 from des.codebook import DTYPES, TARGETS, Codebook, dtype_name, find_codebook, find_targets, write_codebook
 from des.encoders import TextEncoder, load_encoder, own_name
+from des.locks import locked
 from des.optimizers import OPTIMIZERS
 from des.plan import describe, make_plan
 from des.processes import Processes
 from des.prompts import read_prompts
 from des.results import provenance
-from des.training import PRECISIONS, Pairs, Settings, Summary, make_trainable, train
+from des.states import States, open_metrics
+from des.training import PRECISIONS, Pairs, Settings, Summary, all_that_decides, make_trainable, train
 
 import torch
 
@@ -61,6 +65,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="epochs between checkpoints; the last epoch is always saved",
     )
     files.add_argument("--save_format", choices=FORMATS, default="pt", help="hf is a folder for from_pretrained")
+    files.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where an interrupted run of this command line stands, or start where there is none",
+    )
+    files.add_argument(
+        "--save_every_steps",
+        type=cli.positive_int,
+        metavar="N",
+        help="steps between states for --resume (default: with each checkpoint); a state is about three times a checkpoint",
+    )
     files.add_argument("--dry_run", action="store_true", help="tell what the run needs and stop, before any weight loads")
     hyper = parser.add_argument_group("hyper-parameters")
     hyper.add_argument("--num_epochs", type=cli.positive_int, default=2, metavar="N", help="passes over the longer list")
@@ -116,6 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=OPTIMIZERS,
         help="AdamW; with bf16 weights, those with stochastic rounding (default: adamw for fp32 weights, adamw_bf16_sr for bf16)",
     )
+    cli.add_deterministic(performance)
     performance.add_argument("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
     performance.add_argument("--multi_gpu", action="store_true", help="spread the encoder's layers over all GPUs (device_map)")
     args = parser.parse_args(argv)
@@ -130,6 +146,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.deterministic:
+        cli.make_deterministic()
     processes = Processes(args.device, all_trained=args.embedding == "last_hidden_state")
     args.device = processes.device
     cli.setup_logging(quiet=not processes.is_main)
@@ -140,6 +158,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.multi_gpu and processes.count > 1:
         raise UserError("--multi_gpu spreads one process over all GPUs; start it without accelerate launch")
+    if processes.sharded and (args.resume or args.save_every_steps):
+        raise UserError("--resume and --save_every_steps need whole weights in each process, which FSDP shards; leave them out")
     codebook = find_codebook(args.codebook_dir, args.model_path, args.text_encoder_idx)
     encoder = load(args, "auto" if args.multi_gpu else None)
     settings = settings_for(args, encoder)
@@ -150,35 +170,59 @@ def main(argv: list[str] | None = None) -> None:
 
     run_name = f"{args.learning_rate}_{args.lambda_safe}"
     run_dir = args.output_dir / own_name(args.model_path, encoder.index, run_name, "encoder{i}_" + run_name)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if processes.is_main:
-        cli.setup_logging(run_dir / "train.log")
-    norm = concept.n.norm().item()
-    told = "%d unsafe and %d safe prompts; |n| = %.2f, alpha = %g, alpha / |n| = %.3f"
-    logger.info(told, len(unsafe), len(safe), norm, concept.alpha, concept.alpha / norm)
-    how = encoder.embedding, encoder.index, settings.precision, settings.optimizer, processes
-    logger.info("%s of encoder %d, trained in %s with %s by %s", *how)
-    facts = facts_of(args, encoder, codebook, concept, settings)
+    with locked(run_dir / ".lock", "a training run") if processes.is_main else nullcontext():
+        if processes.is_main:
+            cli.setup_logging(run_dir / "train.log")
+        norm = concept.n.norm().item()
+        told = "%d unsafe and %d safe prompts; |n| = %.2f, alpha = %g, alpha / |n| = %.3f"
+        logger.info(told, len(unsafe), len(safe), norm, concept.alpha, concept.alpha / norm)
+        how = encoder.embedding, encoder.index, settings.precision, settings.optimizer, processes
+        logger.info("%s of encoder %d, trained in %s with %s by %s", *how)
+        fit(args, run_dir, encoder, pairs, concept, settings, processes, summary)
+
+
+def fit(
+    args: argparse.Namespace,
+    run_dir: Path,
+    encoder: TextEncoder,
+    pairs: Pairs,
+    concept: losses.Concept,
+    settings: Settings,
+    processes: Processes,
+    summary: Summary,
+) -> None:
+    """Train, from the beginning or from where an interrupted run stands, and write checkpoints, losses and states into `run_dir`."""
+    made_from = all_that_decides(encoder, pairs, concept, args.concept_prompt, settings, processes)
+    states = None if processes.sharded else States(run_dir / "state.pt", made_from, processes, args.save_every_steps)
+    final = checkpoint_path(run_dir / f"checkpoint-{args.num_epochs}", args.save_format)
+    done = states.start(args.resume, final) if states else 0
+    if done is None:
+        return
+    facts = facts_of(args, encoder, pairs.codebook, concept, settings) | {"made_from": made_from}
     concept_ids = encoder.tokenize([args.concept_prompt])
-    with (run_dir / "metrics.jsonl" if processes.is_main else Path(os.devnull)).open("w") as metrics:
+    with open_metrics(run_dir / "metrics.jsonl", done) if processes.is_main else Path(os.devnull).open("w") as metrics:
 
         def log_step(step: dict) -> None:
             metrics.write(json.dumps(step) + "\n")
             metrics.flush()
 
-        def save(epoch: int, trained: TextEncoder) -> None:
+        def save(epoch: int, trained: TextEncoder) -> Path | None:
             last = epoch == args.num_epochs
             if not last and epoch % args.save_every:
-                return
+                return None
             after, state = summary.after(trained, concept), processes.state_dict(trained.model)
+            path = run_dir / f"checkpoint-{epoch}"
             if processes.is_main:
                 metadata = {"epoch": epoch, **facts, "embeddings": after}
-                path = save_checkpoint(run_dir / f"checkpoint-{epoch}", encoder.model, state, metadata, args.save_format)
+                save_checkpoint(path, encoder.model, state, metadata, args.save_format)
                 if last:
-                    report(after, path)
+                    report(after, checkpoint_path(path, args.save_format))
             processes.wait()
+            return checkpoint_path(path, args.save_format)
 
-        train(encoder, pairs, concept, concept_ids, settings, processes, log_step, save)
+        train(encoder, pairs, concept, concept_ids, settings, processes, log_step, save, states)
+    if states:
+        states.remove()
 
 
 def load(args: argparse.Namespace, device_map: str | None = None, device: torch.device | str | None = None) -> TextEncoder:

@@ -49,6 +49,11 @@ def fingerprint(encoder: nn.Module) -> str:
     return sha256_tensors(plain_names(encoder.state_dict()))
 
 
+def checkpoint_path(path: Path, save_format: str) -> Path:
+    """What `save_checkpoint` writes for `path`."""
+    return path if save_format == "hf" else path.with_name(f"{path.name}.{save_format}")
+
+
 def save_checkpoint(
     path: Path, model: PreTrainedModel, state: Mapping[str, Tensor], metadata: Mapping[str, Any], save_format: str = "pt"
 ) -> Path:
@@ -59,7 +64,7 @@ def save_checkpoint(
     """
     encoder_sha256 = sha256_tensors(plain_names(state))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    target = path if save_format == "hf" else path.with_name(f"{path.name}.{save_format}")
+    target = checkpoint_path(path, save_format)
     with replacing(target) as temporary:
         if save_format == "hf":
             model.save_pretrained(temporary, state_dict=state)
@@ -70,6 +75,14 @@ def save_checkpoint(
             torch.save({"model_state_dict": published_names(state)}, temporary)
     write_json(path.with_name(f"{path.name}-metadata.json"), {**metadata, "encoder_sha256": encoder_sha256})
     return target
+
+
+def read_metadata(checkpoint: Path) -> dict[str, Any]:
+    """What the metadata beside a checkpoint say; empty where there are none, as beside the published ones."""
+    stem = checkpoint.name if checkpoint.is_dir() else checkpoint.stem
+    path = checkpoint.with_name(f"{stem}-metadata.json")
+    with loading(f"the metadata {path}"):
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -152,10 +165,7 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     arrived = plain_names(encoder.state_dict())
     if not all(torch.equal(arrived[name].cpu(), tensor) for name, tensor in cast.items()):
         raise UserError(f"the weights of {path} did not arrive in the model's text encoder")
-    stem = path.name if path.is_dir() else path.stem
-    metadata = path.with_name(f"{stem}-metadata.json")
-    told = json.loads(metadata.read_text(encoding="utf-8")) if metadata.is_file() else {}
-    return {**told, "file": str(path), "encoder_sha256": fingerprint(encoder)}
+    return {**read_metadata(path), "file": str(path), "encoder_sha256": fingerprint(encoder)}
 
 
 def _reconcile(loaded: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:

@@ -110,6 +110,19 @@ def add_embedding(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_deterministic(parser: argparse._ActionsContainer) -> None:
+    """Add the option for results that are the same bit for bit at every run on a GPU."""
+    told = "algorithms that give the same bits at every run, on CUDA too, where they are slower"
+    parser.add_argument("--deterministic", action="store_true", help=told)
+
+
+def make_deterministic() -> None:
+    """Use deterministic algorithms only; to be called before the first product of matrices on a GPU, which starts cuBLAS."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
 def progress(items: Iterable | None, **options) -> tqdm:
     """A tqdm bar on a terminal; nothing in a pipe, where log lines tell how far the run is."""
     return tqdm(items, disable=None, dynamic_ncols=True, **options)

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from des.cli import UserError, progress
+from des.cli import UserError, logger, progress
 from des.encoders import TextEncoder, own_name
 from des.loading import read_pt
+from des.locks import locked
+from des.parts import Part
 from des.results import replacing, sha256_file, sha256_tensors, sha256_texts, write_json
 
 import torch
@@ -56,47 +57,82 @@ def write_codebook(
 
     Rows go to `codebook.safetensors`, or to several files of at most `shard_bytes`. Batches are written as they are made, so
     memory holds one of them. `dtype` is the encoder's own unless named. `codebook.json`, which has the hashes of the files, is
-    written last: a codebook that was interrupted is none.
+    written last: a codebook that was interrupted is none, and is continued after its last batch when it is made again from the
+    same. Raises UserError for an embedding that is not finite or overflows `dtype`, and while another process writes there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "codebook.json").unlink(missing_ok=True)
-    for old in folder.glob("codebook*.safetensors"):
-        old.unlink()
     dtype = dtype or dtype_name(encoder)
-    torch_dtype, code = DTYPES[dtype]
     tokens, hidden = encoder.shape()
-    row_bytes = tokens * hidden * torch_dtype.itemsize
-    a_shard = max(1, shard_bytes // row_bytes)
-    rows = chain.from_iterable(encoder.encode(prompts, batch_size, desc="codebook"))
-    starts = range(0, len(prompts), a_shard)
-    shards = []
-    for number, start in enumerate(starts, 1):
-        count = min(a_shard, len(prompts) - start)
-        name = "codebook.safetensors" if len(starts) == 1 else f"codebook-{number:05d}-of-{len(starts):05d}.safetensors"
-        with replacing(folder / name) as temporary, temporary.open("wb") as file:
-            file.write(_safetensors_header("embeddings", code, (count, tokens, hidden), torch_dtype.itemsize))
-            for batch in _batched(islice(rows, count), batch_size):
-                if not batch.isfinite().all():
-                    raise UserError(f"an embedding is not finite; no codebook was written into {folder}")
-                file.write(_stored(batch, torch_dtype, dtype))
-        shards.append({"file": name, "rows": count, "sha256": sha256_file(folder / name)})
-    hashes = dependencies(encoder, prompts) | {"rows": sha256_texts(shard["sha256"] for shard in shards)}
-    facts = {"model": encoder.model_path, "encoder": encoder.index, "subfolder": encoder.subfolder}
-    facts |= {"dtype": dtype, "rows": len(prompts), "tokens": tokens, "hidden": hidden, "shards": shards}
-    write_json(folder / "codebook.json", {**facts, "hashes": hashes, "made_by": made_by, "prompts": prompts})
+    a_shard = max(1, shard_bytes // (tokens * hidden * DTYPES[dtype][0].itemsize))
+    with locked(folder / ".lock", "a codebook"):
+        (folder / "codebook.json").unlink(missing_ok=True)
+        parts = _open_parts(folder, encoder, prompts, dtype, batch_size, a_shard)
+        _write_rows(parts, encoder, prompts, dtype, batch_size, a_shard)
+        shards = [{"file": part.path.name, "rows": part.rows, "sha256": part.finish()} for part in parts]
+        hashes = dependencies(encoder, prompts) | {"rows": sha256_texts(shard["sha256"] for shard in shards)}
+        facts = {"model": encoder.model_path, "encoder": encoder.index, "subfolder": encoder.subfolder}
+        facts |= {"dtype": dtype, "rows": len(prompts), "tokens": tokens, "hidden": hidden, "shards": shards}
+        write_json(folder / "codebook.json", {**facts, "hashes": hashes, "made_by": made_by, "prompts": prompts})
+        for part in parts:
+            part.forget()
 
 
-def _batched(rows: Iterator[Tensor], size: int) -> Iterator[Tensor]:
-    while batch := list(islice(rows, size)):
-        yield torch.stack(batch)
+def _open_parts(
+    folder: Path, encoder: TextEncoder, prompts: list[str], dtype: str, batch_size: int, a_shard: int
+) -> list[Part]:
+    """The files of a codebook, `a_shard` rows each but the last, with the rows that an interrupted run has left in them."""
+    (torch_dtype, code), shape = DTYPES[dtype], encoder.shape()
+    counts = [len(prompts[start : start + a_shard]) for start in range(0, len(prompts), a_shard)]
+    several = [f"codebook-{number:05d}-of-{len(counts):05d}.safetensors" for number in range(1, len(counts) + 1)]
+    names = several if len(counts) > 1 else ["codebook.safetensors"]
+    for old in folder.glob("codebook*.safetensors*"):
+        if old.name.removesuffix(".json").removesuffix(".part") not in names:
+            old.unlink()
+    made_from = dependencies(encoder, prompts) | {"dtype": dtype, "rows in a file": str(a_shard)}
+    made_from |= _bits(encoder, batch_size)
+    parts: list[Part] = []
+    for name, count in zip(names, counts, strict=True):
+        header = _safetensors_header("embeddings", code, (count, *shape), torch_dtype.itemsize)
+        part = Part(folder / name, made_from, header)
+        if part.rows and parts and parts[-1].rows < a_shard:  # rows are written in order, and one before these was lost
+            part.discard()
+            part = Part(folder / name, made_from, header)
+        if not part.rows:
+            part.path.unlink(missing_ok=True)  # of an earlier codebook, which would take as much of the disk again
+        parts.append(part)
+    return parts
 
 
-def _stored(batch: Tensor, dtype: torch.dtype, name: str) -> memoryview:
-    """The bytes of a batch of rows in the dtype of the file; UserError where they overflow it."""
-    cast = batch.to(dtype)
-    if not cast.isfinite().all():
-        raise UserError(f"an embedding overflows {name}; use --dtype bf16 or fp32")
-    return memoryview(cast.cpu().contiguous().view(torch.uint8).numpy())
+def _bits(encoder: TextEncoder, batch_size: int) -> dict[str, str]:
+    """What the last bits of embeddings depend on besides `dependencies`: a file is not continued with other ones."""
+    return {"batch size": str(batch_size), "device": encoder.device.type, "torch": str(torch.__version__)}
+
+
+def _write_rows(parts: list[Part], encoder: TextEncoder, prompts: list[str], dtype: str, batch_size: int, a_shard: int) -> None:
+    """Encode what the parts lack and append it to them, batch by batch."""
+    done = sum(part.rows for part in parts)
+    if done:
+        logger.info("%d of %d rows of the codebook are there; going on after them", done, len(prompts))
+    skip = done % batch_size  # encoding starts where a batch does, since a row's last bits depend on its batch
+    rest = prompts[done - skip :] if done < len(prompts) else []
+    for batch in encoder.encode(rest, batch_size, desc="codebook"):
+        if not batch.isfinite().all():
+            _give_up(parts, "an embedding is not finite; no codebook was written")
+        cast = batch[skip:].to(DTYPES[dtype][0]).cpu().contiguous()
+        if not cast.isfinite().all():
+            _give_up(parts, f"an embedding overflows {dtype}; use --dtype bf16 or fp32")
+        while len(cast):
+            part = parts[done // a_shard]
+            rows, cast = cast.tensor_split([a_shard - part.rows])
+            part.append(memoryview(rows.reshape(-1).view(torch.uint8).numpy()), len(rows))
+            done += len(rows)
+        skip = 0
+
+
+def _give_up(parts: list[Part], why: str) -> NoReturn:
+    for part in parts:
+        part.discard()
+        part.path.unlink(missing_ok=True)
+    raise UserError(why)
 
 
 def _safetensors_header(name: str, code: str, shape: Sequence[int], itemsize: int) -> bytes:
@@ -215,29 +251,37 @@ def find_targets(
     """The codebook row of each unsafe prompt's target, [unsafe], kept in `path` with the hashes it depends on.
 
     `choice` is one of TARGETS: the most distant row (the paper's), the nearest one, or a random one drawn from `seed` (its
-    ablation). Raises UserError when `path` holds something else or was made from other inputs, unless `recompute`.
+    ablation). A search that was interrupted goes on after the last group of prompts in `{path}.part`. Raises UserError when `path`
+    holds something else or was made from other inputs, unless `recompute`, and while another process searches for it.
     """
     hashes = dependencies(encoder, unsafe) | {"codebook": codebook.hashes["rows"]}
     if choice != "lowest":
         hashes["choice of targets"] = f"random, seed {seed}" if choice == "random" else choice
     if path.exists() and not recompute:
         return _read_targets(path, hashes)
-    if choice == "random":
-        indices = torch.randint(len(codebook), (len(unsafe),), generator=torch.Generator().manual_seed(seed))
-    else:
-        indices = _search(codebook, encoder, unsafe, batch_size, nearest=choice == "highest")
-    with replacing(path) as temporary:
-        torch.save({"indices": indices, "hashes": hashes}, temporary)
+    with locked(path.with_name(f".{path.name}.lock"), f"the targets {path.name}"):
+        if choice == "random":
+            indices = torch.randint(len(codebook), (len(unsafe),), generator=torch.Generator().manual_seed(seed))
+        else:
+            part = Part(path, hashes | _bits(encoder, batch_size))
+            indices = _search(part, codebook, encoder, unsafe, batch_size, nearest=choice == "highest")
+        with replacing(path) as temporary:
+            torch.save({"indices": indices, "hashes": hashes}, temporary)
+        if choice != "random":
+            part.discard()
     return indices
 
 
-def _search(codebook: Codebook, encoder: TextEncoder, unsafe: list[str], batch_size: int, nearest: bool) -> Tensor:
-    found = []
-    with progress(None, desc="targets", total=len(unsafe), unit="prompt") as bar:
-        for queries in _grouped(encoder.encode(unsafe, batch_size)):
-            found.append(codebook.farthest(queries, nearest)[1].cpu())
-            bar.update(len(queries))
-    return torch.cat(found)
+def _search(part: Part, codebook: Codebook, encoder: TextEncoder, unsafe: list[str], batch_size: int, nearest: bool) -> Tensor:
+    """Row numbers [unsafe], kept in `part` group by group."""
+    if part.rows:
+        logger.info("%d of %d targets are found; going on after them", part.rows, len(unsafe))
+    with progress(None, desc="targets", total=len(unsafe), initial=part.rows, unit="prompt") as bar:
+        for queries in _grouped(encoder.encode(unsafe[part.rows :], batch_size)):
+            found = codebook.farthest(queries, nearest)[1].cpu()
+            part.append(found.numpy().tobytes(), len(found))
+            bar.update(len(found))
+    return torch.frombuffer(bytearray(part.read()), dtype=torch.long)
 
 
 def _grouped(batches: Iterable[Tensor]) -> Iterator[Tensor]:

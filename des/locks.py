@@ -1,31 +1,43 @@
-"""Locks on folders and files that two processes must not work on at once; the system drops them when their process ends."""
+"""Locks of output files, held by living processes only: the operating system drops them when a process dies."""
 
-import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from des.cli import UserError
 
-_OPEN: dict[Path, int] = {}  # POSIX locks end when their process closes any descriptor of the file, so each is opened once
+_descriptors: dict[Path, int] = {}  # stay open: closing any descriptor of a file drops all locks that the process has on it
 
 
-@contextlib.contextmanager
+@contextmanager
 def locked(path: Path, what: str, start: int = 0, length: int = 0, wait: bool = False) -> Iterator[None]:
-    """Hold `path`, a lock file that stays there, or only `length` of its bytes from `start`; `what` names it in the error.
+    """Hold an exclusive lock of the file `path`, which stays behind empty; UserError at once where another process has it.
 
-    Raises UserError where another process that lives holds any of them, unless it is to `wait` for it.
+    With `wait`, wait for that process instead. `what` says in the error what is being made in the file's folder. With a `length`,
+    only the bytes from `start` on are locked, so that processes with disjoint ranges share one file. Locks keep processes apart,
+    not parts of one process.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path = path.resolve()
-    if path not in _OPEN:
-        _OPEN[path] = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = _descriptor(path)
     try:
-        fcntl.lockf(_OPEN[path], fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), length, start)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), length, start)
     except (BlockingIOError, PermissionError):
-        raise UserError(f"another process is at work on {what}; wait for it, or stop it") from None
+        told = f"another process is making {what} in {path.parent}"
+        raise UserError(f"{told}; wait until it ends, or name another folder") from None
     try:
         yield
     finally:
-        fcntl.lockf(_OPEN[path], fcntl.LOCK_UN, length, start)
+        fcntl.lockf(descriptor, fcntl.LOCK_UN, length, start)
+
+
+def _descriptor(path: Path) -> int:
+    """The one descriptor that this process has of a lock file, which is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path = path.resolve()
+    known = _descriptors.get(path)
+    if known is None or not path.exists() or not os.path.samestat(os.fstat(known), path.stat()):
+        _descriptors[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if known is not None:
+            os.close(known)  # of a file that was removed
+    return _descriptors[path]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -68,6 +69,10 @@ class Processes:
     def mean(self, values: Tensor) -> Tensor:
         """The mean of a tensor over the processes."""
         return self._accelerator.reduce(values, "mean") if self._accelerator else values
+
+    def gather(self, item: Any) -> list[Any]:
+        """The `item` of every process, in their order; every process must ask."""
+        return gather_object([item]) if self._accelerator else [item]
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         """The model and optimiser as they are trained: as they are, replicated or sharded."""

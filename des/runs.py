@@ -101,13 +101,13 @@ def lines_of(
 
 def reserved(folder: Path, rows: list[int]) -> AbstractContextManager[None]:
     """Hold the rows of a folder against other processes; those of other shards are free."""
-    what = f"rows {rows[0]} to {rows[-1]} of {folder}"
+    what = f"rows {rows[0]} to {rows[-1]}"
     return locked(folder / ".rows.lock", what, rows[0], rows[-1] - rows[0] + 1)
 
 
 def finish(folder: Path, drawn: int, seconds: float, write_scores: Callable[[], list[str]]) -> None:
     """Write what concerns all shards of a folder: the time that drawing took, and the scores, whose lines are printed."""
-    with locked(folder / ".run.lock", str(folder), wait=True):
+    with locked(folder / ".run.lock", "its record", wait=True):
         if drawn:
             facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             write_json(folder / "run.json", facts | {"last_drawn": {"images": drawn, "seconds": seconds}})
@@ -118,7 +118,7 @@ def finish(folder: Path, drawn: int, seconds: float, write_scores: Callable[[], 
 
 def claim(folder: Path, args: argparse.Namespace, prompts: list[str], settings: dict[str, Any], applied: dict) -> None:
     """Write run.json, or raise UserError when `folder` holds images that other settings made."""
-    with locked(folder / ".run.lock", str(folder), wait=True):
+    with locked(folder / ".run.lock", "its record", wait=True):
         earlier = _earlier(folder, json.loads(json.dumps(settings, default=str)))
         facts = {"settings": settings, "protection": applied, "left_out": never_drawn(prompts), "made_by": provenance(args)}
         write_json(folder / "run.json", {**facts, **({"last_drawn": earlier["last_drawn"]} if "last_drawn" in earlier else {})})

@@ -76,7 +76,7 @@ def score_folder(args: argparse.Namespace, detector: Detector, images: pd.DataFr
     paths, labels = images["image"].tolist(), images["label"].tolist()
     keys = {path: f"{path.relative_to(args.folder_dir)} {digest} {label}" for path, digest, label in
             zip(paths, images["sha256"], labels, strict=True)}  # fmt: skip
-    with locked(args.folder_dir / f".{args.output_name}.lock", f"the scores {args.output_name} of {args.folder_dir}"):
+    with locked(args.folder_dir / f".{args.output_name}.lock", f"the scores {args.output_name}"):
         partial = Partial(args.folder_dir / f"{args.output_name}.json", stamp_of(detector))
         partial.found |= scored_before(args.folder_dir, args.output_name, detector)
         todo = images[[keys[path] not in partial.found for path in paths]]

@@ -3,7 +3,10 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 from des import losses
 from des.checkpoints import PROJECTION
@@ -12,6 +15,8 @@ from des.codebook import Codebook
 from des.encoders import TextEncoder
 from des.optimizers import make_optimizer
 from des.processes import Processes
+from des.results import sha256_tensors
+from des.states import Point, States
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +72,28 @@ class Settings:
     seed: int = 42
 
 
+def all_that_decides(
+    encoder: TextEncoder, pairs: Pairs, concept: losses.Concept, concept_prompt: str, settings: Settings, processes: Processes
+) -> dict[str, Any]:
+    """Whatever the trained weights depend on, by the names that --resume tells where one has changed."""
+    devices = {parameter.device for parameter in encoder.model.parameters()}
+    return asdict(settings) | {
+        "ablation": " ".join(map(str, settings.ablation)),
+        "concept_prompt": concept_prompt,
+        "concept_guidance_scale": concept.alpha,
+        "base encoder": encoder.base_sha256,
+        "embedding": encoder.embedding,
+        "codebook": pairs.codebook.hashes["rows"],
+        "targets": sha256_tensors({"rows": pairs.target_rows}),
+        "unsafe prompts": sha256_tensors({"ids": pairs.unsafe_ids}),
+        "safe prompts": sha256_tensors({"ids": pairs.safe_ids}),
+        "safe embeddings": pairs.originals.hashes["rows"],
+        "device": f"{len(devices)} {encoder.device.type}",
+        "number of processes": processes.count,
+        "torch": str(torch.__version__),
+    }
+
+
 def make_trainable(model: nn.Module, settings: Settings) -> list[nn.Parameter]:
     """Give `model` the dtype it is trained in, and return what is trained: everything but a projection."""
     dtype = torch.bfloat16 if settings.precision == "bf16_weights" else torch.float32
@@ -87,49 +114,68 @@ def train(
     settings: Settings,
     processes: Processes,
     on_step: Callable[[dict], None],
-    on_epoch: Callable[[int, TextEncoder], None],
+    on_epoch: Callable[[int, TextEncoder], Path | None],
+    states: States | None = None,
 ) -> None:
     """Train `encoder` in place with AdamW at a constant rate (paper, section 4; losses in `des/losses.py`).
 
     `concept_ids` are the concept prompt's token ids [1, tokens]. `on_step` gets each step's losses, `on_epoch` each epoch's number
-    and the encoder, whose model is wrapped where several processes train it. Raises UserError when a loss is not finite, before
-    the weights are touched by it.
-    """  # fmt: skip
+    and the encoder, whose model is wrapped where several processes train it, and returns the checkpoint that it wrote, if any.
+    `states` says where training starts, and keeps its state. Raises UserError when a loss is not finite, before the weights are
+    touched by it, and when an epoch's weights are not, before anything is written.
+    """
     torch.manual_seed(settings.seed + processes.rank)  # dropout and stochastic rounding, where there is any
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
-    optimizer = make_optimizer(settings.optimizer, make_trainable(encoder.model, settings), settings.learning_rate)
-    model, optimizer = processes.prepare(encoder.model, optimizer)
+    bare = encoder.model
+    optimizer = make_optimizer(settings.optimizer, make_trainable(bare, settings), settings.learning_rate)
+    model, optimizer = processes.prepare(bare, optimizer)
+    at = states.restore(bare, optimizer) if states else Point()
     encoder = replace(encoder, model=model)
     steps = math.ceil(len(pairs) / settings.batch_size)
-    bar = progress(range(settings.num_epochs * steps), desc="training", unit="step")
-    for epoch in range(1, settings.num_epochs + 1):
-        encoder.model.train()
-        sums = dict.fromkeys(PARTS, 0.0)
-        for step, (unsafe, safe) in enumerate(pairs.batches(settings.batch_size, settings.seed, epoch), 1):
+    bar = progress(None, total=settings.num_epochs * steps, initial=at.done, desc="training", unit="step")
+    for epoch in range(at.done // steps + 1, settings.num_epochs + 1):
+        model.train()
+        batches = enumerate(pairs.batches(settings.batch_size, settings.seed, epoch), 1)
+        for step, (unsafe, safe) in islice(batches, at.done % steps, None):
             parts = _losses(encoder, pairs, concept, concept_ids, settings, processes, unsafe, safe)
             together = processes.mean(torch.stack([parts[name].detach() for name in PARTS]))
             values = dict(zip(PARTS, together.tolist(), strict=True))
             if not math.isfinite(values["total"]):
-                raise UserError(
-                    f"the loss is {values['total']} in epoch {epoch}, step {step}; try a lower --learning_rate or fp32"
-                )
+                raise _diverged(f"the loss is {values['total']} in epoch {epoch}, step {step}", at)
             parts["total"].backward()
-            with processes.alike(settings.seed * 1_000_003 + (epoch - 1) * steps + step):
+            at.add(values, len(unsafe))
+            with processes.alike(settings.seed * 1_000_003 + at.done):
                 optimizer.step()
             optimizer.zero_grad()
-            for name in PARTS:
-                sums[name] += values[name] * len(unsafe)
             told = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
             logger.debug("epoch %d, step %d/%d  %s", epoch, step, steps, told)
-            on_step({"epoch": epoch, "step": (epoch - 1) * steps + step, **values})
+            on_step({"epoch": epoch, "step": at.done, **values})
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
             bar.update()
-        means = "  ".join(f"{name} {value / len(pairs):.4f}" for name, value in sums.items())
+            if states and step < steps and states.due(at):
+                _check_weights(model, f"epoch {epoch}, step {step}", at)
+                states.save(at, bare, optimizer)
+        means = "  ".join(f"{name} {value / len(pairs):.4f}" for name, value in at.sums.items())
         logger.info("epoch %d/%d  %s", epoch, settings.num_epochs, means)
-        encoder.model.eval()
-        on_epoch(epoch, encoder)
+        _check_weights(model, f"epoch {epoch}, step {steps}", at)
+        model.eval()
+        written = on_epoch(epoch, encoder)
+        at = Point(at.done, checkpoint=str(written) if written else at.checkpoint)
+        if states and epoch < settings.num_epochs and (written or states.due(at)):
+            states.save(at, bare, optimizer)
     bar.close()
-    encoder.model.requires_grad_(False)
+    model.requires_grad_(False)
+
+
+def _check_weights(model: nn.Module, where: str, at: Point) -> None:
+    """Raise UserError when a weight is not finite: a finite loss can have gradients that are not."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise _diverged(f"the weights are not finite after {where}", at)
+
+
+def _diverged(what: str, at: Point) -> UserError:
+    good = f"the last good checkpoint is {at.checkpoint}" if at.checkpoint else "no checkpoint was written before"
+    return UserError(f"{what}; try a lower --learning_rate or --precision fp32; {good}")
 
 
 def _losses(

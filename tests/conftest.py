@@ -3,9 +3,11 @@
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +72,19 @@ def spawn(script: str, *argv: object, cwd: Path = ROOT) -> Finished:
     command = [sys.executable, str(ROOT / script), *map(str, argv)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ)
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def launch_and_halt(*argv: object, stop_when: Callable[[], bool], timeout: float = 120) -> subprocess.Popen:
+    """Start Python with a command line, and halt it (SIGSTOP) as soon as `stop_when()` holds; the caller kills it."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, argv)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + timeout
+    while not stop_when():
+        assert process.poll() is None and time.monotonic() < until, "it ended, or took too long, before it could be halted"
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGSTOP)
+    return process
 
 
 @contextmanager

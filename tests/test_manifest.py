@@ -210,7 +210,7 @@ def test_rows_that_another_process_draws_are_refused_until_it_dies(generate, tmp
     process = hold(folder / ".rows.lock", 1, 2)
     try:
         done = generate()
-        assert done.failed_in_one_sentence and "another process is at work on rows 0 to 3" in done.err
+        assert done.failed_in_one_sentence and "another process is making rows 0 to 3" in done.err
         assert not list(folder.glob("*.png"))
         assert generate(start_idx=3).code == 0  # another shard
         os.kill(process.pid, signal.SIGKILL)
@@ -226,7 +226,7 @@ def test_two_scorers_of_one_result_do_not_meet(folder, call):
     process = hold(folder / ".classify.lock")
     try:
         options = {"job": "nudity", "folder_dir": folder, "devices": "cpu"}
-        assert "another process is at work" in call("tasks/img_batch_classify.py", *flags(**options)).err
+        assert "another process is making the scores classify" in call("tasks/img_batch_classify.py", *flags(**options)).err
         assert call("tasks/img_batch_classify.py", *flags(**options, output_name="own")).code == 0
     finally:
         process.kill()

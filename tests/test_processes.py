@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 from des.checkpoints import published_names
+from des.codebook import write_codebook
+from des.encoders import load_encoder
+from des.prompts import read_prompts
 
 import pytest
 import torch
@@ -87,6 +90,7 @@ def prepare(self, model, optimizer):
     return model, torch.optim.AdamW(model.parameters(), lr=optimizer.param_groups[0]["lr"], fused=True)
 
 Processes.prepare = prepare
+Processes.sharded = True
 Processes.state_dict = lambda self, model: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 train_des.main(sys.argv[1:])
 """
@@ -111,34 +115,56 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 
 from des.checkpoints import fingerprint
+from des import training
 from des.processes import Processes
 
 import train_des
 
-whole = Processes.state_dict
+whole, losses, stop_at = Processes.state_dict, training._losses, int(sys.argv.pop(1))
 
 def state_dict(self, model):
     Path(f"rank{{self.rank}}.txt").write_text(fingerprint(model.module))
     return whole(self, model)
 
-Processes.state_dict = state_dict
+def interrupted(*given):
+    global stop_at
+    stop_at -= 1
+    if stop_at == -1:
+        raise SystemExit("interrupted")
+    return losses(*given)
+
+Processes.state_dict, training._losses = state_dict, interrupted
 train_des.main(sys.argv[1:])
 """
 
 
-def test_replicas_round_alike(tmp_path):
+def test_replicas_round_alike_and_go_on_as_they_would_have(tmp_path):
     """T5's bf16 weights are rounded at random, and dropout differs between the processes: their weights must not."""
-    model = ["--model_path", build("flux", tmp_path / "flux"), "--device", "cpu"]
     (tmp_path / "replicas.py").write_text(REPLICAS.format(root=str(ROOT)))
-    made = ["--csv_path", GOLDEN / "A/safe.csv", "--save_dir", "cb", "--encoder_idx", 2]
-    assert launch("save_codebook.py", *model, *made, processes=1, cwd=tmp_path).returncode == 0
-    done = launch(
-        tmp_path / "replicas.py", *model, "--codebook_dir", "cb", "--unsafe_csv_path", GOLDEN / "A/unsafe.csv", "--output_dir", "out",
-        "--safe_csv_path", GOLDEN / "A/safe.csv", "--batch_size", 6, "--num_epochs", 1, "--text_encoder_idx", 2, processes=2, cwd=tmp_path,
-    )  # fmt: skip
+    encoder = load_encoder(str(build("flux", tmp_path / "flux")), 2)
+    write_codebook(tmp_path / "cb", encoder, read_prompts(GOLDEN / "A/safe.csv"))
+
+    def train(stop_at, out, *more):
+        return launch(
+            tmp_path / "replicas.py", stop_at, "--model_path", "flux", "--device", "cpu", "--codebook_dir", "cb", "--unsafe_csv_path", GOLDEN / "A/unsafe.csv",
+            "--output_dir", out, "--safe_csv_path", GOLDEN / "A/safe.csv", "--batch_size", 5, "--num_epochs", 1, "--learning_rate", "1e-3",
+            "--text_encoder_idx", 2, "--save_every_steps", 1, *more, processes=2, cwd=tmp_path,
+        )  # fmt: skip
+
+    def weights():
+        return [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)]
+
+    done = train(100, "whole")
     assert done.returncode == 0, done.stderr
     assert "adamw_bf16_sr by 2 processes" in done.stderr
-    assert (tmp_path / "rank0.txt").read_text() == (tmp_path / "rank1.txt").read_text()
+    whole = weights()
+    assert whole[0] == whole[1]
+    for rank in (0, 1):
+        (tmp_path / f"rank{rank}.txt").unlink()
+    assert train(2, "out").returncode != 0
+    done = train(100, "out", "--resume")
+    assert done.returncode == 0 and "going on after step 2" in done.stderr, done.stderr
+    assert weights() == whole
 
 
 def test_the_images_are_the_same_file_for_file(tmp_path):

@@ -49,7 +49,7 @@ def test_files_and_log(train, tmp_path):
     assert done.code == 0, done.err
     run = tmp_path / "out/0.001_0.3"
     assert {file.name for file in run.iterdir()} == {
-        "checkpoint-1.pt", "checkpoint-1-metadata.json", "checkpoint-2.pt", "checkpoint-2-metadata.json", "metrics.jsonl", "train.log",
+        "checkpoint-1.pt", "checkpoint-1-metadata.json", "checkpoint-2.pt", "checkpoint-2-metadata.json", "metrics.jsonl", "train.log", ".lock",
     }  # fmt: skip
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
@@ -178,8 +178,10 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_what_was_saved(train
     monkeypatch.setattr(losses, "nen", lambda *now: nen(*now) * (torch.nan if next(calls) == 4 else 1))
     done = train()  # three steps an epoch
     assert done.failed_in_one_sentence
-    assert "the loss is nan in epoch 2, step 2" in done.err
+    assert "the loss is nan in epoch 2, step 2" in done.err and "lower --learning_rate" in done.err
+    assert "the last good checkpoint is" in done.err and "checkpoint-1.pt" in done.err
     run = tmp_path / "out/0.001_0.3"
+    assert (run / "state.pt").is_file()
     assert {file.name for file in run.glob("checkpoint*")} == {"checkpoint-1.pt", "checkpoint-1-metadata.json"}
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out", epoch=1).values())
 
