@@ -115,6 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument(
         "--high_noise_frac", type=cli.number(float, 0, 1, low_open=True), metavar="F", help="share of the steps before it (0.8)"
     )
+    sampling.add_argument("--log_prompts", action="store_true", help="log each prompt with its row as it is drawn")
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
     performance.add_argument("--batch_size", type=cli.positive_int, default=4, metavar="N", help="images at a time")
@@ -169,7 +170,9 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.results_dir / args.training_method / Path(args.model_path).name / args.output_path
     facts: dict[str, Any] = {}
     if processes.is_main:
-        facts = claim(folder, args, prompts, settings_of(args, prompts, drawn_with, pipe, inputs), applied)
+        settings = settings_of(args, prompts, drawn_with, pipe, inputs)
+        del settings["log_prompts"]  # it decides nothing about an image
+        facts = claim(folder, args, prompts, settings, applied)
     processes.wait()
 
     names = {
@@ -213,6 +216,8 @@ def make(
     seconds = 0.0
     with progress(None, desc=args.output_path, total=len(todo), unit="image") as bar:
         for batch in batches(todo, artist.settings, artist.size):
+            for row in dict.fromkeys(row for row, _ in batch if args.log_prompts):
+                logger.info("row %d: %s", row, artist.prompts[row])
             start = time.monotonic()
             paths, images = [names[key] for key in batch], artist.draw(batch)
             seconds += time.monotonic() - start

@@ -32,8 +32,12 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: the device ran out of memory; use a smaller --batch_size, or another --device")
+    except UnicodeError:
+        sys.exit("error: a name or text on the command line is not in UTF-8, as models and result files need it")
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        sys.exit("error: memory ran out; use a smaller --batch_size, smaller images, or another --device")
     except OSError as error:
         sys.exit(f"error: {error.strerror or error}: {error.filename or 'a file'} could not be read or written")
     except KeyboardInterrupt:
@@ -54,7 +58,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, low_open:
 
 
 positive_int = number(int, low=1)
-natural = number(int, low=0)
+natural = number(int, low=0, high=2**63 - 1)  # of seeds, to which rows and copies are added: torch's end at 2^64
 
 
 def device(text: str) -> torch.device:
@@ -133,7 +137,7 @@ def setup_logging(log_file: Path | None = None, quiet: bool = False) -> None:
     handlers: list[logging.Handler] = [_BesideBars()]
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file))
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace"))
     handlers[0].setLevel(logging.ERROR if quiet else logging.INFO)
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

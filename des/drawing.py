@@ -61,10 +61,11 @@ def row_settings(args: argparse.Namespace, pipe: DiffusionPipeline, rows: pd.Dat
 def _number(text: str, name: str, where: str) -> float | int:
     try:
         value = float(text)
-        if not math.isfinite(value) or value < 0 or (name != "guidance_scale" and value != int(value)):
+        whole = name == "guidance_scale" or (value == int(value) <= 2**53)  # above it a float skips numbers
+        if not math.isfinite(value) or value < (name in ("width", "height")) or not whole:
             raise ValueError
-    except ValueError:
-        raise UserError(f"{where}: {text!r} is no {name.replace('_', ' ')}") from None
+    except (ValueError, OverflowError):
+        raise UserError(f"{where}: the cell holds no {name.replace('_', ' ')}") from None
     return value if name == "guidance_scale" else int(value)
 
 

@@ -66,7 +66,7 @@ def write_scores(
     text = f"{title}: {mean:.4f}, 95% interval [{low:.4f}, {high:.4f}], {len(scores)} images"
     table = {"row": images.index, "image": [str(path.relative_to(folder)) for path in images["image"]], **columns}
     with replacing(output.with_suffix(".csv")) as temporary:
-        pd.DataFrame(table).to_csv(temporary, index=False)
+        pd.DataFrame(table).to_csv(temporary, index=False, errors="backslashreplace")
     write_json(output.with_suffix(".json"), {name: mean, "n": len(scores), **interval, **facts})
     write_text(output, text + "\n")
     return text
