@@ -57,8 +57,9 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, low_open:
     return parse
 
 
-positive_int = number(int, low=1)
-natural = number(int, low=0, high=2**63 - 1)  # of seeds, to which rows and copies are added: torch's end at 2^64
+_LARGEST = 2**63 - 1  # what Python counts with; and seeds, to which rows and copies are added, end at 2^64
+positive_int = number(int, 1, _LARGEST)
+natural = number(int, 0, _LARGEST)
 
 
 def device(text: str) -> torch.device:
