@@ -49,7 +49,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, low_open:
 
     def parse(text: str):
         value = kind(text)
-        if not math.isfinite(value) or not low <= value <= high or (low_open and value == low):
+        if not low <= value <= high or abs(value) == math.inf or (low_open and value == low):  # NaN is in no range
             raise argparse.ArgumentTypeError(f"{text} is outside {'(' if low_open else '['}{low}, {high}]")
         return value
 

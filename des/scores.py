@@ -64,9 +64,10 @@ def write_scores(
     mean, interval = mean_and_interval(scores)
     low, high = interval.get("low", math.nan), interval.get("high", math.nan)
     text = f"{title}: {mean:.4f}, 95% interval [{low:.4f}, {high:.4f}], {len(scores)} images"
-    table = {"row": images.index, "image": [str(path.relative_to(folder)) for path in images["image"]], **columns}
+    names = [str(path.relative_to(folder)).encode(errors="backslashreplace").decode() for path in images["image"]]
+    table = {"row": images.index, "image": names, **columns}
     with replacing(output.with_suffix(".csv")) as temporary:
-        pd.DataFrame(table).to_csv(temporary, index=False, errors="backslashreplace")
+        pd.DataFrame(table).to_csv(temporary, index=False)
     write_json(output.with_suffix(".json"), {name: mean, "n": len(scores), **interval, **facts})
     write_text(output, text + "\n")
     return text
