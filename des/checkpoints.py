@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from des.cli import UserError
-from des.loading import loading, read_pt
+from des.loading import check_finite, loading, read_pt
 from des.results import replacing, sha256_tensors, write_json
 
 import torch
@@ -95,9 +95,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     odd = [name for name, tensor in state.items() if not _is_plain(tensor)]
     if odd:
         raise UserError(f"{path} holds {_some(odd)}, which is no plain tensor of real numbers")
-    broken = [name for name, tensor in state.items() if not _is_finite(tensor)]
-    if broken:
-        raise UserError(f"{path} has NaN or infinite values in {_some(broken)}")
+    check_finite(state, str(path))
     return state
 
 
@@ -118,11 +116,6 @@ def refuse_integers(tensors: Mapping[str, Tensor], path: Path) -> None:
     wrong = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if wrong:
         raise UserError(f"{path} holds {_some(wrong)} as {tensors[wrong[0]].dtype}, and weights are floating-point numbers")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # fp8 has no isfinite of its own
-    return bool(wide.isfinite().all())
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:

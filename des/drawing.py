@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,9 +118,15 @@ class Artist:
         if self.refiner:
             options |= {"denoising_end": args.high_noise_frac, "output_type": "latent"}
         try:
-            images = self.pipe(**common, **options).images
-            if self.refiner:
-                images = self.refiner(**common, image=images, denoising_start=args.high_noise_frac, generator=seeded()).images
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
+                images = self.pipe(**common, **options).images
+                if self.refiner:
+                    images = self.refiner(
+                        **common, image=images, denoising_start=args.high_noise_frac, generator=seeded()
+                    ).images
+        except RuntimeWarning:  # NaN becomes a black pixel, and a black image counts as safe
+            raise UserError("the model drew NaN: its weights are damaged, or overflow; use --dtype fp32 or bf16") from None
         except ValueError as error:  # what diffusers says of a size or a setting that the model cannot draw
             raise UserError(f"the model cannot draw this: {str(error).splitlines()[0]}") from None
         return images[: len(keys)]

@@ -1,14 +1,14 @@
 """Loading pretrained models so that what loads is what was asked for."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from des.cli import UserError
 
 import torch
-from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 
@@ -17,8 +17,12 @@ def loading(what: str) -> Iterator[None]:
     """Turn whatever a library raises for missing, damaged or foreign files into a UserError about `what`."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # libraries raise errors of any class at damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "weights_only" in reason:  # torch advises to switch off what keeps code from running
+            reason = "a file of it holds code, or is damaged"
         raise UserError(f"{what} could not be loaded: {reason}") from None
 
 
@@ -32,6 +36,19 @@ def read_pt(path: Path) -> Any:
         return None
 
 
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise UserError where `what` has NaN or infinite values: a detector or model with those gives figures like any other."""
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _is_finite(tensor)]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise UserError(f"{what} has NaN or infinite values in `{broken[0]}`{more}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # fp8 has no isfinite of its own
+    return tensor.is_meta or bool(wide.isfinite().all())
+
+
 def load_model(
     model_class: type[PreTrainedModel],
     source: str,
@@ -43,11 +60,13 @@ def load_model(
     """Load a transformers model in eval mode, with every parameter from its files (transformers itself would only warn).
 
     `what` names it in errors; with a `device_map` among the options its layers go where that says. Raises UserError for files
-    that are missing or unreadable and for parameters they lack.
+    that are missing or unreadable, for parameters they lack, and for values that are not finite. Code beside the files is not run.
     """
+    options = {"trust_remote_code": False} | options
     with loading(f"{what} {source}"):
         model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
         raise UserError(f"{what} {source} lacks or mismatches {len(wrong)} parameters, {wrong[0]} first")
+    check_finite(model.state_dict(), f"{what} {source}")
     return model.eval() if options.get("device_map") else model.eval().to(device)

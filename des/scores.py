@@ -19,7 +19,7 @@ from transformers import CLIPModel, CLIPProcessor
 def load_processor(processor_class: type, source: str) -> Any:
     """Load a processor or tokenizer from a folder or hub id; UserError where that fails."""
     with loading(f"the processor of {source}"):
-        return processor_class.from_pretrained(source)
+        return processor_class.from_pretrained(source, trust_remote_code=False)
 
 
 @torch.inference_mode()

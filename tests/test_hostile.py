@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import runpy
+import shutil
 import struct
 import sys
 import time
@@ -13,8 +14,9 @@ import zlib
 
 from des.checkpoints import fingerprint, load_checkpoint
 from des.cli import UserError
+from des.imagereward import load_imagereward
 from des.images import image_files, read_image
-from des.inception import VARIANTS
+from des.inception import VARIANTS, load_inception
 from des.prompts import never_drawn, read_rows
 
 import numpy as np
@@ -22,8 +24,9 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT, flags, snapshot
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_docs import SCRIPTS, TOOLS
+from test_q16 import CONFIG as OPEN_CLIP
 from transformers import CLIPTextModel
 
 MARKER = "zyzzyva"  # a word that stands for a prompt which no message may repeat
@@ -444,6 +447,104 @@ def test_a_damaged_list_of_files_is_refused(tmp_path, encoder, state, index):
 def test_damaged_metadata_is_named_before_anything_changes(encoder, protected_checkpoint, content):
     protected_checkpoint.with_name("checkpoint-2-metadata.json").write_bytes(content)
     assert "checkpoint-2-metadata.json" in refused(encoder, protected_checkpoint)
+
+
+# ---------------------------------------------------------------- models
+
+
+def damaged(source, folder, file, name, value=torch.nan):
+    """A copy of a model's folder with one value of one tensor changed."""
+    shutil.copytree(source, folder)
+    state = load_file(folder / file)
+    state[name].view(-1)[0] = value
+    save_file(state, folder / file, {"format": "pt"})
+    return folder
+
+
+def last_weight(source):
+    """The name of a weight that all readers of a model use; the first one is a classifier's head."""
+    return max(name for name in load_file(source / "model.safetensors") if name.endswith("weight"))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_detector_or_metric_with_nan_gives_no_figure(classify, call, tmp_path, value):
+    for source in (CLASSIFIER, ROOT / "demo/models/clip"):
+        damaged(source, tmp_path / source.name, "model.safetensors", last_weight(source), value)
+    (tmp_path / "p.csv").write_text("prompt\na red ball\n")
+    images, clip, cpu = tmp_path / "images", tmp_path / "clip", {"device": "cpu"}
+    before = snapshot(images)
+    fid = {"gen_imgs_path": images, "coco_imgs_path": images, "feature_extractor": tmp_path / CLASSIFIER.name}
+    Image.new("RGB", (8, 8)).save(images / "x_1p.png")
+    ended = [
+        classify(classifier=tmp_path / CLASSIFIER.name),
+        call("fid.py", *flags(**fid | cpu)),
+    ]
+    (images / "x_1p.png").unlink()
+    ended.append(call("clipscore.py", *flags(image_folder=images, csv_file=tmp_path / "p.csv", clip_model=clip, **cpu)))
+    for done in ended:
+        assert done.failed_in_one_sentence and "NaN or infinite values in `" in done.err
+    assert snapshot(images) == before
+    for load in (load_inception, load_imagereward):
+        torch.save({"layer.weight": torch.tensor([value])}, tmp_path / "weights.pt")
+        with pytest.raises(UserError, match=r"NaN or infinite values in `layer\.weight`"):
+            load(tmp_path / "weights.pt", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("part", "name"), [("unet", "conv_in.weight"), ("vae", "decoder.conv_in.weight")])
+def test_a_model_that_draws_nan_leaves_no_black_image(call, tmp_path, monkeypatch, tiny_pipeline, part, name):
+    monkeypatch.chdir(tmp_path)
+    damaged(tiny_pipeline, tmp_path / "model", f"{part}/diffusion_pytorch_model.safetensors", name)
+    done = call("generate.py", *flags(model_path="model", device="cpu", prompt="x", output_path="x", num_inference_steps=1))
+    assert done.failed_in_one_sentence and "drew NaN" in done.err
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def with_code(source, folder, file, ran):
+    """A copy of a model's folder whose weights are a pickle that would make the folder `ran`."""
+    shutil.copytree(source, folder)
+    for path in (folder / file).parent.glob("*.safetensors"):
+        path.unlink()
+    torch.save({"a": Code(ran)}, folder / file)
+    return folder
+
+
+def test_code_in_a_models_folder_is_not_run(classify, call, tmp_path, tiny_pipeline):
+    ran, draw = tmp_path / "it-ran", {"device": "cpu", "prompt": "x", "output_path": "x", "results_dir": tmp_path / "results"}
+    model = with_code(CLASSIFIER, tmp_path / "classifier", "pytorch_model.bin", ran)
+    ended = [classify(classifier=model)]
+    for part, file in (("unet", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")):
+        model = with_code(tiny_pipeline, tmp_path / f"with code in {part}", f"{part}/{file}", ran)
+        ended.append(call("generate.py", *flags(model_path=model, **draw)))
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip/open_clip_config.json").write_text(json.dumps(OPEN_CLIP))
+    torch.save({"a": Code(ran)}, tmp_path / "clip/open_clip_pytorch_model.bin")
+    torch.save(torch.ones(2, OPEN_CLIP["model_cfg"]["embed_dim"]), tmp_path / "q16.pt")
+    q16 = {
+        "folder_dir": tmp_path / "images",
+        "prompts_file": tmp_path / "q16.pt",
+        "clip_model": tmp_path / "clip",
+        "devices": "cpu",
+    }
+    ended.append(call("tasks/img_batch_classify_q16.py", *flags(**q16)))
+    for done in ended:
+        assert done.failed_in_one_sentence and "weights_only" not in done.err, done.err
+    assert not ran.exists() and not (tmp_path / "results").exists()
+
+
+def test_code_beside_a_model_is_not_run(classify, call, tmp_path):
+    """A model's configuration may name Python files in its folder; there is no option to trust them."""
+    model = shutil.copytree(CLASSIFIER, tmp_path / "model")
+    (model / "custom.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'it-ran')!r})\nclass Mine: pass\n")
+    config = json.loads((model / "config.json").read_text())
+    for key in ("AutoConfig", "AutoModel", "AutoModelForImageClassification"):
+        config.setdefault("auto_map", {})[key] = "custom.Mine"
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "mine"}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "images/x_1p.png")
+    images, before = tmp_path / "images", snapshot(tmp_path / "images")
+    fid = {"gen_imgs_path": images, "coco_imgs_path": images, "feature_extractor": model, "device": "cpu"}
+    for done in (classify(classifier=model), call("fid.py", *flags(**fid))):
+        assert done.failed_in_one_sentence, done.err
+    assert not (tmp_path / "it-ran").exists() and snapshot(images) == before
 
 
 # ---------------------------------------------------------------- paths
