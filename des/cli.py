@@ -66,7 +66,9 @@ def device(text: str) -> torch.device:
     """An argparse type for `cpu`, `cuda`, `cuda:1`, `mps`, or a bare CUDA index such as `0`."""
     try:
         chosen = torch.device(f"cuda:{text}" if text.isdigit() else text)
-    except RuntimeError:
+        if chosen.type == "meta":  # it holds shapes and no values
+            raise RuntimeError
+    except (RuntimeError, ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu, cuda:0, cuda:1, …") from None
     try:
         torch.empty(0, device=chosen)

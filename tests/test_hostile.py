@@ -176,6 +176,11 @@ def test_orientation_marks_are_not_followed(tmp_path):
     assert read_image(tmp_path / "x_0p.jpg").size == (4, 2)
 
 
+def test_a_cameras_jpeg_with_a_preview_is_its_picture(tmp_path):
+    (tmp_path / "x_0p.jpg").write_bytes(frames("MPO"))
+    assert read_image(tmp_path / "x_0p.jpg").getpixel((0, 0)) == (254, 0, 0)  # red, as JPEG keeps it
+
+
 UNREADABLE = {
     "nothing": (b"", "none of PNG"),
     "text": (b"no image", "none of PNG"),
@@ -671,6 +676,12 @@ def test_no_option_takes_a_number_that_makes_no_sense(call, monkeypatch, script)
         assert (value_of(action, "0") is not None) == (action.dest in ZERO), action.dest
         done = call(script, f"{action.option_strings[0]}=nan")
         assert done.code == 2 and done.failed_in_one_sentence and action.option_strings[0] in done.err
+
+
+@pytest.mark.parametrize("text", ["", "-1", "nan", "²", "9" * 400, "cuda:-1", "cuda:999", "meta", "cpu,0", "../x"])
+def test_a_device_that_is_none_is_refused(call, text):
+    done = call("clipscore.py", f"--device={text}", "--image_folder=x", "--csv_file=x")
+    assert done.code == 2 and done.failed_in_one_sentence and "--device" in done.err
 
 
 def test_every_script_with_numbers_is_in_that_list(monkeypatch):
