@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     facts: dict[str, Any] = {}
     if processes.is_main:
         settings = settings_of(args, prompts, drawn_with, pipe, inputs)
-        del settings["log_prompts"]  # it decides nothing about an image
+        settings.pop("log_prompts", None)  # it decides nothing about an image
         facts = claim(folder, args, prompts, settings, applied)
     processes.wait()
 
