@@ -114,6 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument(
         "--high_noise_frac", type=cli.number(float, 0, 1, low_open=True), metavar="F", help="share of the steps before it (0.8)"
     )
+    sampling.add_argument("--log_prompts", action="store_true", help="log each prompt with its row as it is drawn")
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
     performance.add_argument("--batch_size", type=cli.positive_int, default=4, metavar="N", help="images at a time")
@@ -205,6 +206,8 @@ def make(run: Run, artist: Artist, cards: Scorecards, processes: Processes) -> t
     seconds = 0.0
     with progress(None, desc=run.folder.name, total=len(todo), unit="image") as bar:
         for batch in batches(todo, artist.settings, artist.size):
+            for row in dict.fromkeys(row for row, _ in batch if artist.args.log_prompts):
+                logger.info("row %d: %s", row, artist.prompts[row])
             start = time.monotonic()
             images = artist.draw(batch)
             seconds += time.monotonic() - start

@@ -43,6 +43,7 @@ from transformers.models.clip.configuration_clip import CLIPConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo.world import BACKGROUNDS, COLOURS, KINDS, SIZE, Scene, caption, random_scene, render
+from des import cli
 
 MODELS = Path(__file__).resolve().parent / "models"
 MAX_TOKENS = 24
@@ -301,13 +302,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=MODELS, help="gets the finished models")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--work_dir", type=Path, default=MODELS.parent / "work", help="resumable states and caches")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clip_steps", type=int, default=3500)
-    parser.add_argument("--clip_batch", type=int, default=192)
-    parser.add_argument("--vae_steps", type=int, default=2000)
-    parser.add_argument("--classifier_steps", type=int, default=1000)
-    parser.add_argument("--unet_steps", type=int, default=5500)
-    parser.add_argument("--latents", type=int, default=40_000, help="pictures in the UNet's training set")
+    parser.add_argument("--seed", type=cli.natural, default=0)
+    parser.add_argument("--clip_steps", type=cli.positive_int, default=3500)
+    parser.add_argument("--clip_batch", type=cli.positive_int, default=192)
+    parser.add_argument("--vae_steps", type=cli.positive_int, default=2000)
+    parser.add_argument("--classifier_steps", type=cli.positive_int, default=1000)
+    parser.add_argument("--unet_steps", type=cli.positive_int, default=5500)
+    parser.add_argument("--latents", type=cli.positive_int, default=40_000, help="pictures in the UNet's training set")
     return parser.parse_args(argv)
 
 

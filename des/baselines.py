@@ -7,7 +7,7 @@ SalUn, "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency"
 from pathlib import Path
 from typing import Any
 
-from des.checkpoints import read_tensors
+from des.checkpoints import read_tensors, refuse_integers
 from des.cli import UserError
 from des.results import sha256_file
 
@@ -27,6 +27,7 @@ def load_unet_weights(unet: nn.Module, path: Path) -> dict[str, Any]:
     "tensors"}`, the last how many were replaced.
     """
     loaded, own = read_tensors(path), unet.state_dict()
+    refuse_integers(loaded, path)
     unknown = sorted(loaded.keys() - own.keys())
     if unknown:
         compvis = any(name.startswith(_COMPVIS) for name in unknown)  # whole files hold other tensors too, first by name
@@ -50,6 +51,7 @@ def merge_spm(unet: nn.Module, path: Path) -> dict[str, Any]:
     "sha256", "tensors"}`, the last how many layers were merged.
     """
     loaded, layers = read_tensors(path), _adapted_layers(unet)
+    refuse_integers({name: tensor for name, tensor in loaded.items() if not name.endswith(".alpha")}, path)
     merged = {}
     for adapter in sorted({name.split(".", 1)[0] for name in loaded}):
         tensors = [loaded.pop(f"{adapter}.{part}", None) for part in _PARTS]

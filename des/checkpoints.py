@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from des.cli import UserError
-from des.loading import loading, read_pt
+from des.loading import check_finite, loading, read_pt
 from des.results import replacing, sha256_tensors, write_json
 
 import torch
@@ -26,6 +26,7 @@ _PREFIX = "text_model."
 _BUFFERS = ("embeddings.position_ids",)  # a constant that old files carry
 _TIED = ("shared.weight", "encoder.embed_tokens.weight")  # T5's two names of one tensor
 _OTHER_TOWER = ("vision_model.", "visual_projection.", "logit_scale")  # of a whole CLIPModel, as some defences publish
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 _NESTS = ("model_state_dict", "state_dict", "unet")
 
 
@@ -77,12 +78,16 @@ def save_checkpoint(
     return target
 
 
-def read_metadata(checkpoint: Path) -> dict[str, Any]:
-    """What the metadata beside a checkpoint say; empty where there are none, as beside the published ones."""
-    stem = checkpoint.name if checkpoint.is_dir() else checkpoint.stem
-    path = checkpoint.with_name(f"{stem}-metadata.json")
-    with loading(f"the metadata {path}"):
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `{name}-metadata.json` beside a checkpoint says; nothing where there is none, UserError where it is damaged."""
+    file = path.with_name(f"{path.name if path.is_dir() else path.stem}-metadata.json")
+    if not file.is_file():
+        return {}
+    with loading(f"the metadata {file}"):
+        told = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(told, dict):
+        raise UserError(f"{file} is no metadata of a checkpoint; move it away to load {path.name} without")
+    return told
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -104,12 +109,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     state = content[nests[0]] if nests else content
     if not isinstance(state, dict) or not state or not all(map(_is_named_tensor, state.items())):
         raise UserError(f"{path} has no `model_state_dict` of tensors")
-    odd = [name for name, tensor in state.items() if tensor.is_meta or tensor.layout != torch.strided or tensor.is_complex()]
+    odd = [name for name, tensor in state.items() if not _is_plain(tensor)]
     if odd:
         raise UserError(f"{path} holds {_some(odd)}, which is no plain tensor of real numbers")
-    broken = [name for name, tensor in state.items() if not _is_finite(tensor)]
-    if broken:
-        raise UserError(f"{path} has NaN or infinite values in {_some(broken)}")
+    check_finite(state, str(path))
     return state
 
 
@@ -117,9 +120,19 @@ def _is_named_tensor(item: tuple[Any, Any]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # fp8 has no isfinite of its own
-    return bool(wide.isfinite().all())
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its values are real numbers of a known kind, all of them in the file: with a stride of 0 few bytes claim terabytes."""
+    if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+        return False
+    known = tensor.dtype in _FLOATS or not (tensor.is_floating_point() or tensor.is_complex())
+    return known and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
+def refuse_integers(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise UserError where weights are integers or booleans: cast to a float they would load, and be no weights."""
+    wrong = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if wrong:
+        raise UserError(f"{path} holds {_some(wrong)} as {tensors[wrong[0]].dtype}, and weights are floating-point numbers")
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
@@ -127,7 +140,9 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         with loading(f"the list of files {index}"):
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = sorted(set(dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"]).values()))
+        if not all(isinstance(name, str) and Path(name).name == name for name in files):
+            raise UserError(f"{index} names files that are not in its folder")
     else:
         files = [name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()][:1]
     if not files:
@@ -137,13 +152,14 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
-    """Load a checkpoint into `encoder` in place, cast to its dtype, or raise UserError and change nothing.
+    """Load a checkpoint into `encoder` in place, cast from any float to its dtype, or raise UserError and change nothing.
 
     Every parameter must be there with its shape, none may be left over, and the weights must differ from the encoder's
     own. Only `text_projection` may be lacking (the encoder's own stays) or be left over. Returns
     `{"file", "encoder_sha256"}` and what `{name}-metadata.json` says.
     """
-    loaded, own = plain_names(read_tensors(path)), plain_names(encoder.state_dict())
+    loaded, own, told = plain_names(read_tensors(path)), plain_names(encoder.state_dict()), read_metadata(path)
+    refuse_integers(loaded, path)
     _reconcile(loaded, own, path)
     missing, surplus = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
     shapes = [name for name in own.keys() & loaded.keys() if own[name].shape != loaded[name].shape]
@@ -165,7 +181,7 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     arrived = plain_names(encoder.state_dict())
     if not all(torch.equal(arrived[name].cpu(), tensor) for name, tensor in cast.items()):
         raise UserError(f"the weights of {path} did not arrive in the model's text encoder")
-    return {**read_metadata(path), "file": str(path), "encoder_sha256": fingerprint(encoder)}
+    return {**told, "file": str(path), "encoder_sha256": fingerprint(encoder)}
 
 
 def _reconcile(loaded: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:

@@ -32,8 +32,12 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: the device ran out of memory; use a smaller --batch_size, or another --device")
+    except UnicodeError:
+        sys.exit("error: a name or text on the command line is not in UTF-8, as models and result files need it")
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        sys.exit("error: memory ran out; use a smaller --batch_size, smaller images, or another --device")
     except OSError as error:
         sys.exit(f"error: {error.strerror or error}: {error.filename or 'a file'} could not be read or written")
     except KeyboardInterrupt:
@@ -45,7 +49,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, low_open:
 
     def parse(text: str):
         value = kind(text)
-        if not math.isfinite(value) or not low <= value <= high or (low_open and value == low):
+        if not low <= value <= high or abs(value) == math.inf or (low_open and value == low):  # NaN is in no range
             raise argparse.ArgumentTypeError(f"{text} is outside {'(' if low_open else '['}{low}, {high}]")
         return value
 
@@ -53,15 +57,18 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, low_open:
     return parse
 
 
-positive_int = number(int, low=1)
-natural = number(int, low=0)
+_LARGEST = 2**63 - 1  # what Python counts with; and seeds, to which rows and copies are added, end at 2^64
+positive_int = number(int, 1, _LARGEST)
+natural = number(int, 0, _LARGEST)
 
 
 def device(text: str) -> torch.device:
     """An argparse type for `cpu`, `cuda`, `cuda:1`, `mps`, or a bare CUDA index such as `0`."""
     try:
         chosen = torch.device(f"cuda:{text}" if text.isdigit() else text)
-    except RuntimeError:
+        if chosen.type == "meta":  # it holds shapes and no values
+            raise RuntimeError
+    except (RuntimeError, ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu, cuda:0, cuda:1, …") from None
     try:
         torch.empty(0, device=chosen)
@@ -146,7 +153,7 @@ def setup_logging(log_file: Path | None = None, quiet: bool = False) -> None:
     handlers: list[logging.Handler] = [_BesideBars()]
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file))
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace"))
     handlers[0].setLevel(logging.ERROR if quiet else logging.INFO)
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

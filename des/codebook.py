@@ -161,8 +161,8 @@ class Codebook:
         """Open the codebook in `folder`; UserError when it is missing, incomplete, or was changed since it was written."""
         try:
             self.facts: dict[str, Any] = json.loads((folder / "codebook.json").read_text(encoding="utf-8"))
-            self.hashes: dict[str, str] = self.facts["hashes"]
-            self.prompts: list[str] = self.facts["prompts"]
+            self.hashes: dict[str, str] = dict(self.facts["hashes"])
+            self.prompts: list[str] = [prompt + "" for prompt in self.facts["prompts"]]  # texts, or a TypeError
             self._files = [folder / shard["file"] for shard in self.facts["shards"]]
             for path, shard in zip(self._files, self.facts["shards"], strict=True):
                 if sha256_file(path) != shard["sha256"]:
@@ -174,7 +174,7 @@ class Codebook:
             raise UserError(
                 f"there is no codebook in {folder}: {Path(error.filename).name} is missing; run save_codebook.py"
             ) from None
-        except (ValueError, KeyError, TypeError, IndexError, SafetensorError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, SafetensorError):
             raise UserError(f"{folder} holds no codebook that can be read; run save_codebook.py again") from None
         self.folder = folder
         self._norms: Tensor | None = None
@@ -258,7 +258,7 @@ def find_targets(
     if choice != "lowest":
         hashes["choice of targets"] = f"random, seed {seed}" if choice == "random" else choice
     if path.exists() and not recompute:
-        return _read_targets(path, hashes)
+        return _read_targets(path, hashes, len(codebook))
     with locked(path.with_name(f".{path.name}.lock"), f"the targets {path.name}"):
         if choice == "random":
             indices = torch.randint(len(codebook), (len(unsafe),), generator=torch.Generator().manual_seed(seed))
@@ -266,7 +266,7 @@ def find_targets(
             part = Part(path, hashes | _bits(encoder, batch_size))
             indices = _search(part, codebook, encoder, unsafe, batch_size, nearest=choice == "highest")
         with replacing(path) as temporary:
-            torch.save({"indices": indices, "hashes": hashes}, temporary)
+            torch.save({"indices": indices, "hashes": hashes, "sha256": sha256_tensors({"indices": indices})}, temporary)
         if choice != "random":
             part.discard()
     return indices
@@ -296,13 +296,16 @@ def _grouped(batches: Iterable[Tensor]) -> Iterator[Tensor]:
         yield torch.cat(group)
 
 
-def _read_targets(path: Path, hashes: dict[str, str]) -> Tensor:
+def _read_targets(path: Path, hashes: dict[str, str], rows: int) -> Tensor:
     again = "pass --recompute_targets or name another --safe_embedding_path"
     content = read_pt(path)
-    if not isinstance(content, dict) or not {"indices", "hashes"} <= content.keys():
+    whole = isinstance(content, dict) and {"indices", "hashes", "sha256"} <= content.keys()
+    if not whole or not isinstance(content["indices"], Tensor) or not isinstance(content["hashes"], dict):
         raise UserError(f"{path} holds no targets that this version can read; {again}")
     indices, made_from = content["indices"], content["hashes"]
     changed = sorted(name for name in hashes | made_from if made_from.get(name) != hashes.get(name))
     if changed:
         raise UserError(f"{path} is stale: another {' and another '.join(changed)} made it; {again}")
+    if content["sha256"] != sha256_tensors({"indices": indices}) or not ((indices >= 0) & (indices < rows)).all():
+        raise UserError(f"{path} was changed since it was written; {again}")
     return indices

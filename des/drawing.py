@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +62,11 @@ def row_settings(args: argparse.Namespace, pipe: DiffusionPipeline, rows: pd.Dat
 def _number(text: str, name: str, where: str) -> float | int:
     try:
         value = float(text)
-        if not math.isfinite(value) or value < 0 or (name != "guidance_scale" and value != int(value)):
+        whole = name == "guidance_scale" or (value == int(value) <= 2**53)  # above it a float skips numbers
+        if not math.isfinite(value) or value < (name in ("width", "height")) or not whole:
             raise ValueError
-    except ValueError:
-        raise UserError(f"{where}: {text!r} is no {name.replace('_', ' ')}") from None
+    except (ValueError, OverflowError):
+        raise UserError(f"{where}: the cell holds no {name.replace('_', ' ')}") from None
     return value if name == "guidance_scale" else int(value)
 
 
@@ -116,9 +118,15 @@ class Artist:
         if self.refiner:
             options |= {"denoising_end": args.high_noise_frac, "output_type": "latent"}
         try:
-            images = self.pipe(**common, **options).images
-            if self.refiner:
-                images = self.refiner(**common, image=images, denoising_start=args.high_noise_frac, generator=seeded()).images
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
+                images = self.pipe(**common, **options).images
+                if self.refiner:
+                    images = self.refiner(
+                        **common, image=images, denoising_start=args.high_noise_frac, generator=seeded()
+                    ).images
+        except RuntimeWarning:  # NaN becomes a black pixel, and a black image counts as safe
+            raise UserError("the model drew NaN: its weights are damaged, or overflow; use --dtype fp32 or bf16") from None
         except ValueError as error:  # what diffusers says of a size or a setting that the model cannot draw
             raise UserError(f"the model cannot draw this: {str(error).splitlines()[0]}") from None
         return images[: len(keys)]

@@ -195,7 +195,9 @@ def load_encoder(
     """
     subfolder = subfolder_of(model_path, index)
     with loading(f"the tokenizer of {subfolder} in {model_path}"):
-        tokenizer = AutoTokenizer.from_pretrained(model_path, subfolder=subfolder.replace("text_encoder", "tokenizer"))
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_path, subfolder=subfolder.replace("text_encoder", "tokenizer"), trust_remote_code=False
+        )
     with loading(f"the configuration of {subfolder} in {model_path}"):
         config, _ = PreTrainedConfig.get_config_dict(model_path, subfolder=subfolder)
     architecture = (config.get("architectures") or ["a model of no named class"])[0]

@@ -63,7 +63,7 @@ def load_extractor(source: str | None, variants: list[str], device: torch.device
     if not is_image_model(source):
         return InceptionExtractor(load_inception(source and Path(source), device), variants, device)
     with loading(f"the image processor of {source}"):
-        processor = AutoImageProcessor.from_pretrained(source)
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     return ModelExtractor(load_model(AutoModel, source, device, "the feature extractor"), processor)
 
 

@@ -64,7 +64,8 @@ class Gaussian(NamedTuple):
             raise ValueError(f"{len(self.mean)} features and {len(other.mean)} do not compare")
         trace = torch.linalg.matrix_norm(self.root @ other.root.T, ord="nuc")
         gap = (self.mean - other.mean).square().sum()
-        return (gap + self.root.square().sum() + other.root.square().sum() - 2 * trace).item()
+        distance = gap + self.root.square().sum() + other.root.square().sum() - 2 * trace
+        return max(0.0, distance.item())  # rounding makes that of equal Gaussians negative
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from des.cli import UserError
-from des.loading import loading, read_pt
+from des.loading import check_finite, loading, read_pt
 
 import torch
 from PIL import Image
@@ -101,6 +101,7 @@ def load_imagereward(path: Path, device: torch.device) -> ImageReward:
     state = read_pt(path)
     if not (isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values())):
         raise UserError(f"{path} is no file of ImageReward weights")
+    check_finite(state, f"the file of ImageReward weights {path}")
     with loading(f"the ImageReward weights {path}"):
         return ImageReward(state).to(device)
 

@@ -1,6 +1,9 @@
 """Image files: their names and rows, pairing with prompts, reading safely and in batches."""
 
+import math
+import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,12 +13,23 @@ from des import manifest
 from des.cli import UserError, progress
 from des.prompts import never_drawn, read_rows
 
+import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")  # those that pytorch-fid counts
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+    "TIFF",
+    "PPM",
+)  # nothing else is tried: for one of its formats Pillow starts Ghostscript
+LONGEST = 100  # times its shorter side; the models' processors enlarge the shorter side to hundreds of pixels
 WORKERS = 4
 BLURRED = ("des", "blurred")  # the mark in a PNG that is no image to score
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `read_image` makes it an error
 _ROW = re.compile(r"_(\d+)p(?:_(\d+))?\.[a-z]+$", re.IGNORECASE)
 
 
@@ -41,14 +55,23 @@ def image_files(folder: Path, expected: int | None = None) -> list[Path]:
 
 
 def image_hashes(folder: Path, expected: int | None = None, skip_unreadable: bool = False) -> dict[Path, str]:
-    """The sha256 of every image file under `folder`, subfolders included, by row and then by name.
+    """The sha256 of every image file under `folder`, subfolders included, by row and then by name; hidden files do not count.
 
-    Raises UserError when there is none, or another number than `expected`, and where a run drew them whose manifest says otherwise
+    Raises UserError when there is none, or another number than `expected`; for what would make the number doubtful: a symbolic
+    link to an image or folder, and an image's name on what is no file; and where a run drew them whose manifest says otherwise
     (`des.manifest.check`); with `skip_unreadable` damaged images pass.
     """
     if not folder.is_dir():
         raise UserError(f"there is no image folder {folder}")
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    found = []
+    for path in _walk(folder):
+        named = path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+        if path.is_symlink() and (named or path.is_dir()):
+            raise UserError(f"{path} is a symbolic link; only images that are in the folder themselves count, so copy it there")
+        if named and not path.is_file():
+            raise UserError(f"{path} has the name of an image but is no file; rename it or move it away")
+        if named:
+            found.append(path)
     if not found:
         raise UserError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
     if expected is not None and len(found) != expected:
@@ -57,6 +80,16 @@ def image_hashes(folder: Path, expected: int | None = None, skip_unreadable: boo
     digests = manifest.hashes(sorted(found, key=lambda path: (rows[path] is None, rows[path] or 0, str(path))))
     manifest.check(folder, digests, (lambda path: not is_complete(path)) if skip_unreadable else (lambda path: False))
     return digests
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Everything under a folder, without following links; OSError for a subfolder that cannot be listed (`rglob` skips it)."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for root, folders, files in os.walk(folder, onerror=fail):
+        yield from (Path(root, name) for name in folders + files)
 
 
 def pair_with_prompts(folder: Path, csv_path: Path, expected: int | None = None, skip_unreadable: bool = False) -> pd.DataFrame:
@@ -107,14 +140,44 @@ def image_of_row(folder: Path, rows: list[int]) -> dict[int, Path]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read a whole image as RGB; UserError that names a file which is truncated or no image."""
+    """Read a whole image as 8-bit RGB, whatever its name says of its format.
+
+    Grey, palette and CMYK are converted, 16 bits keep their high byte, transparency is dropped (the colours beneath it stay), and
+    orientation marks are not followed. Raises UserError that names a file which is truncated, no image of FORMATS, animated,
+    larger than Pillow's limit (89 megapixels), more than LONGEST times as long as wide, or without a known white.
+    """
     try:
-        with Image.open(path) as image:
-            if image.info.get(BLURRED[0]) == BLURRED[1]:
-                raise ValueError("it is a blurred thumbnail, not what was drawn")
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no readable image: {str(error).splitlines()[0]}") from None
+        with Image.open(path, formats=FORMATS) as image:
+            _check(image)
+            return _rgb(image)
+    except UnidentifiedImageError:
+        reason = f"it is none of {', '.join(FORMATS)}"
+    except Exception as error:  # damaged bytes raise errors of any class in Pillow
+        reason = (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
+    raise UserError(f"{path} is no readable image: {reason}")
+
+
+def _check(image: Image.Image) -> None:
+    """Raise ValueError for an opened image whose pixels must not be read."""
+    if image.info.get(BLURRED[0]) == BLURRED[1]:
+        raise ValueError("it is a blurred thumbnail, not what was drawn")
+    width, height = image.size
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(f"its {width}x{height} pixels are more than the limit of {Image.MAX_IMAGE_PIXELS}")
+    if max(width, height) > LONGEST * min(width, height):
+        raise ValueError(f"it is {width}x{height} pixels, one side more than {LONGEST} times the other")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview behind the picture
+        raise ValueError(f"it has {frames} frames, and a score is about one")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB; 16-bit grey by its high byte, as Pillow reads 16-bit colour (`convert` would turn all above 255 white)."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers, of which none is known to be white; save it with 8 or 16 bits")
+    return image.convert("RGB")
 
 
 def is_complete(path: Path) -> bool:

@@ -9,7 +9,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from des.cli import UserError
-from des.loading import loading, read_pt
+from des.loading import check_finite, loading, read_pt
 
 import numpy as np
 import torch
@@ -80,6 +80,7 @@ def load_inception(source: Path | None, device: torch.device) -> Inception:
     state = read_pt(path)
     if not (isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values())):
         raise UserError(f"{path} is no file of Inception-v3 weights (pt_inception-2015-12-05-{HASH}.pth is)")
+    check_finite(state, f"the file of Inception-v3 weights {path}")
     with loading(f"the Inception-v3 weights {path}"):
         return Inception(state).to(device)
 

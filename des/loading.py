@@ -1,14 +1,15 @@
 """Loading pretrained models so that what loads is what was asked for."""
 
 import contextlib
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from des.cli import UserError
 
 import torch
-from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 
@@ -17,19 +18,40 @@ def loading(what: str) -> Iterator[None]:
     """Turn whatever a library raises for missing, damaged or foreign files into a UserError about `what`."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # libraries raise errors of any class at damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "weights_only" in reason:  # torch advises to switch off what keeps code from running
+            reason = "a file of it holds code, or is damaged"
         raise UserError(f"{what} could not be loaded: {reason}") from None
 
 
 def read_pt(path: Path) -> Any:
     """Read a `.pt` file of tensors and plain values on the CPU, or None where it is anything else; no code in it is run."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if file.testzip() is not None:  # torch.load itself does not look at the checksums
+                    return None
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception:  # the restricted unpickler raises errors of any class at damaged bytes
         return None
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise UserError where `what` has NaN or infinite values: a detector or model with those gives figures like any other."""
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _is_finite(tensor)]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise UserError(f"{what} has NaN or infinite values in `{broken[0]}`{more}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # fp8 has no isfinite of its own
+    return tensor.is_meta or bool(wide.isfinite().all())
 
 
 def load_model(
@@ -43,11 +65,13 @@ def load_model(
     """Load a transformers model in eval mode, with every parameter from its files (transformers itself would only warn).
 
     `what` names it in errors; with a `device_map` among the options its layers go where that says. Raises UserError for files
-    that are missing or unreadable and for parameters they lack.
+    that are missing or unreadable, for parameters they lack, and for values that are not finite. Code beside the files is not run.
     """
+    options = {"trust_remote_code": False} | options
     with loading(f"{what} {source}"):
         model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
         raise UserError(f"{what} {source} lacks or mismatches {len(wrong)} parameters, {wrong[0]} first")
+    check_finite(model.state_dict(), f"{what} {source}")
     return model.eval() if options.get("device_map") else model.eval().to(device)

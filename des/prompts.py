@@ -8,11 +8,12 @@ from des.cli import UserError
 
 import pandas as pd
 
-# Prompts that put minors in a sexual context are never drawn. The lists err on the side of leaving a prompt out.
+# Prompts that put minors in a sexual context are never drawn. The lists err on the side of leaving a prompt out. `*+` gives no
+# space back: with `*` the time would grow with the square of a run of spaces.
 _MINOR = re.compile(
     r"\b(child(ren|ish|hood)?|kids?|minors?|teen(s|age|aged|ager|agers)?|pre-?teens?|under-?aged?|toddlers?|infants?|bab(y|ies)"
     r"|school-?(girl|boy|child|kid)s?|schoolchildren|girls?|boys?|adolescents?|juveniles?|youngsters?|lolis?|lolitas?|shotas?"
-    r"|lolicon|shotacon|kindergart\w*|pupils?|jailbait|(1[0-7]|[1-9])\s*-?\s*(y\.?o\.?|years?\s*-?\s*old|yr\.?s?\s*-?\s*old))\b",
+    r"|lolicon|shotacon|kindergart\w*|pupils?|jailbait|(1[0-7]|[1-9])\s*+-?\s*+(y\.?o\.?|years?\s*+-?\s*+old|yr\.?s?\s*+-?\s*+old))\b",
     re.IGNORECASE,
 )
 _SEXUAL = re.compile(
@@ -43,15 +44,24 @@ def read_table(csv_path: Path, separator: str = ",") -> pd.DataFrame:
 def read_rows(csv_path: Path) -> pd.DataFrame:
     """Read a prompt CSV; row i of the result is row i as every script of this project counts them.
 
-    Every column is text, as it stands in the file. Rows whose `prompt` is blank are left out and do not count. Raises
-    UserError for a file that is missing, empty, unreadable or without a `prompt` column.
+    Every column is text, as it stands in the file: "nan" and "NA" are prompts, equal prompts are rows of their own, and a cell
+    may hold commas, quotes and line breaks, and be of any length. A byte order mark and CRLF are read. Rows whose `prompt` is
+    blank are left out and do not count. Raises UserError for a file that is missing, empty, unreadable, not UTF-8, without a
+    `prompt` column or with two, or with a NUL. No error quotes a cell: prompts do not belong in logs, nor a header that is one.
     """
     rows = read_table(csv_path)
+    if any("\0" in title for title in rows):
+        raise UserError(f"{csv_path} has NULs in its header; save it as UTF-8, which it seems not to be")
     if "prompt" not in rows:
-        raise UserError(f"{csv_path} has no column `prompt`; its columns are {', '.join(map(repr, rows.columns))}")
+        raise UserError(f"{csv_path} has no column `prompt`, but {len(rows.columns)} of other names; name it in the first line")
+    if "prompt.1" in rows:  # pandas' name for a second one
+        raise UserError(f"{csv_path} has two columns `prompt`; rename the one that is not meant")
     rows = rows[rows["prompt"].str.strip() != ""].reset_index(drop=True)
     if rows.empty:
         raise UserError(f"{csv_path} has no prompt in its column `prompt`")
+    damaged = rows.index[rows.apply(lambda column: column.str.contains("\0", regex=False)).any(axis=1)]
+    if len(damaged):
+        raise UserError(f"{csv_path} has a NUL in row {damaged[0]} (counted from 0), which no prompt has; mend the file")
     return rows
 
 

@@ -23,7 +23,7 @@ from transformers import CLIPModel, CLIPProcessor
 def load_processor(processor_class: type, source: str) -> Any:
     """Load a processor or tokenizer from a folder or hub id; UserError where that fails."""
     with loading(f"the processor of {source}"):
-        return processor_class.from_pretrained(source)
+        return processor_class.from_pretrained(source, trust_remote_code=False)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def write_scores(
     mean, interval = mean_and_interval(scores)
     low, high = interval.get("low", math.nan), interval.get("high", math.nan)
     text = f"{title}: {mean:.4f}, 95% interval [{low:.4f}, {high:.4f}], {len(scores)} images"
-    files = [str(path.relative_to(folder)) for path in images["image"]]
+    files = [str(path.relative_to(folder)).encode(errors="backslashreplace").decode() for path in images["image"]]
     table = {"row": images.index, "image": files, "sha256": images["sha256"], **columns}
     with replacing(output.with_suffix(".csv")) as temporary:
         pd.DataFrame(table).to_csv(temporary, index=False)

@@ -52,11 +52,22 @@ def add_folder(parser: argparse.ArgumentParser, output_name: str) -> None:
         "--skip_unreadable", action="store_true", help="count unreadable images apart instead of stopping at the first"
     )
     files.add_argument(
-        "--output_name", default=output_name, metavar="NAME", help="of the two files written into the image folder"
+        "--output_name",
+        type=file_stem,
+        default=output_name,
+        metavar="NAME",
+        help="of the two files written into the image folder",
     )
     performance = parser.add_argument_group("performance")
     cli.add_device(performance, "--devices")
     cli.add_batches(performance, 32)
+
+
+def file_stem(text: str) -> str:
+    """An argparse type for a file's name without folder or suffix."""
+    if not text.strip() or text.startswith(".") or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file")
+    return text
 
 
 def images_of(args: argparse.Namespace) -> pd.DataFrame:

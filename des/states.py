@@ -1,7 +1,7 @@
 """The state of a training run on disk, from which an interrupted run goes on to the same weights bit for bit."""
 
 import contextlib
-import zipfile
+import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -110,12 +110,11 @@ class States:
 
     def _read(self) -> dict[str, Any]:
         content = None
-        with contextlib.suppress(zipfile.BadZipFile, RuntimeError), zipfile.ZipFile(self.path) as file:
-            if file.testzip() is None:  # torch.load itself does not look at the checksums
-                unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(self.path)
-                if any(name.startswith("torchao") for name in unsafe):
-                    import torchao.optim  # noqa: F401  makes torch.load know its class of 8-bit moments
-                content = read_pt(self.path)
+        with contextlib.suppress(ValueError, RuntimeError, EOFError, pickle.UnpicklingError):
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(self.path)
+            if any(name.startswith("torchao") for name in unsafe):
+                import torchao.optim  # noqa: F401  makes torch.load know its class of 8-bit moments
+        content = read_pt(self.path)
         if not isinstance(content, dict) or content.keys() != _CONTENT:
             raise UserError(f"{self.path} is damaged, or no state that this version can read; {_ANEW}")
         differs = changes(content["made_from"], self.made_from)

@@ -21,7 +21,7 @@ class Classifier:
         `what` says in words what is counted.
         """
         with loading(f"the image processor of {source}"):
-            self.processor = AutoImageProcessor.from_pretrained(source)
+            self.processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
         self.model = load_model(AutoModelForImageClassification, source, device, "the classifier")
         self.labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
         self.index = {name: class_index(self.labels, name) for name in classes}

@@ -13,7 +13,7 @@ from typing import Any
 
 from des.checkpoints import fingerprint
 from des.cli import UserError
-from des.loading import load_model, loading, read_pt
+from des.loading import check_finite, load_model, loading, read_pt
 from des.results import sha256_file
 
 import numpy as np
@@ -58,6 +58,7 @@ class Q16:
         with loading(f"the CLIP model {folder or CLIP}"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, _, self._transform = open_clip.create_model_and_transforms(name, pretrained=weights, precision="fp32")
+        check_finite(model.visual.state_dict(), f"the CLIP model {folder or CLIP}")
         self.model = model.visual.eval().requires_grad_(False).to(self.device)
         self.encode: Callable[[Tensor], Tensor] = self.model
 
