@@ -12,7 +12,7 @@ from typing import Any
 
 from des.cli import UserError
 from des.loading import check_finite, loading, read_pt
-from des.results import replacing, sha256_tensors, write_json
+from des.results import replacing, sha256_file, sha256_tensors, sha256_texts, write_json
 
 import torch
 from safetensors import SafetensorError
@@ -74,7 +74,8 @@ def save_checkpoint(
             save_file({name: tensor for name, tensor in named.items() if name != _TIED[1]}, temporary, {"format": "pt"})
         else:
             torch.save({"model_state_dict": published_names(state)}, temporary)
-    write_json(path.with_name(f"{path.name}-metadata.json"), {**metadata, "encoder_sha256": encoder_sha256})
+        digests = {"encoder_sha256": encoder_sha256, "file_sha256": _sha256_files(temporary)}
+    write_json(path.with_name(f"{path.name}-metadata.json"), {**metadata, **digests})
     return target
 
 
@@ -88,6 +89,21 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if not isinstance(told, dict):
         raise UserError(f"{file} is no metadata of a checkpoint; move it away to load {path.name} without")
     return told
+
+
+def is_as_recorded(path: Path) -> bool:
+    """Whether a checkpoint's files are those whose hash its metadata records."""
+    try:
+        return path.exists() and read_metadata(path).get("file_sha256") == _sha256_files(path)
+    except UserError:
+        return False
+
+
+def _sha256_files(path: Path) -> str:
+    """The sha256 of a file, or of a folder's file names and contents."""
+    if path.is_file():
+        return sha256_file(path)
+    return sha256_texts(f"{each.name} {sha256_file(each)}" for each in sorted(path.iterdir()))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

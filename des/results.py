@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 Z95 = 1.959963984540054
+_NOT_WRITTEN = ("inline_container", "iostream", "I/O error")
 LIBRARIES = ("torch", "transformers", "diffusers", "numpy", "pillow")
 
 
@@ -47,7 +49,10 @@ def show(share: Mapping[str, float]) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path` for a file or folder; it takes the place of `path` on success, and goes on failure."""
+    """Give a temporary name beside `path` for a file or folder; it takes the place of `path` on success, and goes on failure.
+
+    What torch and safetensors raise where they cannot write becomes an OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("tmp", "old"))
     _remove(temporary)
@@ -58,6 +63,10 @@ def replacing(path: Path) -> Iterator[Path]:
             path.replace(old)  # a folder cannot be renamed onto one that holds files
         temporary.replace(path)
         _remove(old)
+    except (RuntimeError, SafetensorError) as error:
+        if any(sign in str(error) for sign in _NOT_WRITTEN):
+            raise OSError(f"{path} could not be written, perhaps because the disk is full") from None
+        raise
     finally:
         _remove(temporary)
 

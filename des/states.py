@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from des.checkpoints import read_metadata
+from des.checkpoints import is_as_recorded, read_metadata
 from des.cli import UserError, logger
 from des.loading import read_pt
 from des.processes import Processes
@@ -65,10 +65,12 @@ class States:
         if final.exists():
             before = read_metadata(final).get("made_from")
             differs = changes(before, self.made_from) if before else "version of this program"
-            if not differs:
+            if not differs and is_as_recorded(final):
                 logger.info("nothing to do: training is finished, and the protected encoder in %s", final)
                 return None
-            if not there:
+            if not differs:
+                logger.warning("%s is damaged; training %s", final, "goes on from the state" if there else "starts anew")
+            elif not there:
                 told = "leave out --resume to replace it, or name another --output_dir"
                 raise UserError(f"{final} is of a run with another {differs}; {told}")
         if not there:

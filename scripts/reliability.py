@@ -12,6 +12,7 @@ import json
 import os
 import random
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from des import cli, manifest
 from des.images import is_complete
-from des.jobs import run_script
+from des.loading import read_pt
 from des.prompts import read_rows
 from des.results import sha256_file, write_json, write_text
 
@@ -41,7 +42,7 @@ import transformers
 LOADED = (cv2, diffusers, onnxruntime, transformers)  # so that children need not load them again
 MODELS = ROOT / "demo/models"
 IMAGES = 24
-RUN_FILES = ("run.json", "train.log", "metadata.json", ".lock")  # these say when and where, or nothing
+LOGS = ("run.json", "train.log", "metrics.jsonl", ".lock")  # these decide nothing
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class Count:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--kills", type=cli.positive_int, default=60, metavar="N", help="over all scripts")
+    parser.add_argument(
+        "--damages", type=cli.natural, default=4, metavar="N", help="files of each script to cut and to flip a bit in"
+    )
     parser.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of the moments and bytes")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/reliability.md", metavar="F", help="Markdown page to write")
     parser.add_argument("--skip_hostile", action="store_true", help="leave out the cases of the test suite")
@@ -81,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
             share = args.kills // 6 + (number < args.kills % 6)
             counts[f"kill -9, {name}"] = killed(long, work / f"{name}-killed", reference, seconds, share, rng)
             counts[f"full disk, {name}"] = full_disk(long, work / f"{name}-disk", reference)
-            counts[f"damaged files, {name}"] = damaged(long, work / f"{name}-damaged", reference, rng)
+            counts[f"damaged files, {name}"] = damaged(long, work / f"{name}-damaged", reference, args.damages, rng)
     if not args.skip_hostile:
         counts["hostile input"] = hostile()
     write_text(args.out, page(args, counts))
@@ -101,8 +105,9 @@ def make_inputs(work: Path) -> Path:
         ("save_codebook.py", ["--save_dir", inputs / "codebook", "--csv_path", inputs / "safe_train.csv"]),
         ("generate.py", drawing(inputs, inputs)),
     ):
-        if run(script, [*model(), *argv]) != 0:
-            sys.exit(f"error: {script} failed without any fault")
+        code, said = run(script, [*model(), *argv])
+        if code != 0:
+            sys.exit(f"error: {script} failed without any fault: {said}")
     return inputs
 
 
@@ -161,31 +166,39 @@ def scripts(inputs: Path) -> dict[str, Long]:
     }  # fmt: skip
 
 
-def run(
-    script: str, argv: list[object], kill_after: float | None = None, file_limit: int | None = None, log: Path | None = None
-) -> int:
-    """Run a script in a child of this process; its exit code, negative where it was killed."""
+def run(script: str, argv: list[object], kill_after: float | None = None, file_limit: int | None = None) -> tuple[int, str]:
+    """Run a script in a child of this process; its exit code (negative where it was killed), and what it said at last."""
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        code = 1
         try:
-            output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
+            os.dup2(writing, 1)
+            os.dup2(writing, 2)
             torch.set_num_threads(1)
             if file_limit is not None:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-            run_script(script, *argv)
+            sys.argv = [str(ROOT / script), *map(str, argv)]
+            runpy.run_path(sys.argv[0], run_name="__main__")
             code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            os.write(2, f"{stop.code}\n".encode())
         except BaseException as error:
-            os.write(2, f"error: {error}\n".encode() if isinstance(error, cli.UserError) else f"Traceback {error!r}\n".encode())
-            code = 1
-        os._exit(code)
+            os.write(2, f"Traceback {error!r}\n".encode())
+        finally:
+            os._exit(code)
+    os.close(writing)
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
+    said = b""
+    with os.fdopen(reading, "rb") as pipe:
+        while part := pipe.read(65536):
+            said = (said + part)[-2000:]
     _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+    return os.waitstatus_to_exitcode(status), said.decode(errors="replace")
 
 
 def contents(long: Long, folder: Path) -> dict[str, str]:
@@ -197,8 +210,12 @@ def contents(long: Long, folder: Path) -> dict[str, str]:
             if path.name.endswith("-metadata.json"):
                 continue
             if path.suffix == ".json":
-                content = json.loads(path.read_text(encoding="utf-8"))
-                content.pop("made_by")
+                try:
+                    content = json.loads(path.read_bytes())
+                except ValueError:
+                    found[name] = "damaged"
+                    continue
+                content.pop("made_by", None)
                 found[name] = json.dumps(content, sort_keys=True)
             elif path.suffix == ".pt" or path.suffix == ".pth":
                 found[name] = tensors_of(path)
@@ -209,7 +226,9 @@ def contents(long: Long, folder: Path) -> dict[str, str]:
 
 def tensors_of(path: Path) -> str:
     """A hash of what a .pt file holds."""
-    state = torch.load(path, weights_only=True)
+    state = read_pt(path)
+    if state is None:
+        return "damaged"
     tensors = state.get("model_state_dict", state)
     return str([(name, tensor.double().sum().item(), tensor.double().norm().item()) for name, tensor in sorted(tensors.items())
                 if isinstance(tensor, torch.Tensor)])  # fmt: skip
@@ -219,9 +238,9 @@ def undisturbed(long: Long, folder: Path) -> tuple[dict[str, str], float]:
     """The results without any fault, and how long they took."""
     folder.mkdir()
     argv, start = long.argv(folder), time.monotonic()
-    log = folder.with_suffix(".log")
-    if run(long.script, argv, log=log) != 0:
-        sys.exit(f"error: {long.script} failed without any fault: {log.read_text()}")
+    code, said = run(long.script, argv)
+    if code != 0:
+        sys.exit(f"error: {long.script} failed without any fault: {said}")
     return contents(long, folder), time.monotonic() - start
 
 
@@ -265,7 +284,7 @@ def killed(long: Long, folder: Path, reference: dict[str, str], seconds: float, 
     argv = long.argv(folder)
     while count.injected < kills:
         before = finished(folder)
-        code = run(long.script, argv, kill_after=rng.uniform(0.05, 1.0) * seconds)
+        code, said = run(long.script, argv, kill_after=rng.uniform(0.05, 1.0) * seconds)
         if code >= 0:  # it was done before the signal came: begin anew
             if code == 0 and contents(long, folder) == reference:
                 shutil.rmtree(folder)
@@ -273,7 +292,7 @@ def killed(long: Long, folder: Path, reference: dict[str, str], seconds: float, 
                 argv = long.argv(folder)
                 seconds *= 0.9
                 continue
-            count.notes.append(f"{long.script} ended with {code} after a kill")
+            count.notes.append(f"{long.script} ended with {code} after a kill: {said[-200:]}")
             count.injected += 1
             continue
         count.injected += 1
@@ -288,13 +307,12 @@ def killed(long: Long, folder: Path, reference: dict[str, str], seconds: float, 
 
 def settle(count: Count, long: Long, argv: list[object], folder: Path, reference: dict[str, str]) -> Count:
     """Let a script finish without faults, and compare its results with the undisturbed ones."""
-    log = folder.with_suffix(".log")
-    code, found = run(long.script, argv, log=log), contents(long, folder)
+    (code, said), found = run(long.script, argv), contents(long, folder)
     if code != 0 or found != reference:
         count.wrong += 1
         count.survived = 0
         differ = sorted(name for name in reference.keys() | found.keys() if reference.get(name) != found.get(name))
-        count.notes.append(f"{long.script} ended with {code}, other results in {differ}: {log.read_text()[-300:]}")
+        count.notes.append(f"{long.script} ended with {code}, other results in {differ}: {said[-300:]}")
     return count
 
 
@@ -302,14 +320,13 @@ def full_disk(long: Long, folder: Path, reference: dict[str, str]) -> Count:
     """Run a script with ever larger limits on the size of its files, as on a disk with that much room, then without."""
     count = Count()
     folder.mkdir()
-    argv, log = long.argv(folder), folder.with_suffix(".log")
+    argv = long.argv(folder)
     for limit in (0, 300, 1500, 20_000):
         before = finished(folder)
-        code = run(long.script, argv, file_limit=limit, log=log)
+        code, said = run(long.script, argv, file_limit=limit)
         if code == 0:  # this script needs no larger file
             break
         count.injected += 1
-        said = log.read_text(errors="replace")
         lost, bad = before - finished(folder), damage_in_sight(folder)
         clean = code == 1 and "Traceback" not in said
         count.lost += len(lost)
@@ -322,24 +339,23 @@ def full_disk(long: Long, folder: Path, reference: dict[str, str]) -> Count:
     return settle(count, long, argv, folder, reference)
 
 
-def damaged(long: Long, folder: Path, reference: dict[str, str], rng: random.Random) -> Count:
-    """Flip a byte in, or cut, each file that a half-done run left; the script must mend it or refuse it in one sentence."""
+def damaged(long: Long, folder: Path, reference: dict[str, str], files: int, rng: random.Random) -> Count:
+    """Cut some files that a run left, and flip a bit in them: they must be mended, or refused in one sentence or by their reader."""
     count = Count()
     folder.mkdir()
-    argv, log = long.argv(folder), folder.with_suffix(".log")
+    argv = long.argv(folder)
     run(long.script, argv)
-    names = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(RUN_FILES)]
-    for path in rng.sample(names, min(len(names), 6)):
+    names = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(LOGS)]
+    for path in rng.sample(names, min(len(names), files)):
         whole = path.read_bytes()
         if not whole:
             continue
         for broken in (whole[: len(whole) // 2], flipped(whole, rng)):
             path.write_bytes(broken)
-            code = run(long.script, argv, log=log)
-            said = log.read_text(errors="replace")
+            code, said = run(long.script, argv)
             count.injected += 1
             mended = code == 0 and contents(long, folder) == reference
-            refused = code == 1 and said.count("error: ") >= 1 and "Traceback" not in said
+            refused = "error: " in said and "Traceback" not in said if code else path.suffix == ".pt" and read_pt(path) is None
             count.survived += mended or refused
             if not (mended or refused):
                 count.wrong += code == 0

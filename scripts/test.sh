@@ -4,4 +4,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 use_environment requirements-dev.txt
 export HF_HUB_OFFLINE=1
-exec python -m pytest "$@"
+export OMP_NUM_THREADS=1 # a worker a core
+exec python -m pytest -n 2 --dist loadfile "$@"
