@@ -132,6 +132,7 @@ def score_fid(args: argparse.Namespace) -> str:
     text = "\n".join(f"FID ({name}): {fid:.4f} ({about})" for name, fid in fids.items())
     if args.save_stats:
         kept = {"n": len(reference), "variant": args.variant[0], "extractor_sha256": sha256}
+        kept["images_sha256"] = sha256_texts(sorted(reference.values()))
         save_statistics(args.save_stats, references[0], kept)
     write_json(args.output_file.with_suffix(".json"), facts | {"made_by": provenance(args)})
     write_text(args.output_file, text + "\n")

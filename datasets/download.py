@@ -25,6 +25,7 @@ from des import cli
 from des.cli import UserError, logger
 from des.conversion import TABLES, Converted, convert_pairs, convert_prompts, extract_images, read_json, read_source, write_rows
 from des.downloads import Denied, discard, download, has_digest, hub_file, recorded
+from des.locks import locked
 from des.prompt_sets import SETS, PromptSet
 from des.results import replacing, sha256_file, sha256_texts, write_json
 
@@ -72,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     failed = {}
     for name in names:
         try:
-            obtain(name, args.dir, args.convert, args.token)
+            with locked(args.dir / f".{name}.lock", name):
+                obtain(name, args.dir, args.convert, args.token)
         except UserError as error:
             if len(names) == 1:
                 raise

@@ -19,6 +19,7 @@ from des import cli
 from des.cli import UserError, logger
 from des.downloads import discard, download, recorded
 from des.loading import read_pt
+from des.locks import locked
 from des.results import sha256_file, write_json
 
 from torch import Tensor
@@ -76,7 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     cli.setup_logging()
     for name in PUBLISHED if "all" in args.names else dict.fromkeys(args.names):
         published = PUBLISHED[name]
-        path = fetch(name, published, args.dir)
+        with locked(args.dir / f".{name}.lock", name):
+            path = fetch(name, published, args.dir)
         print(f"{path} ({published.trains}) sha256 {recorded(path.with_suffix('.json'))}")
         for model, option in published.pipelines.items():
             print(f"  for {model}: generate.py --training_method des {option} {path}")

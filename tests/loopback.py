@@ -82,5 +82,5 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def names(folder: Path) -> list[str]:
-    """The files of a folder; none where there is no folder."""
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    """The files of a folder but for locks; none where there is no folder."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") if folder.exists() else []
