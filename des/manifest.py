@@ -19,7 +19,7 @@ NAME = "manifest.jsonl"
 
 def append(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Add lines to a manifest, each whole or not at all for whoever reads it; several processes may add to one file."""
-    data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         if _ends_within_a_line(path):

@@ -52,16 +52,16 @@ def score_images(
     partial = Partial(how.output.with_suffix(".json"), sha256_texts(f"{name} {digest}" for name, digest in models.items()))
     rows = zip(images["image"], images["sha256"], images["prompt"], strict=True)
     keys = [f"{path.relative_to(how.folder)} {digest} {sha256_texts([prompt])}" for path, digest, prompt in rows]
-    todo = images.assign(key=keys)[[key not in partial.found for key in keys]]
+    todo = [i for i, key in enumerate(keys) if key not in partial.found]
     if len(todo) < len(images):
         logger.info("%d of %d images were scored before", len(images) - len(todo), len(images))
-    starts = range(0, len(todo), how.batch_size)
-    batches = image_batches(todo["image"].tolist(), how.batch_size, how.desc, how.workers, prepare)
-    for start, batch in zip(starts, batches, strict=True):
-        part = todo.iloc[start : start + how.batch_size]
+    paths, prompts = ([images[column].iloc[i] for i in todo] for column in ("image", "prompt"))
+    batches = image_batches(paths, how.batch_size, how.desc, how.workers, prepare)
+    for start, batch in zip(range(0, len(todo), how.batch_size), batches, strict=True):
+        part = slice(start, start + how.batch_size)
         with torch.inference_mode():
-            found = score(batch, part["prompt"].tolist())
-        partial.add(dict(zip(part["key"], found, strict=True)))
+            found = score(batch, prompts[part])
+        partial.add(dict(zip([keys[i] for i in todo[part]], found, strict=True)))
     return [partial.found[key] for key in keys]
 
 

@@ -632,11 +632,22 @@ def test_text_that_is_not_utf8_on_the_command_line_is_one_sentence(call, working
 
 # ---------------------------------------------------------------- arguments
 
-ZERO = {"start_idx", "seed", "seeds", "guidance_scale", "lambda_safe", "concept_guidance_scale", "concept_guidance_ratio"}
+ZERO = {
+    "start_idx",
+    "seed",
+    "seeds",
+    "sample",
+    "tolerance",
+    "damages",
+    "guidance_scale",
+    "lambda_safe",
+    "concept_guidance_scale",
+    "concept_guidance_ratio",
+}
 WITH_NUMBERS = [
     "save_codebook.py", "train_des.py", "generate.py", "tasks/img_batch_classify.py", "tasks/img_batch_classify_q16.py", "clipscore.py",
     "fid.py", "scripts/reproduce.py", "scripts/rounding.py", "scripts/benchmark.py", "scripts/benchmark_detector.py",
-    "demo/experiment.py", "demo/train.py",
+    "demo/experiment.py", "demo/train.py", "scripts/verify.py", "scripts/reliability.py",
 ]  # fmt: skip
 
 
