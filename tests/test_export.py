@@ -4,13 +4,13 @@ import json
 
 from des.cli import UserError
 from des.encoders import load_encoder
-from des.exports import LDM_ENCODER, PROMPTS, comfyui_names, outputs
+from des.exports import LDM_ENCODER, PROMPTS, READERS, WRITERS, comfyui_names, load_protected, outputs, verify
 from des.model_card import read_scores
 
 import pytest
 import torch
 from conftest import ROOT, flags, snapshot
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -134,6 +134,22 @@ def test_a_pipeline_leaves_no_unprotected_encoder_beside_it(call, tiny_pipeline,
     assert "DES" in (tmp_path / "out/README.md").read_text()
 
 
+def test_a_pipeline_of_the_hub_is_copied_from_its_snapshot(call, tiny_pipeline, tmp_path, monkeypatch):
+    """A snapshot in the hub's cache is a folder of links."""
+    snapshot_folder = tmp_path / "snapshot"
+    for file in tiny_pipeline.rglob("*.*"):
+        link = snapshot_folder / file.relative_to(tiny_pipeline)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    (snapshot_folder / "old.ckpt").write_bytes(b"the original encoder")
+    made = load_protected(str(tiny_pipeline), {1: protected(tiny_pipeline, 1, tmp_path)[1]})
+    made.model_path = "owner/name"
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda name: {"owner/name": str(snapshot_folder)}[name])
+    WRITERS["pipeline"](made, tmp_path / "out")
+    verify(made, READERS["pipeline"](made, tmp_path / "out"))
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_symlink() or path.suffix == ".ckpt"]
+
+
 def test_hf_folders(call, tiny_pipeline, family, tmp_path):
     done, encoders = export(call, tiny_pipeline, tmp_path, "hf", dtype="fp16")
     assert done.code == 0, done.err
@@ -195,8 +211,12 @@ def test_a1111_replaces_the_encoder_and_nothing_else(call, tiny_pipeline, tmp_pa
     model = create_diffusers_clip_model_from_ldm(
         CLIPTextModel, after, subfolder="text_encoder", config=str(tiny_pipeline), torch_dtype=torch.float16
     )
+    original = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    parts = {"unet": original.unet, "vae": original.vae, "safety_checker": None}  # the stand-in has no whole ones
+    pipe = StableDiffusionPipeline.from_single_file(written, config=str(tiny_pipeline), local_files_only=True, **parts)
     encoders[1].model.half().float()
-    assert_same_embeddings(encoders[1], model.float(), 1e-5)
+    for each in (model.float(), pipe.text_encoder):
+        assert_same_embeddings(encoders[1], each, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["sd_v1", "sdxl"])
