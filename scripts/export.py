@@ -1,0 +1,145 @@
+"""Write protected text encoders in the format of another program, read them back, and put a model card beside them.
+
+    python scripts/export.py --model_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --text_encoder_path checkpoints/des/checkpoint-2.pt --format pipeline --out exports/des-pipeline --scores classify.json
+
+pipeline is a whole diffusers folder, hf the encoder's folder, comfyui clip_l / clip_g / t5xxl.safetensors, a1111 the single file
+--base_checkpoint with its encoder replaced, lora a low-rank approximation that loses some of the protection. OUT is a folder with
+README.md; it appears when everything is in it and reads back as the encoder that was exported.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from des import cli, lora
+from des.cli import UserError
+from des.encoders import load_encoder
+from des.exports import PROMPTS, READERS, SUITS, WRITERS, Export, base_dtype, check_fits, load_protected, verify
+from des.loading import loading
+from des.methods import ENCODER_OPTIONS
+from des.model_card import model_card, read_scores
+from des.pipelines import DTYPES
+from des.prompts import read_prompts
+from des.results import replacing
+
+import torch
+from huggingface_hub import HfApi
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    main = parser.add_argument_group("main")
+    cli.add_model(main)
+    for i, option in ENCODER_OPTIONS.items():
+        told = f"the protected text encoder {i}: .pt, .safetensors or a folder"
+        main.add_argument(f"--{option}", type=Path, metavar="CKPT", help=told)
+    main.add_argument("--format", choices=SUITS, required=True, help="what is written")
+    main.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+    main.add_argument("--dtype", choices=DTYPES, help="of what is written (default: as loaded; a1111: the base's)")
+    main.add_argument("--base_checkpoint", type=Path, metavar="F", help="a1111: SD 1.x .safetensors, whose other tensors stay")
+    main.add_argument("--rank", type=cli.positive_int, metavar="R", help="lora: its rank (default: 32)")
+    main.add_argument(
+        "--prompts_csv", type=Path, metavar="CSV", help="lora: prompts that its loss of protection is measured on"
+    )
+    card = parser.add_argument_group("model card and hub")
+    card.add_argument("--scores", type=Path, nargs="+", default=[], metavar="JSON", help="results of scorers, for the card")
+    card.add_argument("--base_model", metavar="ID", help="the original model's hub id, where --model_path is a copy")
+    card.add_argument("--push_to_hub", metavar="REPO", help="upload to owner/name with your own token; a new one is private")
+    args = parser.parse_args(argv)
+    args.checkpoints = {i: getattr(args, o) for i, o in ENCODER_OPTIONS.items() if getattr(args, o) is not None}
+    if not args.checkpoints:
+        parser.error("nothing to export: pass " + " or ".join(f"--{option}" for option in ENCODER_OPTIONS.values()))
+    for option, owner in {"base_checkpoint": "a1111", "rank": "lora", "prompts_csv": "lora"}.items():
+        if getattr(args, option) is not None and args.format != owner:
+            parser.error(f"--{option} goes with --format {owner} only")
+    if args.format == "a1111" and args.base_checkpoint is None:
+        parser.error("--format a1111 needs --base_checkpoint")
+    args.rank = args.rank or 32
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    cli.setup_logging()
+    check(args)
+    scores = read_scores(args.scores)
+    prompts = read_prompts(args.prompts_csv) if args.prompts_csv else PROMPTS
+    dtype = DTYPES[args.dtype] if args.dtype else base_dtype(args.base_checkpoint) if args.base_checkpoint else None
+    export = load_protected(args.model_path, args.checkpoints, None if args.format == "lora" else dtype)
+    export.base = args.base_checkpoint
+    with replacing(args.out) as folder:
+        if args.format == "lora":
+            lost = write_lora(args, export, folder, dtype or torch.float32, prompts)
+        else:
+            WRITERS[args.format](export, folder)
+            verify(export, READERS[args.format](export, folder))
+            lost = []
+        (folder / "README.md").write_text(card_of(args, export, folder, scores, lost), encoding="utf-8")
+    for line in lost:
+        print(line)
+    print(f"{args.out} is written, and reads back as " + ("the LoRA" if lost else "the protected encoder"))
+    if args.push_to_hub:
+        push(args.out, args.push_to_hub)
+        print(f"{args.push_to_hub} on the hub holds it")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for what cannot be exported, before any weight is read."""
+    if args.out.exists() or args.out.is_symlink():
+        raise UserError(f"{args.out} is there already; name another folder, or move it away")
+    model = Path(args.model_path)
+    if model.is_dir() and args.out.resolve().is_relative_to(model.resolve()):
+        raise UserError(f"--out {args.out} is inside the model {model}, which exports leave as it is")
+    if args.base_checkpoint and not args.base_checkpoint.is_file():
+        raise UserError(f"there is no file --base_checkpoint {args.base_checkpoint}")
+    check_fits(args.format, args.model_path, sorted(args.checkpoints))
+    if args.format == "lora":
+        lora.need_peft()
+
+
+def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: torch.dtype, prompts: list[str]) -> list[str]:
+    """Write a LoRA, check that it loads as what it should be, and return what it loses, in lines for people."""
+    originals = {i: load_encoder(args.model_path, i) for i in export.encoders}
+    factors, lines, encoders = {}, [], {}
+    for i, protected in export.encoders.items():
+        layers, held = lora.low_rank(originals[i].model, protected.model, args.rank)
+        layers = {name: (up.to(dtype), down.to(dtype)) for name, (up, down) in layers.items()}
+        if not all(part.isfinite().all() for pair in layers.values() for part in pair):
+            raise UserError(f"the LoRA of text encoder {i} overflows in {dtype}; use --dtype bf16 or fp32")
+        factors[protected.subfolder] = layers
+        encoders[i] = lora.with_model(originals[i], lora.merged(originals[i].model, layers))
+        figures = lora.measure(originals[i], protected, encoders[i], prompts)
+        lines += lora.describe(i, args.rank, held, figures).splitlines()
+    lora.write(folder, factors)
+    read = lora.read(args.model_path, folder, {i: encoder.subfolder for i, encoder in encoders.items()})
+    verify(Export(args.model_path, encoders, export.told), read, exact=False)
+    if args.prompts_csv is None:
+        lines.append(
+            "measured on a few harmless prompts only; --prompts_csv with the concept's prompts measures the protection"
+        )
+    return lines
+
+
+def card_of(args: argparse.Namespace, export: Export, folder: Path, scores: list[tuple[str, str, str]], lost: list[str]) -> str:
+    """The model card of an export whose files are in `folder`."""
+    base = args.base_model or (Path(args.model_path).resolve().name if Path(args.model_path).is_dir() else args.model_path)
+    kinds = {encoder.subfolder: type(encoder.model).__name__ for encoder in export.encoders.values()}
+    told = {encoder.subfolder: export.told[i] for i, encoder in export.encoders.items()}
+    where = args.push_to_hub or args.out.name
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return model_card(where.rsplit("/", 1)[-1], args.format, base, where, kinds, told, files, scores, lost)
+
+
+def push(folder: Path, repo: str) -> None:
+    """Upload a finished export with the user's own token; UserError where the hub refuses, and the folder stays."""
+    api = HfApi()
+    with loading(f"{folder} is written, but the upload to {repo}"):
+        api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repo)
+
+
+if __name__ == "__main__":
+    cli.run(main)
