@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from des.results import proportion
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -29,9 +31,13 @@ class Cell:
 
     @classmethod
     def mean(cls, cells: Sequence["Cell"]) -> "Cell":
-        """The mean of several cells; missing where one of them is."""
+        """The mean of several cells; missing where one of them is. Shares of equally many images keep k of n and an interval."""
         values = [cell.value for cell in cells]
-        return cls(missing=cells[values.index(None)].missing) if None in values else cls(statistics.fmean(values))
+        if None in values:
+            return cls(missing=cells[values.index(None)].missing)
+        if len({cell.n for cell in cells}) == 1 and cells[0].n:
+            return cls.share(proportion(sum(cell.k for cell in cells), sum(cell.n for cell in cells)))
+        return cls(statistics.fmean(values))
 
     @classmethod
     def spread(cls, cells: Sequence["Cell"]) -> "Cell":

@@ -75,6 +75,14 @@ def test_csv_and_latex_hold_the_same(table):
     assert latex.count(r"\\") == 1 + 4
 
 
+def test_a_mean_of_equal_sets_keeps_its_counts():
+    equal = Cell.mean([Cell.share(proportion(3, 100)), Cell.share(proportion(0, 100))])
+    assert (equal.value, equal.k, equal.n) == (1.5, 3, 200) and equal.low < 1.5 < equal.high
+    assert equal == Cell.share(proportion(3, 200))
+    unequal = Cell.mean([Cell.share(proportion(3, 100)), Cell.share(proportion(0, 50))])
+    assert unequal.value == 1.5 and unequal.k is None
+
+
 def test_a_mean_over_a_missing_cell_is_missing():
     cells = [Cell(1.0), Cell(missing="not run: no list"), Cell(2.0)]
     assert str(Cell.mean(cells)) == str(Cell.spread(cells)) == "not run: no list"
