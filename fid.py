@@ -169,9 +169,13 @@ def at_least_two(folder: Path, expected: int | None, name: str) -> dict[Path, st
 def check_statistics(args: argparse.Namespace, recorded: dict[str, Any], sha256: str) -> None:
     """Refuse statistics that record another variant, another network, or fewer than two images."""
     if recorded.get("variant", args.variant[0]) != args.variant[0]:
-        raise UserError(f"{args.ref_stats} holds statistics of variant {recorded['variant']}, not of {args.variant[0]}")
+        raise UserError(
+            f"{args.ref_stats} holds statistics of variant {recorded['variant']}, not of {args.variant[0]}; make it again with --save_stats"
+        )
     if recorded.get("extractor_sha256", sha256) != sha256:
-        raise UserError(f"{args.ref_stats} was made with another feature extractor (sha256 {recorded['extractor_sha256']})")
+        raise UserError(
+            f"{args.ref_stats} was made with another feature extractor (sha256 {recorded['extractor_sha256']}); make it again with --save_stats"
+        )
     if recorded.get("n", 2) < 2:
         raise UserError(f"{args.ref_stats} holds statistics of {recorded['n']} images, and a covariance needs two")
 

@@ -9,8 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from des.cli import UserError
-from des.loading import check_finite, loading, read_pt
+from des.loading import loading, read_state
 
 import torch
 from PIL import Image
@@ -98,10 +97,7 @@ def rename(name: str) -> str:
 
 def load_imagereward(path: Path, device: torch.device) -> ImageReward:
     """Load the published file ImageReward.pt; UserError where it is anything else. No code in it is run."""
-    state = read_pt(path)
-    if not (isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values())):
-        raise UserError(f"{path} is no file of ImageReward weights")
-    check_finite(state, f"the file of ImageReward weights {path}")
+    state = read_state(path, "ImageReward weights")
     with loading(f"the ImageReward weights {path}"):
         return ImageReward(state).to(device)
 

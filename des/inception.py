@@ -9,7 +9,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from des.cli import UserError
-from des.loading import check_finite, loading, read_pt
+from des.loading import loading, read_state
 
 import numpy as np
 import torch
@@ -77,10 +77,7 @@ def load_inception(source: Path | None, device: torch.device) -> Inception:
     Raises UserError when the file cannot be had, or is no state dict of this network; no code in it is run.
     """
     path = source or _published()
-    state = read_pt(path)
-    if not (isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values())):
-        raise UserError(f"{path} is no file of Inception-v3 weights (pt_inception-2015-12-05-{HASH}.pth is)")
-    check_finite(state, f"the file of Inception-v3 weights {path}")
+    state = read_state(path, f"Inception-v3 weights (pt_inception-2015-12-05-{HASH}.pth is)")
     with loading(f"the Inception-v3 weights {path}"):
         return Inception(state).to(device)
 

@@ -41,6 +41,15 @@ def read_pt(path: Path) -> Any:
         return None
 
 
+def read_state(path: Path, what: str) -> Mapping[str, Tensor]:
+    """Read a `.pt` file of named tensors; UserError where it is no file of `what`, or has NaN or infinite values."""
+    state = read_pt(path)
+    if not (isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values())):
+        raise UserError(f"{path} is no file of {what}")
+    check_finite(state, f"the file of {what} {path}")
+    return state
+
+
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise UserError where `what` has NaN or infinite values: a detector or model with those gives figures like any other."""
     broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _is_finite(tensor)]

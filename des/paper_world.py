@@ -19,6 +19,7 @@ FILES = {
     "i2p_sexual": "i2p_sexual_prompts", "benign": "coco_prompts", "uda": "unlearndiffatk",
     **{f"i2p_{name}": f"i2p_{name.replace('-', '')}_prompts" for name in I2P},
 }  # fmt: skip
+SEXUAL = {"sneaky", "mma", "rab", "p4d", "i2p_sexual", "uda"}
 ATTACKED = {  # prompts that an attack made against one model, which nobody publishes
     "mma_whitebox": "MMA against this encoder", "rab_whitebox": "Ring-A-Bell against this encoder", "cce": "CCE against this model",
     "i2i_text_black": "image to image, text", "i2i_both_black": "image to image, text and image",
@@ -41,13 +42,15 @@ def paper_world(
     """
     datasets = ROOT / "datasets"
     sets = {
-        name: PromptSet(name, prompts.get(name, datasets / f"{stem}.csv"), f"python datasets/download.py {stem}")
+        name: PromptSet(
+            name, prompts.get(name, datasets / f"{stem}.csv"), f"python datasets/download.py {stem}", sexual=name in SEXUAL
+        )
         for name, stem in FILES.items()
     }
     for name, title in ATTACKED.items():
         csv, how = prompts.get(name, datasets / f"{name}.csv"), f"prompts of an attack: --prompts {name}=CSV"
         start = {"init": images or Path("--i2i_images"), "masks": masks} if name.startswith("i2i") else {}
-        sets[name] = PromptSet(title, csv, how, **start)
+        sets[name] = PromptSet(title, csv, how, sexual=True, **start)
     four = {"Sneaky": "sneaky", "MMA": "mma", "RAB": "rab", "P4D": "p4d"}
     original, protected = TITLES[read_index(model_path)["_class_name"]]
     return World(

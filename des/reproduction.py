@@ -29,6 +29,7 @@ class PromptSet:
     init: str | Path | None = None  # a set, whose images by the original model are meant, or a folder
     masks: Path | None = None
     strength: float = 0.8
+    sexual: bool = False  # as a whole, so that a prompt which names a minor at all is left out
     search: tuple[Path, ...] = ()  # lists among which prompts are searched against each variant, from those of `csv`
 
 
@@ -205,15 +206,17 @@ class Runner:
         return self.world.scales[self.scale][name == self.world.benign]
 
     def _drawable(self, csv: Path, name: str) -> pd.DataFrame:
-        rows = read_rows(csv).head(self._limit(name) or None)
-        return rows.drop(index=never_drawn(rows["prompt"].tolist()))
+        """The rows of a list that this scale uses, without those that are never drawn."""
+        rows = read_rows(csv).head(self._training_rows if name.startswith("train_") else self._limit(name))
+        if name.startswith("train_"):
+            return rows
+        return rows.drop(index=never_drawn(rows["prompt"].tolist(), self.world.sets[name].sexual))
 
     def _rows_of(self, csv: Path, name: str) -> Path:
-        """A copy of the rows of a list that this scale uses."""
-        limit = self._training_rows if name.startswith("train_") else self._limit(name)
+        """A copy of those rows."""
         path = self.out / "prompts" / f"{name}.csv"
         if not self.dry:
-            text = read_rows(csv).head(limit or None).to_csv(index=False)
+            text = self._drawable(csv, name).to_csv(index=False)
             if not path.is_file() or path.read_text(encoding="utf-8") != text:
                 with replacing(path) as temporary:
                     temporary.write_text(text, encoding="utf-8")

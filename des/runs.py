@@ -87,13 +87,14 @@ class Run:
 def lines_of(
     artist: Artist, names: dict[tuple[int, int], Path], settings: dict[str, Any]
 ) -> dict[tuple[int, int], dict[str, Any]]:
-    """What the manifest says of each image before it is drawn: its row, prompt, seed and settings."""
+    """What the manifest says of each image before it is drawn: its row, prompt, seed, settings and text encoders."""
     digest = sha256_texts([json.dumps(settings, sort_keys=True, default=str)])
+    encoders = {name: value for name, value in settings.items() if name.startswith("text_encoder") and name.endswith("_sha256")}
     return {
         (row, copy): {
             "file": path.name, "row": row, "copy": copy, "prompt_sha256": sha256_texts([artist.prompts[row]]),
             "seed": artist.settings[row].seed + copy * COPY_SEED, "guidance_scale": artist.settings[row].guidance_scale,
-            "width": artist.settings[row].width, "height": artist.settings[row].height, "settings_sha256": digest,
+            "width": artist.settings[row].width, "height": artist.settings[row].height, "settings_sha256": digest, **encoders,
         }
         for (row, copy), path in names.items()
     }  # fmt: skip

@@ -60,6 +60,7 @@ def test_one_line_an_image(folder):
         assert line["sha256"] == sha256_file(folder / line["file"])
         assert line["prompt_sha256"] == sha256_texts([PROMPTS[line["row"]]])
         assert line["seed"] == 42 + line["row"] and line["settings_sha256"] == digest
+        assert len(line["text_encoder_sha256"]) == 64 and line["text_encoder_sha256"] == run["settings"]["text_encoder_sha256"]
         assert PROMPTS[line["row"]] not in json.dumps(line)
 
 

@@ -108,13 +108,16 @@ def test_the_papers_world_with_lists_of_the_users_own(reproduce, tmp_path, tiny_
     for name in ("sneaky", "mma", "rab", "p4d"):
         (tmp_path / f"{name}.csv").write_text("prompt\n" + "\n".join(f"a {name} kettle {i}" for i in range(6)) + "\n")
         given.append(f"{name}={tmp_path / name}.csv")
+    (tmp_path / "p4d.csv").write_text("prompt\na child with a kettle\n" + (tmp_path / "p4d.csv").read_text().split("\n", 1)[1])
     done = reproduce(model_path=tiny_pipeline, checkpoint=protected_checkpoint, prompts=given, discard_images=[])
     assert done.code == 0, done.err
     rows = {(row["method"], row["column"]): row for row in csv.DictReader((tmp_path / "out/T2.csv").open())}
     for method in ("SD v1.5", "DES"):
         assert [rows[method, column]["k"] for column in ("Sneaky", "MMA", "RAB", "P4D")] == ["0"] * 4
-        assert [rows[method, column]["n"] for column in ("Sneaky", "MMA", "RAB", "P4D")] == ["4"] * 4
+        assert [rows[method, column]["n"] for column in ("Sneaky", "MMA", "RAB", "P4D")] == ["4", "4", "4", "3"]
         assert float(rows[method, "avg"]["ours"]) == 0 and float(rows[method, "avg"]["paper"]) > 0
+    assert "child" not in (tmp_path / "out/prompts/p4d.csv").read_text()
+    assert "never drawn: 1 of p4d." in (tmp_path / "out/T2.md").read_text()
     scores = json.loads((tmp_path / "out/images/des_given/des/tiny-sd/mma/classify.json").read_text())
     assert scores["detector"]["profile"] == "paper" and scores["n"] == 4
     assert not list((tmp_path / "out/images").rglob("*.png"))
