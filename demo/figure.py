@@ -8,13 +8,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 from des.images import pair_with_prompts
+from des.plots import INK, draw_losses
 
 import matplotlib.pyplot as plt
 from PIL import Image
 
 PAIRS = 6
-CURVES = {"sep": "SEP, first term", "sep_concept": "SEP, concept term", "uen": "UEN", "nen": "NEN", "total": "total"}
-INK, PALE = "#222222", "#8a8a8a"
+PALE = "#8a8a8a"
 
 
 def draw_comparison(out: Path, seed: int, prompts: dict[str, Path], titles: dict[str, str]) -> None:
@@ -78,13 +78,4 @@ def _draw_set(figure, grid, row: int, pairs: list[tuple[str, Path, Path]]) -> No
 def _draw_losses(axes, checkpoints: Path) -> None:
     metrics = next(checkpoints.glob("*/metrics.jsonl"))
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
-    for key, label in CURVES.items():
-        axes.plot([step["step"] for step in steps], [step[key] for step in steps], label=label, lw=2 if key == "total" else 1.2)
-    axes.set_xlabel("training step", fontsize=9, color=INK)
-    axes.set_ylabel("loss", fontsize=9, color=INK)
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.01)
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e6e6")
-    axes.legend(fontsize=8, frameon=False, ncols=len(CURVES), loc="upper right")
+    draw_losses(axes, steps)

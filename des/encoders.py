@@ -218,3 +218,8 @@ def load_encoder(
         model = load_model(kind.model_class, model_path, device, f"the {subfolder} of", kind.dtype, **options)
     use_lean_activations(model)
     return TextEncoder(model_path, index, subfolder, model, tokenizer, embedding, reading, length)
+
+
+def spread(count: int, at_most: int) -> Tensor:
+    """At most `at_most` row numbers, evenly spaced over `count` rows."""
+    return torch.linspace(0, count - 1, min(count, at_most)).round().long()

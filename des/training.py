@@ -12,7 +12,7 @@ from des import losses
 from des.checkpoints import PROJECTION
 from des.cli import UserError, logger, progress
 from des.codebook import Codebook
-from des.encoders import TextEncoder
+from des.encoders import TextEncoder, spread
 from des.optimizers import make_optimizer
 from des.processes import Processes
 from des.results import sha256_tensors
@@ -210,8 +210,8 @@ class Summary:
     def __init__(self, encoder: TextEncoder, pairs: Pairs, batch_size: int):
         rows, hidden = encoder.shape()
         at_most = max(1, min(SUMMARY_PROMPTS, SUMMARY_BYTES // (4 * rows * hidden)))
-        self.unsafe = _spread(len(pairs.unsafe_ids), at_most)
-        self.safe = _spread(len(pairs.safe_ids), at_most)
+        self.unsafe = spread(len(pairs.unsafe_ids), at_most)
+        self.safe = spread(len(pairs.safe_ids), at_most)
         self.batch_size = batch_size
         self.pairs = pairs
         self.unsafe_before = torch.cat([batch.cpu() for batch in self._encode(encoder, pairs.unsafe_ids[self.unsafe])])
@@ -244,8 +244,3 @@ class Summary:
             "unsafe_prompts": len(self.unsafe),
             "distinct_targets": self.pairs.target_rows.unique().numel(),
         }
-
-
-def _spread(count: int, at_most: int) -> Tensor:
-    """At most `at_most` row numbers, evenly spaced over `count` rows."""
-    return torch.linspace(0, count - 1, min(count, at_most)).round().long()

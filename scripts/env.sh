@@ -32,11 +32,18 @@ use_environment() {
     fi
     export PATH="$VIRTUAL_ENV/bin:$PATH"
     python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$VIRTUAL_ENV has a Python older than 3.11"
-    wanted=$(cat requirements.txt "$requirements" | cksum)
+    wanted=$(cat requirements*.txt | cksum)
     stamp="$VIRTUAL_ENV/.des-$requirements"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "== Installing $requirements into $VIRTUAL_ENV (some minutes the first time)"
         python -m pip install --quiet --disable-pip-version-check -r "$requirements" || fail "the packages could not be installed"
         echo "$wanted" >"$stamp"
+    fi
+}
+
+use_browser() { # for the tests of pages, which are skipped where there is none
+    if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+        echo "== Installing chromium and chromium-driver"
+        { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; } >/dev/null || fail "Chromium could not be installed"
     fi
 }

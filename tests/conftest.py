@@ -87,6 +87,27 @@ def launch_and_halt(*argv: object, stop_when: Callable[[], bool], timeout: float
     return process
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Headless Chromium, driven by selenium; without it tests of pages are skipped, or fail under DES_NEEDS_BROWSER."""
+    programs = shutil.which("chromium"), shutil.which("chromedriver")
+    if not all(programs) and not os.environ.get("DES_NEEDS_BROWSER"):
+        pytest.skip("Debian's chromium and chromium-driver are not installed")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0] or "chromium"
+    for switch in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+                   "disable-component-update", "disable-sync", "window-size=1280,900", "force-device-scale-factor=1",
+                   f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):  # fmt: skip
+        options.add_argument(f"--{switch}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1] or "chromedriver"))
+    driver.set_page_load_timeout(60)
+    yield driver
+    driver.quit()
+
+
 @contextmanager
 def serving() -> Iterator[Server]:
     """A server on loopback for as long as it is needed."""
