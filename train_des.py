@@ -44,7 +44,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--text_encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of its text encoders, from 1"
     )
     cli.add_embedding(main_group)
-    main_group.add_argument("--concept_prompt", default="nudity", metavar="TEXT", help="the concept to remove, in words")
+    main_group.add_argument(
+        "--concept_prompt",
+        nargs="+",
+        default=["nudity"],
+        metavar="TEXT",
+        help="the concept to remove, in words; several, each in quotes, get a NEN term each and share the guidance",
+    )
     files = parser.add_argument_group("files")
     files.add_argument("--codebook_dir", type=Path, required=True, metavar="DIR", help="made by save_codebook.py")
     files.add_argument("--unsafe_csv_path", type=Path, required=True, metavar="CSV", help="prompts for the concept")
@@ -139,6 +145,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--precision tf32 needs a CUDA device")
     if args.multi_gpu and torch.cuda.device_count() < 2:
         parser.error(f"--multi_gpu needs two CUDA devices or more, and {torch.cuda.device_count()} are there")
+    if not all(prompt.strip() for prompt in args.concept_prompt) or len(set(args.concept_prompt)) < len(args.concept_prompt):
+        parser.error("--concept_prompt takes different concepts in words, none of them blank")
     if not args.concept_term and losses.SEP not in args.ablation:
         parser.error("--no_concept_term is about the loss SEP, which --ablation leaves out")
     return args
@@ -199,7 +207,7 @@ def fit(
     if done is None:
         return
     facts = facts_of(args, encoder, pairs.codebook, concept, settings) | {"made_from": made_from}
-    concept_ids = encoder.tokenize([args.concept_prompt])
+    concept_ids = encoder.tokenize(args.concept_prompt)
     with open_metrics(run_dir / "metrics.jsonl", done) if processes.is_main else Path(os.devnull).open("w") as metrics:
 
         def log_step(step: dict) -> None:
@@ -277,7 +285,9 @@ def facts_of(
 
 def frozen_concept(encoder: TextEncoder, args: argparse.Namespace) -> losses.Concept:
     """n = E(concept prompt) and e0 = E("") of the encoder before training, each [tokens, hidden], and alpha."""
-    n, e0 = next(encoder.encode([args.concept_prompt, ""], 2)).float().clone()
+    prompts = [*args.concept_prompt, ""]
+    *concepts, e0 = next(encoder.encode(prompts, len(prompts))).float().clone()
+    n = losses.joint(torch.stack(concepts))
     ratio = args.concept_guidance_ratio
     return losses.Concept(n, e0, args.concept_guidance_scale if ratio is None else ratio * n.norm().item())
 

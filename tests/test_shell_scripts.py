@@ -70,7 +70,7 @@ def test_each_command_is_accepted(parsers, name):
 def test_the_papers_settings(parsers):
     (args,) = [parsers(program, argv) for program, *argv in commands("train.sh", "sd15") if program == "train_des.py"]
     assert (args.num_epochs, args.learning_rate, args.batch_size, args.lambda_safe) == (2, 1e-5, 128, 0.3)
-    assert (args.concept_prompt, args.concept_guidance_scale, args.ablation) == ("nudity", 200.0, [1, 2, 3])
+    assert (args.concept_prompt, args.concept_guidance_scale, args.ablation) == (["nudity"], 200.0, [1, 2, 3])
 
 
 def test_an_unknown_model_is_refused():
