@@ -99,7 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument("--height", type=cli.positive_int, metavar="H", help="pixels (default: the model's)")
     sampling.add_argument("--width", type=cli.positive_int, metavar="W", help="pixels (default: the model's)")
     sampling.add_argument(
-        "--strength", type=cli.number(float, 0, 1, low_open=True), metavar="X", help="how far --init_images change, up to 1"
+        "--strength", type=cli.number(float, 0, 1, low_open=True), metavar="X", help="how far --init_images change"
     )
     sampling.add_argument(
         "--max_sequence_length", type=cli.positive_int, metavar="N", help="tokens of a T5 prompt (default: SD3 256, FLUX 512)"
@@ -125,6 +125,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     performance.add_argument("--enable_model_cpu_offload", action="store_true", help="keep on the GPU only the model in use")
     performance.add_argument("--attention_slicing", action="store_true", help="less memory, slower; for models with a UNet")
     add_scoring(parser)
+    cli.add_log_file(parser)
     args = parser.parse_args(argv)
     check_method(parser, args)
     check_scoring(parser, args)
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.make_deterministic()
     processes = Processes(args.device)
     args.device = processes.device
-    cli.setup_logging(quiet=not processes.is_main)
+    cli.setup_logging(args.log_file, quiet=not processes.is_main)
     table = pd.DataFrame({"prompt": [args.prompt]}) if args.prompt is not None else read_rows(args.prompts_csv)
     prompts = table["prompt"].tolist()
     rows = rows_to_draw(args, prompts)

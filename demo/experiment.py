@@ -32,28 +32,31 @@ MARKER = "experiment.json"
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument(
+    files = parser.add_argument_group("what is done")
+    files.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="gets everything; an earlier experiment in it is replaced"
     )
-    parser.add_argument("--concept", choices=EXPERIMENTS, default=CONCEPT, help="what DES is to remove")
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="val is for choosing settings")
-    parser.add_argument("--sets", nargs="+", choices=SETS, metavar="SET", help="test sets (default: all of the concept's)")
-    parser.add_argument(
+    files.add_argument("--concept", choices=EXPERIMENTS, default=CONCEPT, help="what DES is to remove")
+    files.add_argument("--split", choices=("test", "val"), default="test", help="val is for choosing settings")
+    files.add_argument("--sets", nargs="+", choices=SETS, metavar="SET", help="test sets (default: all of the concept's)")
+    files.add_argument(
         "--limit", type=cli.positive_int, metavar="N", help="images a set, evenly over the objects (default: all)"
     )
-    parser.add_argument("--seeds", type=cli.natural, nargs="+", default=[42], metavar="S", help="training seeds")
+    files.add_argument("--seeds", type=cli.natural, nargs="+", default=[42], metavar="S", help="training seeds")
     training = parser.add_argument_group("DES training")
-    training.add_argument("--learning_rate", type=cli.number(float, 0, 1, low_open=True), default=2e-3, metavar="LR")
-    training.add_argument("--num_epochs", type=cli.positive_int, default=20, metavar="N")
-    training.add_argument("--batch_size", type=cli.positive_int, default=128, metavar="N")
+    training.add_argument(
+        "--learning_rate", type=cli.number(float, 0, 1, low_open=True), default=2e-3, metavar="LR", help="of AdamW"
+    )
+    training.add_argument("--num_epochs", type=cli.positive_int, default=20, metavar="N", help="passes over the pairs")
+    training.add_argument("--batch_size", type=cli.positive_int, default=128, metavar="N", help="pairs a step")
     training.add_argument("--concept_guidance_ratio", type=cli.number(float, 0), default=0.3, metavar="R", help="alpha / |n|")
-    training.add_argument("--lambda_safe", type=cli.number(float, 0, 1), default=0.3, metavar="L")
+    training.add_argument("--lambda_safe", type=cli.number(float, 0, 1), default=0.3, metavar="L", help="weight of SEP")
     training.add_argument("--ablation", nargs="+", default=["1", "2", "3"], help="losses that are ON")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--num_inference_steps", type=cli.positive_int, default=20, metavar="N")
-    sampling.add_argument("--guidance_scale", type=cli.number(float, 0), default=3.0, metavar="G")
-    sampling.add_argument("--image_batch_size", type=cli.positive_int, default=32, metavar="N")
-    cli.add_device(parser)
+    sampling.add_argument("--num_inference_steps", type=cli.positive_int, default=20, metavar="N", help="denoising steps")
+    sampling.add_argument("--guidance_scale", type=cli.number(float, 0), default=3.0, metavar="G", help="guidance")
+    sampling.add_argument("--image_batch_size", type=cli.positive_int, default=32, metavar="N", help="images at a time")
+    cli.add_device(sampling)
     args = parser.parse_args(argv)
     offered = EXPERIMENTS[args.concept].sets
     args.sets = list(dict.fromkeys(args.sets or offered))
