@@ -271,7 +271,7 @@ def rows_to_draw(args: argparse.Namespace, prompts: list[str]) -> list[int]:
             "%d of %d prompts are left out: they put minors in a sexual context, and are never drawn", left_out, len(rows)
         )
     if not kept:
-        raise UserError("no prompt is left to draw")
+        raise UserError("no prompt is left to draw: every one of these rows is left out")
     return kept
 
 

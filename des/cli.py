@@ -58,19 +58,18 @@ def run(main: Callable[[], None]) -> None:
 _LARGEST = 2**63 - 1  # what Python counts with; and seeds, to which rows and copies are added, end at 2^64
 
 
-def number(kind: type, low: float = -math.inf, high: float = math.inf, low_open: bool = False) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float = math.inf, low_open: bool = False) -> Callable[[str], float]:
     """Return an argparse type: a finite `kind` (int or float) within low..high (`low_open`: low itself is refused)."""
 
     def parse(text: str):
         value = kind(text)
         if not low <= value <= high or abs(value) == math.inf or (low_open and value == low):  # NaN is in no range
-            raise argparse.ArgumentTypeError(f"{text} is outside {'(' if low_open else '['}{low}, {high}]")
+            raise argparse.ArgumentTypeError(f"{text} is outside its range: {parse.told}")
         return value
 
     parse.__name__ = kind.__name__
     least = f"above {low}" if low_open else f"{low} or more"
-    if low > -math.inf:
-        parse.told = least if high in (math.inf, _LARGEST) else f"{least}, up to {high}" if low_open else f"{low} to {high}"
+    parse.told = least if high in (math.inf, _LARGEST) else f"{least}, up to {high}" if low_open else f"{low} to {high}"
     return parse
 
 
