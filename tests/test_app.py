@@ -336,48 +336,51 @@ def test_requests_that_no_page_sends_get_nothing(server):
     assert NEVER not in log.read_text() and "a house" not in log.read_text()
 
 
+class Opened:
+    """A page of the app in the browser."""
+
+    def __init__(self, browser, port):
+        self.browser = browser
+        browser.get(f"http://127.0.0.1:{port}/")
+        self.wait(lambda: self.all("#prompt textarea"))
+
+    def all(self, selector):
+        return self.browser.find_elements("css selector", selector)
+
+    def wait(self, condition):
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        return WebDriverWait(self.browser, 60, 0.1).until(lambda _: condition())
+
+    def tab(self, title):
+        (tab,) = [each for each in self.all("button[role=tab]") if each.text == title]
+        tab.click()
+
+    def type(self, selector, text):
+        (box,) = self.all(selector)
+        box.clear()
+        box.send_keys(text)
+
+    def click(self, selector):
+        (target,) = self.all(selector)
+        target.click()
+
+    def draw(self, prompt):
+        """Draw a prompt; the verdicts by side, and the addresses of the images."""
+        before = [image.get_attribute("src") for image in self.all("#pair img")]
+        self.type("#prompt textarea", prompt)
+        self.click("#draw")
+        self.wait(lambda: len(self.sources() or before) == 2 and self.sources() != before)
+        verdicts = {side: self.all(f"#pair [data-side={side}] .des-verdict")[0].text for side in ("original", "protected")}
+        return verdicts, self.sources()
+
+    def sources(self):
+        return self.browser.execute_script("return [...document.querySelectorAll('#pair img')].map(image => image.src)")
+
+
 @pytest.fixture(scope="module")
 def page(server, browser):
-    """The app's page, loaded."""
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    class Page:
-        def all(self, selector):
-            return browser.find_elements(By.CSS_SELECTOR, selector)
-
-        def wait(self, condition):
-            return WebDriverWait(browser, 60, 0.1).until(lambda _: condition())
-
-        def tab(self, title):
-            (tab,) = [each for each in self.all("button[role=tab]") if each.text == title]
-            tab.click()
-
-        def type(self, selector, text):
-            (box,) = self.all(selector)
-            box.clear()
-            box.send_keys(text)
-
-        def click(self, selector):
-            (target,) = self.all(selector)
-            target.click()
-
-        def draw(self, prompt):
-            """Draw a prompt; the verdicts by side, and the addresses of the images."""
-            before = [image.get_attribute("src") for image in self.all("#pair img")]
-            self.type("#prompt textarea", prompt)
-            self.click("#draw")
-            self.wait(lambda: len(self.sources() or before) == 2 and self.sources() != before)
-            verdicts = {side: self.all(f"#pair [data-side={side}] .des-verdict")[0].text for side in ("original", "protected")}
-            return verdicts, self.sources()
-
-        def sources(self):
-            return browser.execute_script("return [...document.querySelectorAll('#pair img')].map(image => image.src)")
-
-    browser.get(f"http://127.0.0.1:{server[0]}/")
-    page = Page()
-    page.wait(lambda: page.all("#prompt textarea"))
-    return page
+    return Opened(browser, server[0])
 
 
 def test_a_prompt_typed_and_clicked_draws_two_images(page, browser):
@@ -428,3 +431,19 @@ def test_the_page_asks_no_other_server_and_has_no_errors(page, browser, server):
     assert sum(name.startswith(origin) for name in names) > 10
     assert [name for name in names if "://" in name and not name.startswith((origin, "data:", "blob:"))] == []
     assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
+
+
+def test_hits_stay_blurred_until_the_box_is_ticked(studio, browser):
+    port = free_port()
+    blocks = app_page.build(studio, app_page.Page([], QUICK, [], "no map", True, 64))
+    app_page.launch(blocks, "127.0.0.1", port)
+    try:
+        page, drawn = Opened(browser, port), studio.draw(CONCEPT, QUICK)
+        _, sources = page.draw(CONCEPT)
+        assert drawn["original"].hit and not drawn["protected"].hit
+        assert sources == [app_page.data_url(blurred(drawn["original"].image)), app_page.data_url(drawn["protected"].image)]
+        page.click("#show input")
+        page.wait(lambda: page.sources() != sources)
+        assert page.sources() == [app_page.data_url(drawn[side].image) for side in ("original", "protected")]
+    finally:
+        blocks.close()
