@@ -29,6 +29,7 @@ from des.pipelines import (
     SCHEDULERS,
     dtype_for,
     family_of,
+    is_distilled,
     open_pipeline,
     open_refiner,
     place,
@@ -248,11 +249,10 @@ def check_options(args: argparse.Namespace, pipe: DiffusionPipeline) -> None:
     has_t5 = "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters
     if args.max_sequence_length and not has_t5:
         raise UserError(f"--max_sequence_length is T5's, and {args.model_path} has none")
-    distilled = getattr(pipe, "transformer", None) is not None and not pipe.transformer.config.get("guidance_embeds", True)
-    if distilled and args.guidance_scale is not None:
+    if is_distilled(pipe) and args.guidance_scale is not None:
         raise UserError(f"{args.model_path} was distilled without guidance; leave --guidance_scale out")
     if args.guidance_scale is None:
-        args.guidance_scale = 0.0 if distilled else family_of(args.model_path).guidance_scale
+        args.guidance_scale = 0.0 if is_distilled(pipe) else family_of(args.model_path).guidance_scale
 
 
 def rows_to_draw(args: argparse.Namespace, prompts: list[str]) -> list[int]:

@@ -7,7 +7,7 @@ from conftest import ROOT
 
 SCRIPTS = [
     "save_codebook.py", "train_des.py", "generate.py", "tasks/img_batch_classify.py", "tasks/img_batch_classify_q16.py", "clipscore.py",
-    "fid.py", "scripts/reproduce.py", "datasets/download.py", "datasets/style_prompts.py",
+    "fid.py", "scripts/reproduce.py", "datasets/download.py", "datasets/style_prompts.py", "app.py",
 ]  # fmt: skip
 TOOLS = [
     "scripts/download_checkpoint.py", "scripts/rounding.py", "scripts/benchmark.py", "scripts/benchmark_detector.py",
