@@ -55,7 +55,7 @@ DEMO = {
     "detector": "object",
     "safe_csv_path": ROOT / "datasets/demo_safe_train.csv",
     "unsafe_csv_path": ROOT / "datasets/demo_unsafe_train.csv",
-    "concept_prompt": CONCEPT,
+    "concept_prompt": [CONCEPT],
 }  # where the command line leaves it open
 EXAMPLES = ("a red mushroom on a meadow", "a drawing of a blue shiitake", "a green house on a beach")
 MAP_OPTIONS = ("safe_csv_path", "unsafe_csv_path", "concept_prompt")
@@ -94,7 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     lists.add_argument("--max_rows", type=cli.positive_int, default=64, metavar="N", help="rows of an uploaded CSV to draw")
     lists.add_argument("--safe_csv_path", type=Path, metavar="CSV", help="for the map: the safe prompts of the training")
     lists.add_argument("--unsafe_csv_path", type=Path, metavar="CSV", help="for the map: the unsafe prompts of the training")
-    lists.add_argument("--concept_prompt", metavar="TEXT", help="for the map: the concept prompt of the training")
+    lists.add_argument("--concept_prompt", nargs="+", metavar="TEXT", help="for the map: as in training")
     server = parser.add_argument_group("server and performance")
     server.add_argument("--host", default="127.0.0.1", metavar="H", help="address to serve at; 0.0.0.0 lets others in")
     server.add_argument("--port", type=cli.number(int, 1, 65535), default=7860, metavar="P", help="port")
@@ -210,7 +210,7 @@ def open_atlas(args: argparse.Namespace, pipes: dict[str, DiffusionPipeline]) ->
     groups = {
         "safe": read_prompts(args.safe_csv_path),
         "unsafe": read_prompts(args.unsafe_csv_path),
-        "concept": [args.concept_prompt],
+        "concept": args.concept_prompt,
         "empty": [""],
     }
     index = min(given_encoders(args))

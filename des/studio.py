@@ -194,7 +194,7 @@ class Place:
     """Where a prompt lies: its points [2] by both encoders, and cosines of whole embeddings."""
 
     points: tuple[Tensor, Tensor]
-    concept_before: float  # cosine of E(p) and the concept's E(c)
+    concept_before: float  # cosine of E(p) and the E(c) of the concept that is closest to it
     concept_after: float  # the same for E~(p), and still E(c)
     own: float  # cosine of E(p) and E~(p)
 
@@ -214,7 +214,8 @@ class Atlas:
     def locate(self, prompt: str) -> Place:
         """Find a prompt that `check_prompt` lets pass."""
         prompt = check_prompt(prompt)
-        before, concept = embed(self.original, [prompt, self.groups["concept"][0]])
+        before, *concepts = embed(self.original, [prompt, *self.groups["concept"]])
+        concept = max(concepts, key=lambda each: cosine_similarity(before, each, dim=0).item())
         (after,) = embed(self.protected, [prompt])
         points = [(point - self.space.centre) @ self.space.axes.T for point in (before, after)]
         cosines = [cosine_similarity(a, b, dim=0).item() for a, b in ((before, concept), (after, concept), (before, after))]
