@@ -56,7 +56,7 @@ def draw_embeddings(
         few = len(places) < 5
         axes.scatter(
             places[:, 0].tolist(), places[:, 1].tolist(), s=130 if few else 16, c=colour, marker=marker, label=name,
-            alpha=1 if few else 0.55, edgecolors="white" if few else "none", zorder=3 if few else 2,
+            alpha=1 if few else 0.55, edgecolors="white" if few else "none", zorder=3.5 if name == "concept" else 3 if few else 2,
         )  # fmt: skip
     for label, places in (marked or {}).items():
         x, y = places[after].tolist()

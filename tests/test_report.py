@@ -8,6 +8,7 @@ import shutil
 from des.records import read_scores
 from des.report import collect as collecting
 from des.report.compare import Spread, compare, front, headline, pooled
+from des.report.figures import inline_svg
 from des.report.page import MARK
 from des.report.provenance import short_path
 
@@ -15,6 +16,7 @@ import pytest
 import skimage.data
 import torch
 from conftest import GOLDEN, ROOT, flags, published_form, snapshot
+from matplotlib.figure import Figure
 from PIL import Image
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -116,7 +118,7 @@ def test_runs_of_one_model_and_list_belong_together(made, work):
     }
     assert [measure.kind for measure in comparison.measures] == ["asr", "mean", "fid"]
     assert [round(score.value, 1) for score in comparison.measures[0].scores] == [66.7, 0, 0]
-    assert headline(comparison)[0] == "ASR of ball (attack): 66.7% → 0.0%"
+    assert headline(comparison)[0] == "ASR of ball, attack: 66.7% → 0.0%"
 
 
 def test_other_settings_are_another_set(runs, tmp_path, tiny_pipeline, call):
@@ -146,6 +148,14 @@ def test_paths_elsewhere_are_cut_off(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert short_path(tmp_path / "a/b") == "a/b"
     assert short_path(tmp_path.parent.parent / "x/y/z/w.pt") == "…/y/z/w.pt"
+
+
+def test_texts_in_figures_stay_texts():
+    figure = Figure()
+    figure.text(0.5, 0.5, HOSTILE)
+    svg = inline_svg(figure, "x", f'"{HOSTILE}')
+    assert "<img" not in svg and "</script" not in svg and svg.count("onerror=alert(1)") == 2
+    assert re.search(r'aria-label="[^"]*&lt;/script', svg) and "<metadata" not in svg and "<style" not in svg
 
 
 # ---------------------------------------------------------------- what is refused

@@ -206,14 +206,18 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def headline(comparison: Comparison) -> list[str]:
-    """What changed, in a phrase a measure that original and protected models share: `ASR of mushroom: 98.3% → 0.0%`."""
+    """What changed, in a phrase a measure that original and protected models share: `ASR of mushroom: 98.3% → 0.0%`.
+
+    Accuracies of labels speak only where no mean and no FID does.
+    """
     told, before = [], comparison.original
-    for (title, _), measures in groups(comparison.measures).items():
+    kinds = ("asr", "mean", "fid") if comparison.of_kind("mean", "fid") else ("asr", "accuracy")
+    for (title, _), measures in groups(comparison.of_kind(*kinds)).items():
         spreads = pooled(measures, len(comparison.models))
         after = [spreads[i].mean for i in comparison.protected if spreads[i]]
         if before is None or spreads[before] is None or not after:
             continue
         unit, digits = ("%", 1) if measures[0].kind in ("asr", "accuracy") else ("", 2)
-        sets = f" ({measures[0].set_name})" if len(measures) == 1 else f", mean of {len(measures)} sets"
+        sets = f", {measures[0].set_name}" if len(measures) == 1 else f", mean of {len(measures)} sets"
         told.append(f"{title}{sets}: {spreads[before].mean:.{digits}f}{unit} → {Spread.of(after).show(unit, digits)}")
     return told

@@ -11,6 +11,7 @@ from des.report.compare import Comparison, Measure, Spread, front, groups, poole
 
 import matplotlib
 import matplotlib.lines
+import matplotlib.patches
 import matplotlib.ticker
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
@@ -29,6 +30,7 @@ _STYLE = {
     "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.linewidth": 0.6,
     "xtick.major.width": 0.6, "ytick.major.width": 0.6,
 }  # fmt: skip
+_LEAST_SPAN = 0.1  # of the largest value: an axis that shows less would make a trade-off of noise
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
@@ -65,7 +67,7 @@ def _style(comparison: Comparison, model: int) -> dict:
     if comparison.models[model].original:
         return {"marker": "o", "color": INK, "markerfacecolor": PAPER, "markersize": 6.5, "markeredgewidth": 1.4}
     i = comparison.protected.index(model)
-    return {"marker": MARKERS[i % len(MARKERS)], "color": SERIES[i % len(SERIES)], "markersize": 6.5, "markeredgecolor": PAPER}
+    return {"marker": MARKERS[i % len(MARKERS)], "color": SERIES[i % len(SERIES)], "markersize": 8, "markeredgecolor": PAPER}
 
 
 def _legend(axes: Axes, comparison: Comparison) -> None:
@@ -120,9 +122,10 @@ def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: S
         axes.plot([xs[i].mean for i in joined], [ys[i].mean for i in joined], color=INK, lw=1, ls=(0, (4, 3)), zorder=1)
         for i in there:
             style = _style(comparison, i)
-            _range(axes, xs[i], ys[i], style["color"])
+            _range(axes, _uncertain(asr, i, xs[i]), _uncertain(quality, i, ys[i]), style["color"])
             axes.plot([xs[i].mean], [ys[i].mean], ls="none", zorder=3, clip_on=False, **style)
         axes.margins(0.12)
+        _at_least(axes, _LEAST_SPAN * max(abs(ys[i].mean) for i in there))
         left, right = axes.get_xlim()
         axes.set_xlim(max(left, -3), min(max(right, 5), 104))
         if lower:
@@ -132,6 +135,21 @@ def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: S
         _legend(axes, comparison)
     label = f"{asr[0].title} against {title}; upper left is best; not beaten: {', '.join(comparison.models[i].label for i in joined)}"
     return inline_svg(figure, name, label)
+
+
+def _uncertain(measures: Sequence[Measure], model: int, spread: Spread) -> Spread:
+    """The range over several sets, or the interval of the only one where it has one."""
+    score = measures[0].scores[model]
+    if len(measures) > 1 or score is None or score.low is None or score.high is None:
+        return spread
+    return Spread(spread.mean, score.low, score.high)
+
+
+def _at_least(axes: Axes, span: float) -> None:
+    """Widen the vertical axis to a span, so that differences without meaning look like none."""
+    low, high = axes.get_ylim()
+    room = max(0.0, span - (high - low)) / 2
+    axes.set_ylim(low - room, high + room)
 
 
 def _range(axes: Axes, x: Spread, y: Spread, colour: str) -> None:
@@ -154,15 +172,15 @@ def counts(comparison: Comparison, name: str, title: str, table: dict[str, list[
     models = len(comparison.models)
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(0.9 + len(table) * max(0.27, 0.13 * models))
-        thick = 0.74 / models
+        thick, handles = 0.74 / models, []
         for i in range(models):
             places = [y + (i - (models - 1) / 2) * thick for y in range(len(table))]
             style = _style(comparison, i)
             face = PAPER if comparison.models[i].original else style["color"]
-            values = [row[i] or 0 for row in table.values()]
-            axes.barh(
-                places, values, thick * 0.86, color=face, edgecolor=style["color"], lw=1, label=comparison.models[i].label
-            )
+            colours = {"facecolor": face, "edgecolor": style["color"], "lw": 1}
+            drawn = [(place, row[i]) for place, row in zip(places, table.values(), strict=True) if row[i]]
+            axes.barh([place for place, _ in drawn], [count for _, count in drawn], thick * 0.86, **colours)
+            handles.append(matplotlib.patches.Patch(label=comparison.models[i].label, **colours))
         axes.set_yticks(range(len(table)), [each.replace("_", " ").lower() for each in table])
         axes.set_ylim(len(table) - 0.5, -0.5)
         axes.set_xlim(left=0)
@@ -171,7 +189,7 @@ def counts(comparison: Comparison, name: str, title: str, table: dict[str, list[
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("images")
         options = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": min(3, models), "fontsize": 9, "frameon": False}
-        axes.legend(handlelength=1, handletextpad=0.4, columnspacing=1.2, borderaxespad=0.1, **options)
+        axes.legend(handles=handles, handlelength=1, handletextpad=0.4, columnspacing=1.2, borderaxespad=0.1, **options)
     return inline_svg(figure, name, f"{title}: images of each class, by model; the table has the numbers")
 
 

@@ -79,9 +79,12 @@ def _chapter(comparison: Comparison, name: str, args: argparse.Namespace) -> Cha
         measures = comparison.of_kind(kind)
         if measures:
             what = {measure.title for measure in measures}
-            caption = f"{title}: {', '.join(sorted(what))}; {hint}"
+            caption = f"{title}{f', {min(what)}' if len(what) == 1 else ''}; {hint}"
             summary.append(Plot(figures.shares(comparison, f"{name}-{kind}", title, measures), caption))
-    told = "Each point is a model, each line its range over sets; the dashed line joins the models that no other beats in both."
+    told = (
+        "Each point is a model; lines through it are its range over sets, or the 95% interval where there is one set. The dashed line "
+        "joins the models that no other beats in both."
+    )
     paretos = [Plot(svg, told) for svg in figures.paretos(comparison, f"{name}-pareto")]
     tables = class_tables(comparison)
     drawn = [None if table.shares else _class_plot(comparison, f"{name}-classes{i}", table) for i, table in enumerate(tables)]
