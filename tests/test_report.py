@@ -288,6 +288,16 @@ def test_options_leave_things_out(made, report, tmp_path):
     assert (tmp_path / "report.html").read_text().count("<img") == 6  # a row of each of two sets, three models
 
 
+def test_a_map_of_several_concepts(runs, report, tmp_path):
+    path = one(runs, "checkpoints/*/checkpoint-1-metadata.json")
+    made_by = json.loads(path.read_text())["made_by"]
+    made_by["arguments"]["concept_prompt"] = ["a cat", "a dog"]
+    edit(path, made_by=made_by)
+    assert report(runs, no_images=[]).code == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "12 safe, 12 unsafe, 2 concept, 1 empty" in page and "--concept_prompt &#39;a cat&#39; &#39;a dog&#39;" in page
+
+
 def test_runs_without_partner_scores_or_images(made, runs, report, tmp_path, call, tiny_pipeline):
     for path in (*runs.glob("before/none/tiny-sd/*/clip*"), *runs.glob("before/none/tiny-sd/*/classify*"), *runs.glob("before/none/tiny-sd/*.json")):  # fmt: skip
         path.unlink()
