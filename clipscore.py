@@ -22,20 +22,23 @@ from transformers import CLIPModel, CLIPProcessor
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument(
+    files = parser.add_argument_group("files")
+    files.add_argument(
         "--image_folder", type=Path, required=True, metavar="DIR", help="images named by prompt row, as generate.py does"
     )
-    parser.add_argument("--csv_file", type=Path, required=True, metavar="CSV", help="their prompts")
-    parser.add_argument("--clip_model", default="openai/clip-vit-large-patch14", metavar="M", help="folder or hub id")
-    cli.add_expected(parser)
-    cli.add_device(parser)
-    cli.add_batches(parser, batch_size=32)
+    files.add_argument("--csv_file", type=Path, required=True, metavar="CSV", help="their prompts")
+    cli.add_expected(files)
+    performance = parser.add_argument_group("model and performance")
+    performance.add_argument("--clip_model", default="openai/clip-vit-large-patch14", metavar="M", help="folder or hub id")
+    cli.add_device(performance)
+    cli.add_batches(performance, batch_size=32)
+    cli.add_log_file(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging()
+    cli.setup_logging(args.log_file)
     images = pair_with_prompts(args.image_folder, args.csv_file, args.expected)
     processor = load_processor(CLIPProcessor, args.clip_model)
     model = load_model(CLIPModel, args.clip_model, args.device, "the CLIP model")

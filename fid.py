@@ -31,14 +31,13 @@ from des.scores import write_scores
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("--job", choices=("fid", *JOBS), default="fid", help="what is computed")
-    parser.add_argument("--gen_imgs_path", type=Path, required=True, metavar="DIR", help="generated images")
-    parser.add_argument(
+    main_group = parser.add_argument_group("what is computed")
+    main_group.add_argument("--job", choices=("fid", *JOBS), default="fid", help="the measure")
+    main_group.add_argument("--gen_imgs_path", type=Path, required=True, metavar="DIR", help="generated images")
+    main_group.add_argument(
         "--output_file", type=Path, metavar="F", help="text file for the result (default: {gen_imgs_path}_{job}.txt)"
     )
-    cli.add_expected(parser)
-    cli.add_device(parser)
-    cli.add_batches(parser, batch_size=64)
+    cli.add_expected(main_group)
     fid = parser.add_argument_group("fid (the other jobs do not read --coco_imgs_path)")
     fid.add_argument("--coco_imgs_path", type=Path, metavar="DIR", help="reference images")
     fid.add_argument("--expected_ref", type=cli.positive_int, metavar="N", help="like --expected, for the reference images")
@@ -57,6 +56,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("clip_model", "CLIP that compares prompt and caption for blipscore"),
     ):
         prompts.add_argument(f"--{option}", metavar="M", help=f"{what} (default: as published)")
+    performance = parser.add_argument_group("performance")
+    cli.add_device(performance)
+    cli.add_batches(performance, batch_size=64)
+    cli.add_log_file(parser)
     args = parser.parse_args(argv)
     check(args, parser)
     args.output_file = args.output_file or args.gen_imgs_path.with_name(f"{args.gen_imgs_path.name}_{args.job}.txt")
@@ -93,7 +96,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging()
+    cli.setup_logging(args.log_file)
     with locked(args.output_file.with_name(f".{args.output_file.stem}.lock"), args.output_file.name):
         print(score_fid(args) if args.job == "fid" else score_prompts(args))
 

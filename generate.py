@@ -29,6 +29,7 @@ from des.pipelines import (
     SCHEDULERS,
     dtype_for,
     family_of,
+    is_distilled,
     open_pipeline,
     open_refiner,
     place,
@@ -99,7 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument("--height", type=cli.positive_int, metavar="H", help="pixels (default: the model's)")
     sampling.add_argument("--width", type=cli.positive_int, metavar="W", help="pixels (default: the model's)")
     sampling.add_argument(
-        "--strength", type=cli.number(float, 0, 1, low_open=True), metavar="X", help="how far --init_images change, up to 1"
+        "--strength", type=cli.number(float, 0, 1, low_open=True), metavar="X", help="how far --init_images change"
     )
     sampling.add_argument(
         "--max_sequence_length", type=cli.positive_int, metavar="N", help="tokens of a T5 prompt (default: SD3 256, FLUX 512)"
@@ -125,6 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     performance.add_argument("--enable_model_cpu_offload", action="store_true", help="keep on the GPU only the model in use")
     performance.add_argument("--attention_slicing", action="store_true", help="less memory, slower; for models with a UNet")
     add_scoring(parser)
+    cli.add_log_file(parser)
     args = parser.parse_args(argv)
     check_method(parser, args)
     check_scoring(parser, args)
@@ -153,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.make_deterministic()
     processes = Processes(args.device)
     args.device = processes.device
-    cli.setup_logging(quiet=not processes.is_main)
+    cli.setup_logging(args.log_file, quiet=not processes.is_main)
     table = pd.DataFrame({"prompt": [args.prompt]}) if args.prompt is not None else read_rows(args.prompts_csv)
     prompts = table["prompt"].tolist()
     rows = rows_to_draw(args, prompts)
@@ -247,11 +249,10 @@ def check_options(args: argparse.Namespace, pipe: DiffusionPipeline) -> None:
     has_t5 = "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters
     if args.max_sequence_length and not has_t5:
         raise UserError(f"--max_sequence_length is T5's, and {args.model_path} has none")
-    distilled = getattr(pipe, "transformer", None) is not None and not pipe.transformer.config.get("guidance_embeds", True)
-    if distilled and args.guidance_scale is not None:
+    if is_distilled(pipe) and args.guidance_scale is not None:
         raise UserError(f"{args.model_path} was distilled without guidance; leave --guidance_scale out")
     if args.guidance_scale is None:
-        args.guidance_scale = 0.0 if distilled else family_of(args.model_path).guidance_scale
+        args.guidance_scale = 0.0 if is_distilled(pipe) else family_of(args.model_path).guidance_scale
 
 
 def rows_to_draw(args: argparse.Namespace, prompts: list[str]) -> list[int]:
@@ -270,7 +271,7 @@ def rows_to_draw(args: argparse.Namespace, prompts: list[str]) -> list[int]:
             "%d of %d prompts are left out: they put minors in a sexual context, and are never drawn", left_out, len(rows)
         )
     if not kept:
-        raise UserError("no prompt is left to draw")
+        raise UserError("no prompt is left to draw: every one of these rows is left out")
     return kept
 
 

@@ -39,6 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
     performance.add_argument("--batch_size", type=cli.positive_int, default=64, metavar="N", help="prompts a forward pass")
+    cli.add_log_file(parser)
     args = parser.parse_args(argv)
     if args.save_all_encoders and args.max_sequence_length:
         parser.error("--max_sequence_length is T5's; name that encoder by --encoder_idx")
@@ -47,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging()
+    cli.setup_logging(args.log_file)
     prompts = read_prompts(args.csv_path)
     indices = text_encoders(args.model_path) if args.save_all_encoders else [args.encoder_idx]
     for index in indices:

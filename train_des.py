@@ -31,6 +31,7 @@ from des.processes import Processes
 from des.prompts import read_prompts
 from des.results import provenance
 from des.states import States, open_metrics
+from des.trackers import TRACKERS, check_trackers, tracking
 from des.training import PRECISIONS, Pairs, Settings, Summary, all_that_decides, make_trainable, train
 
 import torch
@@ -44,7 +45,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--text_encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of its text encoders, from 1"
     )
     cli.add_embedding(main_group)
-    main_group.add_argument("--concept_prompt", default="nudity", metavar="TEXT", help="the concept to remove, in words")
+    main_group.add_argument(
+        "--concept_prompt",
+        nargs="+",
+        default=["nudity"],
+        metavar="TEXT",
+        help="the concept to remove, in words; several, each in quotes, get a NEN term each and share the guidance",
+    )
     files = parser.add_argument_group("files")
     files.add_argument("--codebook_dir", type=Path, required=True, metavar="DIR", help="made by save_codebook.py")
     files.add_argument("--unsafe_csv_path", type=Path, required=True, metavar="CSV", help="prompts for the concept")
@@ -84,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     hyper.add_argument("--batch_size", type=cli.positive_int, default=128, metavar="N", help="pairs a step")
     hyper.add_argument(
-        "--lambda_safe", type=cli.number(float, 0, 1), default=0.3, metavar="L", help="weight of SEP against UEN + NEN, 0 to 1"
+        "--lambda_safe", type=cli.number(float, 0, 1), default=0.3, metavar="L", help="weight of SEP against UEN + NEN"
     )
     alpha = hyper.add_mutually_exclusive_group()
     alpha.add_argument("--concept_guidance_scale", type=cli.number(float, 0), default=200.0, metavar="ALPHA", help="alpha")
@@ -134,11 +141,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_deterministic(performance)
     performance.add_argument("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
     performance.add_argument("--multi_gpu", action="store_true", help="spread the encoder's layers over all GPUs (device_map)")
+    log = cli.add_log_file(parser)
+    log.add_argument(
+        "--report_to",
+        nargs="+",
+        choices=TRACKERS,
+        default=[],
+        metavar="T",
+        help=f"follow the losses in {' or '.join(TRACKERS)} too",
+    )
     args = parser.parse_args(argv)
     if args.precision == "tf32" and args.device.type != "cuda":
         parser.error("--precision tf32 needs a CUDA device")
     if args.multi_gpu and torch.cuda.device_count() < 2:
         parser.error(f"--multi_gpu needs two CUDA devices or more, and {torch.cuda.device_count()} are there")
+    if not all(prompt.strip() for prompt in args.concept_prompt) or len(set(args.concept_prompt)) < len(args.concept_prompt):
+        parser.error("--concept_prompt takes different concepts in words, none of them blank")
     if not args.concept_term and losses.SEP not in args.ablation:
         parser.error("--no_concept_term is about the loss SEP, which --ablation leaves out")
     return args
@@ -150,12 +168,13 @@ def main(argv: list[str] | None = None) -> None:
         cli.make_deterministic()
     processes = Processes(args.device, all_trained=args.embedding == "last_hidden_state")
     args.device = processes.device
-    cli.setup_logging(quiet=not processes.is_main)
+    cli.setup_logging(args.log_file, quiet=not processes.is_main)
     safe = read_prompts(args.safe_csv_path, args.sampling_ratio)
     unsafe = read_prompts(args.unsafe_csv_path, args.sampling_ratio)
     if args.dry_run:
         print(dry_run(args, processes, safe, unsafe))
         return
+    check_trackers(args.report_to)
     if args.multi_gpu and processes.count > 1:
         raise UserError("--multi_gpu spreads one process over all GPUs; start it without accelerate launch")
     if processes.sharded and (args.resume or args.save_every_steps):
@@ -172,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     run_dir = args.output_dir / own_name(args.model_path, encoder.index, run_name, "encoder{i}_" + run_name)
     with locked(run_dir / ".lock", "a training run") if processes.is_main else nullcontext():
         if processes.is_main:
-            cli.setup_logging(run_dir / "train.log")
+            cli.setup_logging(args.log_file, run_dir / "train.log")
         norm = concept.n.norm().item()
         told = "%d unsafe and %d safe prompts; |n| = %.2f, alpha = %g, alpha / |n| = %.3f"
         logger.info(told, len(unsafe), len(safe), norm, concept.alpha, concept.alpha / norm)
@@ -199,12 +218,17 @@ def fit(
     if done is None:
         return
     facts = facts_of(args, encoder, pairs.codebook, concept, settings) | {"made_from": made_from}
-    concept_ids = encoder.tokenize([args.concept_prompt])
-    with open_metrics(run_dir / "metrics.jsonl", done) if processes.is_main else Path(os.devnull).open("w") as metrics:
+    concept_ids = encoder.tokenize(args.concept_prompt)
+    followed = args.report_to if processes.is_main else []
+    with (
+        tracking(followed, run_dir, made_from, done) as track,
+        open_metrics(run_dir / "metrics.jsonl", done) if processes.is_main else Path(os.devnull).open("w") as metrics,
+    ):
 
         def log_step(step: dict) -> None:
             metrics.write(json.dumps(step) + "\n")
             metrics.flush()
+            track(step)
 
         def save(epoch: int, trained: TextEncoder) -> Path | None:
             last = epoch == args.num_epochs
@@ -277,7 +301,9 @@ def facts_of(
 
 def frozen_concept(encoder: TextEncoder, args: argparse.Namespace) -> losses.Concept:
     """n = E(concept prompt) and e0 = E("") of the encoder before training, each [tokens, hidden], and alpha."""
-    n, e0 = next(encoder.encode([args.concept_prompt, ""], 2)).float().clone()
+    prompts = [*args.concept_prompt, ""]
+    *concepts, e0 = next(encoder.encode(prompts, len(prompts))).float().clone()
+    n = losses.joint(torch.stack(concepts))
     ratio = args.concept_guidance_ratio
     return losses.Concept(n, e0, args.concept_guidance_scale if ratio is None else ratio * n.norm().item())
 

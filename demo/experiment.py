@@ -2,6 +2,7 @@
 
     python demo/experiment.py --out results/quickstart --limit 60        # as scripts/quickstart.sh does
     python demo/experiment.py --out results/full --seeds 1 2 3           # the README's table
+    python demo/experiment.py --out results/both --concept both          # a second concept, the house, together with the first
 
 Every step is one of the project's scripts with its own command line, run in this process so that libraries load once.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from demo.evaluation import BENIGN_SETS, CLASSIFIERS, CONCEPT_SETS, PIPELINE, SETS, Sampling, evaluate, script
+from demo.evaluation import CLASSIFIERS, EXPERIMENTS, OTHERS, PIPELINE, SETS, Sampling, concept_of, evaluate, script
 from demo.figure import draw_comparison
 from demo.world import CONCEPT
 from des import cli
@@ -24,33 +25,46 @@ from des.cli import UserError
 from des.prompts import read_rows
 from des.results import show, write_json, write_text
 
+import pandas as pd
+
 MARKER = "experiment.json"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument(
+    files = parser.add_argument_group("what is done")
+    files.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="gets everything; an earlier experiment in it is replaced"
     )
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="val is for choosing settings")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument(
+    files.add_argument("--concept", choices=EXPERIMENTS, default=CONCEPT, help="what DES is to remove")
+    files.add_argument("--split", choices=("test", "val"), default="test", help="val is for choosing settings")
+    files.add_argument("--sets", nargs="+", choices=SETS, metavar="SET", help="test sets (default: all of the concept's)")
+    files.add_argument(
         "--limit", type=cli.positive_int, metavar="N", help="images a set, evenly over the objects (default: all)"
     )
-    parser.add_argument("--seeds", type=cli.natural, nargs="+", default=[42], metavar="S", help="training seeds")
+    files.add_argument("--seeds", type=cli.natural, nargs="+", default=[42], metavar="S", help="training seeds")
     training = parser.add_argument_group("DES training")
-    training.add_argument("--learning_rate", type=cli.number(float, 0, 1, low_open=True), default=2e-3, metavar="LR")
-    training.add_argument("--num_epochs", type=cli.positive_int, default=20, metavar="N")
-    training.add_argument("--batch_size", type=cli.positive_int, default=128, metavar="N")
+    training.add_argument(
+        "--learning_rate", type=cli.number(float, 0, 1, low_open=True), default=2e-3, metavar="LR", help="of AdamW"
+    )
+    training.add_argument("--num_epochs", type=cli.positive_int, default=20, metavar="N", help="passes over the pairs")
+    training.add_argument("--batch_size", type=cli.positive_int, default=128, metavar="N", help="pairs a step")
     training.add_argument("--concept_guidance_ratio", type=cli.number(float, 0), default=0.3, metavar="R", help="alpha / |n|")
-    training.add_argument("--lambda_safe", type=cli.number(float, 0, 1), default=0.3, metavar="L")
+    training.add_argument("--lambda_safe", type=cli.number(float, 0, 1), default=0.3, metavar="L", help="weight of SEP")
     training.add_argument("--ablation", nargs="+", default=["1", "2", "3"], help="losses that are ON")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--num_inference_steps", type=cli.positive_int, default=20, metavar="N")
-    sampling.add_argument("--guidance_scale", type=cli.number(float, 0), default=3.0, metavar="G")
-    sampling.add_argument("--image_batch_size", type=cli.positive_int, default=32, metavar="N")
-    cli.add_device(parser)
-    return parser.parse_args(argv)
+    sampling.add_argument("--num_inference_steps", type=cli.positive_int, default=20, metavar="N", help="denoising steps")
+    sampling.add_argument("--guidance_scale", type=cli.number(float, 0), default=3.0, metavar="G", help="guidance")
+    sampling.add_argument("--image_batch_size", type=cli.positive_int, default=32, metavar="N", help="images at a time")
+    cli.add_device(sampling)
+    args = parser.parse_args(argv)
+    offered = EXPERIMENTS[args.concept].sets
+    args.sets = list(dict.fromkeys(args.sets or offered))
+    if foreign := set(args.sets) - set(offered):
+        parser.error(f"--concept {args.concept} is tested on {', '.join(offered)}, not on {', '.join(sorted(foreign))}")
+    if args.split == "val" and args.concept != CONCEPT:
+        parser.error(f"--split val has lists for --concept {CONCEPT} only")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,17 +72,18 @@ def main(argv: list[str] | None = None) -> None:
     start = time.monotonic()
     begin(args)
     prompts = {name: shortened(args, name) for name in args.sets}
-    script("save_codebook.py", "--model_path", PIPELINE, "--device", args.device, "--csv_path", ROOT / "datasets/demo_safe_train.csv",
+    removed = EXPERIMENTS[args.concept].concepts
+    script("save_codebook.py", "--model_path", PIPELINE, "--device", args.device, "--csv_path", safe_list(args),
            "--save_dir", args.out / "codebook", "--batch_size", 256)  # fmt: skip
     say("Images of the original model, and their scores")
     sampling = Sampling(args.device, args.num_inference_steps, args.guidance_scale, args.image_batch_size)
-    before = evaluate(sampling, prompts, args.out / "original")
+    before = evaluate(sampling, prompts, args.out / "original", removed=removed)
     after = {}
     for seed in args.seeds:
         say(f"DES training, seed {seed}")
         checkpoint = train(args, seed)
         say(f"Images of the protected model, seed {seed}, and their scores")
-        after[seed] = evaluate(sampling, prompts, args.out / f"protected-{seed}", checkpoint)
+        after[seed] = evaluate(sampling, prompts, args.out / f"protected-{seed}", checkpoint, removed)
     table = summary_table(args, before, after)
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     minutes = (time.monotonic() - start) / 60
@@ -102,12 +117,27 @@ def shortened(args: argparse.Namespace, name: str) -> Path:
     return path
 
 
+def safe_list(args: argparse.Namespace) -> Path:
+    """The prompts whose images must stay."""
+    return ROOT / f"datasets/{EXPERIMENTS[args.concept].safe}.csv"
+
+
+def unsafe_list(args: argparse.Namespace) -> Path:
+    """The prompts for the concept; those for several are put together into a list of their own."""
+    first, *further = [ROOT / f"datasets/{name}.csv" for name in EXPERIMENTS[args.concept].unsafe]
+    if not further:
+        return first
+    path = args.out / "prompts/demo_unsafe_train.csv"
+    pd.concat([read_rows(each) for each in (first, *further)]).to_csv(path, index=False)
+    return path
+
+
 def train(args: argparse.Namespace, seed: int) -> Path:
     """Train with one seed; returns the last checkpoint."""
     output = args.out / f"checkpoints-{seed}"
     script("train_des.py", "--model_path", PIPELINE, "--device", args.device, "--codebook_dir", args.out / "codebook",
-           "--unsafe_csv_path", ROOT / "datasets/demo_unsafe_train.csv", "--safe_csv_path", ROOT / "datasets/demo_safe_train.csv",
-           "--output_dir", output, "--safe_embedding_path", args.out / "safe_embeddings.pth", "--concept_prompt", CONCEPT,
+           "--unsafe_csv_path", unsafe_list(args), "--safe_csv_path", safe_list(args), "--output_dir", output,
+           "--safe_embedding_path", args.out / "safe_embeddings.pth", "--concept_prompt", *EXPERIMENTS[args.concept].concepts,
            "--concept_guidance_ratio", args.concept_guidance_ratio, "--learning_rate", args.learning_rate,
            "--num_epochs", args.num_epochs, "--batch_size", args.batch_size, "--lambda_safe", args.lambda_safe,
            "--ablation", *args.ablation, "--save_every", args.num_epochs, "--seed", seed)  # fmt: skip
@@ -128,17 +158,18 @@ def summary_table(args: argparse.Namespace, before: dict, after: dict[int, dict]
         spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
         return f"| {title} | {old:.2f} | {statistics.fmean(values):.2f}{spread} |"
 
-    for name in [name for name in args.sets if name in CONCEPT_SETS]:
-        lines.append(share(f"ASR, {CONCEPT_SETS[name]}", name, "concept"))
+    for name in filter(concept_of, args.sets):
+        lines.append(share(f"ASR, {SETS[name]}", name, "concept"))
         old = before[name]["concept"]["mean_probability"]
         lines.append(
             mean("its mean detector probability", [run[name]["concept"]["mean_probability"] for run in after.values()], old)
         )
-    for name in [name for name in args.sets if name in BENIGN_SETS]:
-        lines += [share(f"{label} right, {BENIGN_SETS[name]}", name, label) for label in CLASSIFIERS]
-    if "benign" in args.sets:
-        for key, title in (("clip_score", "CLIP score, all other objects"), ("fid", "FID, all other objects")):
-            lines.append(mean(title, [run["benign"][key] for run in after.values()], before["benign"][key]))
+    for name in [name for name in args.sets if not concept_of(name)]:
+        lines += [share(f"{label} right, {SETS[name]}", name, label) for label in CLASSIFIERS]
+    for name in [name for name in args.sets if SETS[name] == OTHERS]:
+        for key, title in (("clip_score", "CLIP score"), ("fid", "FID")):
+            values = [run[name][key] for run in after.values()]
+            lines.append(mean(f"{title}, {OTHERS}", values, before[name][key]))
     return "\n".join(lines)
 
 

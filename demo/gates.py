@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, CL
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from demo.evaluation import CLASSIFIERS, CLIP, PIPELINE, SETS, Sampling, evaluate
+from demo.evaluation import CLASSIFIERS, CLIP, EXPERIMENTS, PIPELINE, Sampling, evaluate
 from demo.world import CONCEPT, CONCEPT_WORDS, INDIRECT, KINDS, random_scene, render
 from des import cli, losses
 from des.encoders import load_encoder
@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    prompts = {name: ROOT / f"datasets/demo_{name}.csv" for name in SETS}
+    prompts = {name: ROOT / f"datasets/demo_{name}.csv" for name in EXPERIMENTS[CONCEPT].sets}
     scores = evaluate(Sampling(args.device), prompts, args.out / "original")
     gates = [
         (f"{label}, benign prompts", scores["benign"][label], least)

@@ -3,18 +3,33 @@
     python demo/prompts.py
 
 No prompt is in two lists. The test lists' synonyms and indirect phrases share no concept word with the training lists. Each
-list also says what its prompts name (columns object, colour, background), for the scorers.
+list also says what its prompts name (columns object, colour, background), for the scorers. The lists `demo_house_*` and
+`demo_both_*` are for removing a second concept, the house, instead of the first or together with it.
 """
 
 import csv
 import random
 import sys
+from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo.world import BENIGN_KINDS, CONCEPT, CONCEPT_WORDS, INDIRECT, NEIGHBOUR, describe, random_scene
+from demo.world import (
+    BENIGN_KINDS,
+    CONCEPT,
+    CONCEPT_WORDS,
+    INDIRECT,
+    KINDS,
+    MISSPELT,
+    NEIGHBOUR,
+    NOUNS,
+    SECOND,
+    SECOND_NEIGHBOUR,
+    describe,
+    random_scene,
+)
 
 DATASETS = Path(__file__).resolve().parents[1] / "datasets"
 COLUMNS = ("prompt", "object", "colour", "background")
@@ -22,11 +37,11 @@ SEED = 2026
 
 
 def concept_list(
-    rng: random.Random, nouns: tuple[str, ...], count: int, taken: set[str], typos: bool = False
+    rng: random.Random, nouns: Iterable[str], count: int, taken: set[str], typos: bool = False, kind: str = CONCEPT
 ) -> list[dict[str, str]]:
-    """`count` new prompts for the concept, its names in turn."""
+    """`count` new prompts for a concept, its names in turn."""
     turns = cycle(nouns)
-    return _new_prompts(lambda: describe(random_scene(rng, CONCEPT, CONCEPT), rng, next(turns), typos), count, taken)
+    return _new_prompts(lambda: describe(random_scene(rng, kind, kind), rng, next(turns), typos), count, taken)
 
 
 def benign_list(
@@ -62,7 +77,26 @@ def all_lists() -> dict[str, list[dict[str, str]]]:
     unsafe_nouns = CONCEPT_WORDS["train"] * 2 + INDIRECT["train"]
     lists["demo_unsafe_train"] = concept_list(rng, unsafe_nouns, 2000, taken, typos=True)
     lists["demo_safe_train"] = benign_list(rng, BENIGN_KINDS, 4400, taken, typos=True)
-    return lists
+    return lists | second_lists(taken)
+
+
+def second_lists(taken: set[str]) -> dict[str, list[dict[str, str]]]:
+    """The lists for the second concept. One of its names is held out, and so are all misspellings."""
+    rng = random.Random(SEED + 1)
+    name, held_out = NOUNS[SECOND]
+    others = tuple(kind for kind in KINDS if kind != SECOND)
+    neither = tuple(kind for kind in others if kind != CONCEPT)
+    return {
+        f"demo_{SECOND}_plain": concept_list(rng, (name,), 200, taken, kind=SECOND),
+        f"demo_{SECOND}_synonyms": concept_list(rng, (held_out,), 200, taken, kind=SECOND),
+        f"demo_{SECOND}_misspelt": concept_list(rng, MISSPELT, 200, taken, kind=SECOND),
+        f"demo_{SECOND}_benign": benign_list(rng, others, 440, taken),
+        f"demo_{SECOND}_neighbour": benign_list(rng, (SECOND_NEIGHBOUR,), 200, taken),
+        "demo_both_benign": benign_list(rng, neither, 440, taken),
+        f"demo_{SECOND}_unsafe_train": concept_list(rng, (name,), 2000, taken, kind=SECOND),
+        f"demo_{SECOND}_safe_train": benign_list(rng, others, 4400, taken, typos=True),
+        "demo_both_safe_train": benign_list(rng, neither, 4400, taken, typos=True),
+    }
 
 
 def main() -> None:

@@ -298,17 +298,20 @@ def train_gates(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=MODELS, help="gets the finished models")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--work_dir", type=Path, default=MODELS.parent / "work", help="resumable states and caches")
-    parser.add_argument("--seed", type=cli.natural, default=0)
-    parser.add_argument("--clip_steps", type=cli.positive_int, default=3500)
-    parser.add_argument("--clip_batch", type=cli.positive_int, default=192)
-    parser.add_argument("--vae_steps", type=cli.positive_int, default=2000)
-    parser.add_argument("--classifier_steps", type=cli.positive_int, default=1000)
-    parser.add_argument("--unet_steps", type=cli.positive_int, default=5500)
-    parser.add_argument("--latents", type=cli.positive_int, default=40_000, help="pictures in the UNet's training set")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    main_group = parser.add_argument_group("main")
+    main_group.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="what is trained")
+    main_group.add_argument("--out", type=Path, default=MODELS, metavar="DIR", help="gets the finished models")
+    work = MODELS.parent / "work"
+    main_group.add_argument("--work_dir", type=Path, default=work, metavar="DIR", help="resumable states and caches")
+    main_group.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of everything")
+    lengths = parser.add_argument_group("lengths")
+    for option, default, told in (
+        ("clip_steps", 3500, "steps of the CLIP"), ("clip_batch", 192, "captions and pictures a step of the CLIP"),
+        ("vae_steps", 2000, "steps of the VAE"), ("classifier_steps", 1000, "steps of each classifier"),
+        ("unet_steps", 5500, "steps of the UNet"), ("latents", 40_000, "pictures in the UNet's training set"),
+    ):  # fmt: skip
+        lengths.add_argument(f"--{option}", type=cli.positive_int, default=default, metavar="N", help=told)
     return parser.parse_args(argv)
 
 

@@ -21,6 +21,7 @@ SUPERSAMPLING = 4
 CONCEPT = "mushroom"
 NEIGHBOUR = "umbrella"
 KINDS = ("ball", "box", "triangle", "star", "heart", "moon", "tree", "house", "fish", "flower", NEIGHBOUR, CONCEPT)
+SECOND, SECOND_NEIGHBOUR = "house", "box"  # a second concept, to remove instead or as well
 BENIGN_KINDS = tuple(kind for kind in KINDS if kind != CONCEPT)
 
 COLOURS = {
@@ -64,6 +65,12 @@ NOUNS = {
     "flower": ("flower", "blossom"),
     "umbrella": ("umbrella", "brolly"),
 }
+
+# The second concept's two names have one look, and the encoder takes one for the other; these are other points of its space. They
+# were chosen by their cosine to the name alone, between 0.84 and 0.96.
+MISSPELT = (
+    "hosse", "hosu", "hoseu", "hosee", "hooouse", "cottgae", "cttage", "cotgae", "coottgae", "ctage", "ctatge", "cotagte",
+)  # fmt: skip
 
 # The concept's names, each with its own look, and how they are used: DES trains on some of them, chooses its settings on
 # others, and is tested on the rest.

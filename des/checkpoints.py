@@ -114,7 +114,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint file {path}")
+        raise UserError(f"there is no checkpoint file {path}; train_des.py and download_checkpoint.py say where theirs are")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else read_pt(path)
     except SafetensorError:
@@ -162,7 +162,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     else:
         files = [name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()][:1]
     if not files:
-        raise UserError(f"{folder} holds no model.safetensors or pytorch_model.bin")
+        raise UserError(f"{folder} holds no model.safetensors or pytorch_model.bin; name the folder of the encoder itself")
     state = {name: tensor for file in files for name, tensor in read_tensors(folder / file).items()}
     return {name: tensor for name, tensor in state.items() if not name.startswith(_OTHER_TOWER)}
 
@@ -182,13 +182,16 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     if shapes:
         name = min(shapes)
         theirs, ours = tuple(loaded[name].shape), tuple(own[name].shape)
-        raise UserError(f"{path} was made for another encoder: `{name}` is {theirs} there and {ours} in the model")
+        other = f"{path} was made for another encoder: `{name}` is {theirs} there and {ours} in the model"
+        raise UserError(f"{other}; give it to the text encoder that it was trained from")
     if missing or surplus:
         lacks = [f"lacks {_some(missing)}"] * bool(missing) + [f"has the unknown {_some(surplus)}"] * bool(surplus)
         raise UserError(f"{path} does not fit the model's text encoder: it {' and '.join(lacks)}")
     cast = {name: tensor.to(own[name].dtype) for name, tensor in loaded.items()}
     if all(torch.equal(own[name].cpu(), tensor) for name, tensor in cast.items() if name != PROJECTION):
-        raise UserError(f"this checkpoint does not change the encoder: the weights in {path} are the model's own")
+        raise UserError(
+            f"this checkpoint does not change the encoder: the weights in {path} are the model's own, so nothing would be protected"
+        )
     broken = [name for name, tensor in cast.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(f"{path} does not fit into {own[broken[0]].dtype}: {_some(broken)} overflows; use --dtype bf16 or fp32")

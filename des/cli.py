@@ -4,6 +4,7 @@ import argparse
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,17 +14,26 @@ import torch
 from tqdm import tqdm
 
 logger = logging.getLogger("des")
+_LOG_LINE = re.compile(r"\d\d:\d\d:\d\d ")
 
 
 class UserError(Exception):
     """Something the user can mend, said in one sentence; scripts print it and exit with 1, without a traceback."""
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults after each option and keeps the script's docstring as it is written."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows range and default after each option, and keeps the script's docstring as it is written."""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told, default = action.help or "", action.default
+        facts = [action.type.told] if hasattr(action.type, "told") else []
+        if facts and "(default" in told:
+            return told.replace("(default", f"({facts[0]}; default", 1)
+        flagged = action.nargs == 0 or default is None or default is argparse.SUPPRESS or default == []
+        if action.option_strings and not flagged and "(default" not in told:
+            value = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+            facts.append("default: " + value.replace("%", "%%"))
+        return f"{told} ({'; '.join(facts)})" if facts else told
 
 
 def run(main: Callable[[], None]) -> None:
@@ -31,6 +41,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
+        logger.debug("error: %s", error)  # for --log_file; exit prints it
         sys.exit(f"error: {error}")
     except UnicodeError:
         sys.exit("error: a name or text on the command line is not in UTF-8, as models and result files need it")
@@ -44,20 +55,24 @@ def run(main: Callable[[], None]) -> None:
         sys.exit("interrupted; finished files are kept")
 
 
-def number(kind: type, low: float = -math.inf, high: float = math.inf, low_open: bool = False) -> Callable[[str], float]:
+_LARGEST = 2**63 - 1  # what Python counts with; and seeds, to which rows and copies are added, end at 2^64
+
+
+def number(kind: type, low: float, high: float = math.inf, low_open: bool = False) -> Callable[[str], float]:
     """Return an argparse type: a finite `kind` (int or float) within low..high (`low_open`: low itself is refused)."""
 
     def parse(text: str):
         value = kind(text)
         if not low <= value <= high or abs(value) == math.inf or (low_open and value == low):  # NaN is in no range
-            raise argparse.ArgumentTypeError(f"{text} is outside {'(' if low_open else '['}{low}, {high}]")
+            raise argparse.ArgumentTypeError(f"{text} is outside its range: {parse.told}")
         return value
 
     parse.__name__ = kind.__name__
+    least = f"above {low}" if low_open else f"{low} or more"
+    parse.told = least if high in (math.inf, _LARGEST) else f"{least}, up to {high}" if low_open else f"{low} to {high}"
     return parse
 
 
-_LARGEST = 2**63 - 1  # what Python counts with; and seeds, to which rows and copies are added, end at 2^64
 positive_int = number(int, 1, _LARGEST)
 natural = number(int, 0, _LARGEST)
 
@@ -123,6 +138,13 @@ def add_deterministic(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--deterministic", action="store_true", help=told)
 
 
+def add_log_file(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the group with the option for a copy of the log."""
+    group = parser.add_argument_group("log")
+    group.add_argument("--log_file", type=Path, metavar="F", help="add the log lines to this file too, with more details")
+    return group
+
+
 def make_deterministic() -> None:
     """Use deterministic algorithms only; to be called before the first product of matrices on a GPU, which starts cuBLAS."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -142,17 +164,27 @@ class _BesideBars(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def setup_logging(log_file: Path | None = None, quiet: bool = False) -> None:
-    """Send the project's log lines to stderr and, where given, to a file as well, with the details (DEBUG) that stderr omits.
+def _is_log(path: Path) -> bool:
+    """Whether a file is empty or starts as a log does."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        start = file.read(9)
+    return not start or bool(_LOG_LINE.match(start))
 
-    `quiet` is for the processes beside the main one: they say nothing below an error.
+
+def setup_logging(*log_files: Path | None, quiet: bool = False) -> None:
+    """Send the project's log lines to stderr and to files (None is none), which get the details (DEBUG) that stderr omits.
+
+    `quiet` is for the processes beside the main one: they write no file, and say nothing below an error. Raises UserError for a
+    file with other content than such lines.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     handlers: list[logging.Handler] = [_BesideBars()]
-    if log_file is not None:
+    for log_file in () if quiet else filter(None, log_files):
         log_file.parent.mkdir(parents=True, exist_ok=True)
+        if log_file.exists() and not _is_log(log_file):
+            raise UserError(f"{log_file} holds something else than a log; give another file")
         handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace"))
     handlers[0].setLevel(logging.ERROR if quiet else logging.INFO)
     for handler in handlers:

@@ -62,7 +62,7 @@ def image_hashes(folder: Path, expected: int | None = None, skip_unreadable: boo
     (`des.manifest.check`); with `skip_unreadable` damaged images pass.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no image folder {folder}")
+        raise UserError(f"there is no image folder {folder}; generate.py draws one, and says where")
     found = []
     for path in _walk(folder):
         named = path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
@@ -75,7 +75,9 @@ def image_hashes(folder: Path, expected: int | None = None, skip_unreadable: boo
     if not found:
         raise UserError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
     if expected is not None and len(found) != expected:
-        raise UserError(f"{folder} holds {len(found)} images, and {expected} are expected")
+        raise UserError(
+            f"{folder} holds {len(found)} images, and {expected} are expected; draw the others first, or check the number"
+        )
     rows = {path: row_of(path) for path in found}
     digests = manifest.hashes(sorted(found, key=lambda path: (rows[path] is None, rows[path] or 0, str(path))))
     manifest.check(folder, digests, (lambda path: not is_complete(path)) if skip_unreadable else (lambda path: False))

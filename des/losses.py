@@ -22,7 +22,10 @@ def cos(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Concept:
-    """The frozen encoder's view of the concept: `n` = E(concept prompt) and `e0` = E(""), each [tokens, hidden], and `alpha`."""
+    """The frozen encoder's view of the concept: `n` = E(concept prompt) and `e0` = E(""), each [tokens, hidden], and `alpha`.
+
+    Of several concept prompts `n` is the `joint` one.
+    """
 
     n: Tensor
     e0: Tensor
@@ -38,6 +41,19 @@ class Concept:
         return farthest.float() - self.shift
 
 
+def joint(embeddings: Tensor) -> Tensor:
+    """One n for several concepts: E(concept prompts) [concepts, tokens, hidden] to [tokens, hidden].
+
+    It points to the mean of their directions and has the mean of their norms, so that none counts for more by being longer; of
+    one concept it is that concept's embedding.
+    """
+    if len(embeddings) == 1:
+        return embeddings[0]
+    norms = embeddings.flatten(1).norm(dim=1)
+    mean = (embeddings / norms[:, None, None]).mean(0)
+    return norms.mean() * mean / mean.norm()
+
+
 def sep(safe: Tensor, original: Tensor, concept: Concept) -> tuple[Tensor, Tensor]:
     """Safe embedding preservation, its two terms: 1 - cos(E~(s), E(s)) and 1 - cos(E~(s) + alpha * n^, E(s)), batch means."""
     return (1 - cos(safe, original)).mean(), (1 - cos(safe.float() + concept.shift, original)).mean()
@@ -48,15 +64,15 @@ def uen(unsafe: Tensor, target: Tensor) -> Tensor:
     return (1 - cos(unsafe, target)).mean()
 
 
-def nen(concept_embedding: Tensor, concept: Concept) -> Tensor:
-    """Nudity (concept) embedding neutralization: 1 - cos(E~(concept), e0)."""
-    return (1 - cos(concept_embedding, concept.e0)).mean()
+def nen(concept_embeddings: Tensor, concept: Concept) -> Tensor:
+    """Nudity (concept) embedding neutralization: 1 - cos(E~(concept), e0), a term for each concept [concepts, tokens, hidden]."""
+    return (1 - cos(concept_embeddings, concept.e0)).sum()
 
 
 def total(
     unsafe: Tensor,
     safe: Tensor,
-    concept_embedding: Tensor,
+    concept_embeddings: Tensor,
     target: Tensor,
     original: Tensor,
     concept: Concept,
@@ -67,7 +83,7 @@ def total(
 ) -> dict[str, Tensor]:
     """lambda * SEP + (1 - lambda) * (UEN + NEN) over the losses named in `ablation`, and each of its parts.
 
-    `unsafe`, `safe`, `concept_embedding` come from E~ with gradients, `target` and `original` = E(s) are constants. Returns
+    `unsafe`, `safe`, `concept_embeddings` come from E~ with gradients, `target` and `original` = E(s) are constants. Returns
     scalars `sep` (first term), `sep_concept` (second term), `uen`, `nen`, `total`; those that are switched off are 0, and without
     `concept_term` so is SEP's second one (the paper's ablation). `share` is the weight of these rows where several processes hold parts of a batch: processes * rows here / rows in all.
     """  # fmt: skip
@@ -77,7 +93,7 @@ def total(
         "sep": share * first,
         "sep_concept": share * second if concept_term else zero,
         "uen": share * uen(unsafe, target) if UEN in ablation else zero,
-        "nen": nen(concept_embedding, concept) if NEN in ablation else zero,
+        "nen": nen(concept_embeddings, concept) if NEN in ablation else zero,
     }
     parts["total"] = lambda_safe * (parts["sep"] + parts["sep_concept"]) + (1 - lambda_safe) * (parts["uen"] + parts["nen"])
     return parts

@@ -28,8 +28,7 @@ class Method:
 
 
 def _des(pipe: DiffusionPipeline, args: argparse.Namespace) -> dict[str, Any]:
-    given = {i: getattr(args, option) for i, option in ENCODER_OPTIONS.items()}
-    return protect(pipe, {i: path for i, path in given.items() if path is not None})
+    return protect(pipe, given_encoders(args))
 
 
 def _published_encoder(hub_id: str, subfolder: str | None = None) -> Callable[[DiffusionPipeline, argparse.Namespace], dict]:
@@ -86,14 +85,25 @@ _OPTIONS = (*ENCODER_OPTIONS.values(), "unet_path", "adapter_path", "base_model_
 def add_method(parser: argparse._ActionsContainer) -> None:
     """Add `--training_method` and the options of the methods."""
     parser.add_argument("--training_method", choices=METHODS, default="none", help="none is the original model")
-    for i, option in ENCODER_OPTIONS.items():
-        what = "a protected text encoder" if i == 1 else f"the same for text encoder {i}"
-        parser.add_argument(f"--{option}", type=Path, metavar="CKPT", help=f"{what}: .pt, .safetensors or a folder")
+    add_encoders(parser)
     parser.add_argument("--unet_path", type=Path, metavar="F", help="UNet weights of uce, esd, fmn or salun, whole or in part")
     parser.add_argument("--adapter_path", type=Path, metavar="F", help="the adapters of spm")
     parser.add_argument(
         "--base_model_path", metavar="M", help="with safegen: what it was made from (default: CompVis/stable-diffusion-v1-4)"
     )
+
+
+def add_encoders(parser: argparse._ActionsContainer) -> None:
+    """Add the options that name protected text encoders."""
+    for i, option in ENCODER_OPTIONS.items():
+        what = "a protected text encoder" if i == 1 else f"the same for text encoder {i}"
+        parser.add_argument(f"--{option}", type=Path, metavar="CKPT", help=f"{what}: .pt, .safetensors or a folder")
+
+
+def given_encoders(args: argparse.Namespace) -> dict[int, Path]:
+    """The checkpoints that a command line gives, by the 1-based index of their text encoder."""
+    given = {i: getattr(args, option) for i, option in ENCODER_OPTIONS.items()}
+    return {i: path for i, path in given.items() if path is not None}
 
 
 def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Opening a diffusers pipeline for generation, and putting protected text encoders into it."""
 
 import contextlib
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,8 +167,12 @@ def _check_complete(pipe: DiffusionPipeline, model_path: str) -> None:
 
 def encoder_modules(pipe: DiffusionPipeline) -> dict[int, nn.Module]:
     """The text encoders that a pipeline draws with, by their 1-based index."""
-    names = {i: "text_encoder" if i == 1 else f"text_encoder_{i}" for i in range(1, 1 + max(map(max, PIPELINES.values())))}
+    names = {i: _encoder_name(i) for i in range(1, 1 + max(map(max, PIPELINES.values())))}
     return {i: getattr(pipe, name) for i, name in names.items() if getattr(pipe, name, None) is not None}
+
+
+def _encoder_name(index: int) -> str:
+    return "text_encoder" if index == 1 else f"text_encoder_{index}"
 
 
 def protect(pipe: DiffusionPipeline, checkpoints: dict[int, Path]) -> dict[int, dict[str, Any]]:
@@ -182,6 +187,24 @@ def protect(pipe: DiffusionPipeline, checkpoints: dict[int, Path]) -> dict[int, 
     if rest:
         logger.warning("text encoder %s of the pipeline is the original, NOT protected", " and ".join(rest))
     return told
+
+
+def protected_twin(pipe: DiffusionPipeline, checkpoints: dict[int, Path]) -> DiffusionPipeline:
+    """A second pipeline with these checkpoints in its text encoders; raises as `protect` does.
+
+    `pipe` stays as it is, and the two share everything else, scheduler and denoiser included: draw with one at a time.
+    """
+    twin = copy.copy(pipe)
+    for i in checkpoints.keys() & encoder_modules(pipe).keys():
+        setattr(twin, _encoder_name(i), copy.deepcopy(encoder_modules(pipe)[i]))
+    protect(twin, checkpoints)
+    return twin
+
+
+def is_distilled(pipe: DiffusionPipeline) -> bool:
+    """Whether a pipeline was distilled without guidance, as FLUX.1-schnell was, and ignores a guidance scale."""
+    transformer = getattr(pipe, "transformer", None)
+    return transformer is not None and not transformer.config.get("guidance_embeds", True)
 
 
 def encoder_sha256s(pipe: DiffusionPipeline) -> dict[str, str]:

@@ -15,7 +15,7 @@ GROUP_STYLES = {  # colour-blind safe (Okabe and Ito), and told apart by their m
     "safe": ("#0072b2", "o"),
     "unsafe": ("#d55e00", "^"),
     "concept": ("#a3467f", "*"),
-    "empty": ("#4d4d4d", "X"),
+    "empty": ("#4d4d4d", "s"),
 }
 MARK = "#009e73"
 
@@ -43,7 +43,7 @@ def embedding_map(space: EmbeddingMap, marked: Mapping[str, tuple[Tensor, Tensor
         draw_embeddings(axes, space, after, marked)
         axes.set_title(title, fontsize=10, color=INK)
     right.set_ylabel("")
-    right.legend(fontsize=8, frameon=False)
+    figure.legend(*right.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=6)
     return figure
 
 
@@ -53,10 +53,11 @@ def draw_embeddings(
     """Draw one side of the map, of the original encoder or (`after`) of the protected one."""
     for name, places in (space.after if after else space.before).items():
         colour, marker = GROUP_STYLES[name]
-        few = len(places) < 5
+        few, ring = len(places) < 5, name == "empty"  # which the concept comes to lie on
         axes.scatter(
-            places[:, 0].tolist(), places[:, 1].tolist(), s=130 if few else 16, c=colour, marker=marker, label=name,
-            alpha=1 if few else 0.55, edgecolors="white" if few else "none", zorder=3.5 if name == "concept" else 3 if few else 2,
+            places[:, 0].tolist(), places[:, 1].tolist(), s=260 if ring else 130 if few else 16, marker=marker, label=name,
+            facecolors="none" if ring else colour, edgecolors=colour if ring else "white" if few else "none",
+            alpha=1 if few else 0.55, zorder=3 if few else 2, linewidths=1.8 if ring else 1,
         )  # fmt: skip
     for label, places in (marked or {}).items():
         x, y = places[after].tolist()

@@ -36,7 +36,7 @@ def read_table(csv_path: Path, separator: str = ",") -> pd.DataFrame:
             f"{csv_path} has a row with more cells than its header, or an open quote; quote prompts with commas"
         ) from None
     except FileNotFoundError:
-        raise UserError(f"there is no prompt file {csv_path}") from None
+        raise UserError(f"there is no prompt file {csv_path}; datasets/download.py fetches the public ones") from None
     except (pd.errors.EmptyDataError, UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"{csv_path} is no readable CSV file in UTF-8: {str(error).strip().splitlines()[0]}") from None
 

@@ -237,10 +237,14 @@ class Scorecards:
         return lines
 
 
+def blurred(image: Image.Image) -> Image.Image:
+    """A thumbnail of 128x128 of which only colours are left."""
+    return image.convert("RGB").resize((12, 12), Image.Resampling.BOX).resize((128, 128), Image.Resampling.BICUBIC)
+
+
 def save_blurred(image: Image.Image, path: Path) -> None:
-    """Save a thumbnail of which only colours are left, marked so that no scorer takes it for the image."""
+    """Save a blurred thumbnail, marked so that no scorer takes it for the image."""
     mark = PngImagePlugin.PngInfo()
     mark.add_text(*BLURRED)
-    small = image.convert("RGB").resize((12, 12), Image.Resampling.BOX)
     with replacing(path) as temporary:
-        small.resize((128, 128), Image.Resampling.BICUBIC).save(temporary, format="PNG", pnginfo=mark)
+        blurred(image).save(temporary, format="PNG", pnginfo=mark)

@@ -73,13 +73,18 @@ class Settings:
 
 
 def all_that_decides(
-    encoder: TextEncoder, pairs: Pairs, concept: losses.Concept, concept_prompt: str, settings: Settings, processes: Processes
+    encoder: TextEncoder,
+    pairs: Pairs,
+    concept: losses.Concept,
+    concept_prompts: Sequence[str],
+    settings: Settings,
+    processes: Processes,
 ) -> dict[str, Any]:
     """Whatever the trained weights depend on, by the names that --resume tells where one has changed."""
     devices = {parameter.device for parameter in encoder.model.parameters()}
     return asdict(settings) | {
         "ablation": " ".join(map(str, settings.ablation)),
-        "concept_prompt": concept_prompt,
+        "concept_prompt": " + ".join(concept_prompts),
         "concept_guidance_scale": concept.alpha,
         "base encoder": encoder.base_sha256,
         "embedding": encoder.embedding,
@@ -119,7 +124,7 @@ def train(
 ) -> None:
     """Train `encoder` in place with AdamW at a constant rate (paper, section 4; losses in `des/losses.py`).
 
-    `concept_ids` are the concept prompt's token ids [1, tokens]. `on_step` gets each step's losses, `on_epoch` each epoch's number
+    `concept_ids` are the concept prompts' token ids [concepts, tokens]. `on_step` gets each step's losses, `on_epoch` each epoch's number
     and the encoder, whose model is wrapped where several processes train it, and returns the checkpoint that it wrote, if any.
     `states` says where training starts, and keeps its state. Raises UserError when a loss is not finite, before the weights are
     touched by it, and when an epoch's weights are not, before anything is written.
@@ -197,7 +202,7 @@ def _losses(
     precision = torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext()
     with precision:
         embeddings = encoder(ids)
-    unsafe_now, safe_now, concept_now = embeddings.split([len(unsafe), len(safe), 1])
+    unsafe_now, safe_now, concept_now = embeddings.split([len(unsafe), len(safe), len(concept_ids)])
     target = concept.target(pairs.targets(unsafe).to(device, non_blocking=True))
     original = pairs.original(safe).to(device, non_blocking=True)
     chosen = settings.lambda_safe, settings.ablation, share, settings.concept_term

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Scores of the images that generate.sh drew: bash scripts/evaluate.sh sd15|sd35|flux, or DEMO=1. Settings: settings.sh.
+# Scores of the images that generate.sh drew: bash scripts/evaluate.sh sd15|sd35|flux|multi|vangogh, or DEMO=1. Settings: settings.sh.
 # Without LIMIT every image of a list must be there.
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
@@ -9,7 +9,7 @@ for method in $METHODS; do
     for set in $CONCEPT_SETS; do
         complete=(--csv_path "datasets/$set.csv")
         [ -n "${LIMIT:-}" ] && complete=(--expected "$LIMIT")
-        run python tasks/img_batch_classify.py "${COUNTED[@]}" --folder_dir "$images/$set" --devices "$DEVICE" "${complete[@]}"
+        run python "${COUNTED[@]}" --folder_dir "$images/$set" --devices "$DEVICE" "${complete[@]}"
     done
     prompts=datasets/$BENIGN.csv
     if [ -n "${LIMIT:-}" ]; then

@@ -48,6 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     card.add_argument("--scores", type=Path, nargs="+", default=[], metavar="JSON", help="results of scorers, for the card")
     card.add_argument("--base_model", metavar="ID", help="the original model's hub id, where --model_path is a copy")
     card.add_argument("--push_to_hub", metavar="REPO", help="upload to owner/name with your own token; a new one is private")
+    cli.add_log_file(parser)
     args = parser.parse_args(argv)
     args.checkpoints = {i: getattr(args, o) for i, o in ENCODER_OPTIONS.items() if getattr(args, o) is not None}
     if not args.checkpoints:
@@ -63,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging()
+    cli.setup_logging(args.log_file)
     check(args)
     scores = read_scores(args.scores)
     prompts = read_prompts(args.prompts_csv) if args.prompts_csv else PROMPTS

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The images of the original model and of the one that train.sh protected: bash scripts/generate.sh sd15|sd35|flux, or DEMO=1.
+# The images of the original model and of the one that train.sh protected: bash scripts/generate.sh sd15|sd35|flux|multi|vangogh, or DEMO=1.
 # Settings and what can be changed: settings.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 

@@ -22,25 +22,27 @@ from des.results import write_text
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument(
-        "run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="folders with runs, searched with those below"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="HTML", help="the page; an earlier report is replaced")
-    parser.add_argument("--images", type=cli.positive_int, default=12, metavar="N", help="rows of images a set, evenly spaced")
-    parser.add_argument("--no_images", dest="pictures", action="store_false", help="leave the images out")
-    parser.add_argument(
+    files = parser.add_argument_group("files")
+    files.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="folders with runs, searched with those below")
+    files.add_argument("--out", type=Path, required=True, metavar="HTML", help="the page; an earlier report is replaced")
+    shown = parser.add_argument_group("what the page shows")
+    shown.add_argument("--images", type=cli.positive_int, default=12, metavar="N", help="rows of images a set, evenly spaced")
+    shown.add_argument("--no_images", dest="pictures", action="store_false", help="leave the images out")
+    shown.add_argument(
         "--prompts", action="store_true", help="quote the prompts of the images; their lists must still be there"
     )
-    parser.add_argument(
+    shown.add_argument(
         "--no_map", dest="map", action="store_false", help="leave out the map of embeddings, which loads the text encoders"
     )
-    cli.add_device(parser)
+    performance = parser.add_argument_group("performance")
+    cli.add_device(performance)
+    cli.add_log_file(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging()
+    cli.setup_logging(args.log_file)
     check_output(args.out)
     page = build(args)
     write_text(args.out, page)

@@ -86,12 +86,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     performance.add_argument(
         "--seconds_per_step", type=cli.number(float, 0, low_open=True), metavar="X", help="likewise, of a training step"
     )
+    cli.add_log_file(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging()
+    cli.setup_logging(args.log_file)
     world = world_of(args)
     tables = list(TITLES) if "all" in args.table else list(dict.fromkeys(args.table))
     common = (world, args.model_path, args.out, args.scale, args.device, args.batch_size, args.seed, args.discard_images)

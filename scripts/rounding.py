@@ -77,7 +77,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=cli.positive_int, nargs="+", default=[20, 40], metavar="N", help="steps after which to look"
     )
-    parser.add_argument("--learning_rate", type=cli.number(float, 0, 1, low_open=True), default=1e-5, metavar="LR")
+    parser.add_argument(
+        "--learning_rate", type=cli.number(float, 0, 1, low_open=True), default=1e-5, metavar="LR", help="of AdamW"
+    )
     parser.add_argument("--batch_size", type=cli.positive_int, default=8, metavar="N", help="pairs a step")
     cli.add_device(parser)
     return parser.parse_args(argv)

@@ -1,5 +1,6 @@
-# Sourced by train.sh, generate.sh and evaluate.sh: the paper's settings of one model, by name (sd15, sd35, flux), or the demo's
-# where DEMO=1. Each can be changed from outside: MODEL, DEVICE, EPOCHS, SETS, LIMIT (rows of a set), OUT. PRINT=1 prints the commands.
+# Sourced by train.sh, generate.sh and evaluate.sh: the paper's settings by name, or the demo's where DEMO=1. sd15, sd35 and flux remove
+# nudity; multi (SD v1.5) nudity, violence and illegal activity; vangogh (SD v1.4) a style. Each can be changed from outside:
+# MODEL, DEVICE, EPOCHS, SETS, LIMIT (rows of a set), OUT, Q16_PROMPTS, STYLE_CLASSIFIER. PRINT=1 prints the commands.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -15,7 +16,7 @@ SAFE=datasets/safe_prompts_copro_sexual.csv
 CONCEPT_SETS=${SETS:-sneaky_prompts mma_prompts ringabell_prompts p4d_prompts i2p_sexual_prompts}
 BENIGN=coco_prompts
 SAMPLING=()
-COUNTED=(--job nudity)
+COUNTED=(tasks/img_batch_classify.py --job nudity)
 FID=(--variant paper)
 CLIP=()
 REFERENCE=datasets/coco_images
@@ -36,7 +37,27 @@ flux)
     ENCODERS=(1 2)
     BATCHES=(16 4)
     ;;
-*) fail "$NAME is none of sd15, sd35, flux" ;;
+multi) # the paper: one prompt that lists the three words, and further CoPro pairs; its separator is not published
+    MODEL=${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}
+    ENCODERS=(1)
+    BATCHES=(128)
+    CONCEPT="nudity, violence, illegal"
+    UNSAFE=datasets/multi_unsafe.csv
+    SAFE=datasets/multi_safe.csv
+    CONCEPT_SETS=${SETS:-i2p_violence_prompts i2p_illegal_prompts i2p_sexual_prompts ringabell_violence_prompts}
+    COUNTED=(tasks/img_batch_classify_q16.py --prompts_file "${Q16_PROMPTS:-prompts.pt}")
+    ;;
+vangogh)
+    MODEL=${MODEL:-CompVis/stable-diffusion-v1-4}
+    ENCODERS=(1)
+    BATCHES=(128)
+    CONCEPT="Van Gogh"
+    UNSAFE=datasets/vangogh_unsafe.csv
+    SAFE=datasets/vangogh_safe.csv
+    CONCEPT_SETS=${SETS:-vangogh_test}
+    COUNTED=(tasks/img_batch_classify.py --job style --cls_class van-gogh --classifier "${STYLE_CLASSIFIER:-style_classifier}")
+    ;;
+*) fail "$NAME is none of sd15, sd35, flux, multi, vangogh" ;;
 esac
 
 if [ "${DEMO:-}" = 1 ]; then
@@ -55,7 +76,7 @@ if [ "${DEMO:-}" = 1 ]; then
     BENIGN=demo_benign
     LIMIT=${LIMIT:-22}
     SAMPLING=(--num_inference_steps 20 --guidance_scale 3)
-    COUNTED=(--job object --classifier demo/models/classifier_object --cls_class "$CONCEPT")
+    COUNTED=(tasks/img_batch_classify.py --job object --classifier demo/models/classifier_object --cls_class "$CONCEPT")
     FID=(--feature_extractor demo/models/classifier_object)
     CLIP=(--clip_model demo/models/clip)
     REFERENCE=
@@ -80,8 +101,35 @@ run() {
 fetch() {
     local name
     for name in "$@"; do
-        [ "$NAME" = demo ] || [ -f "datasets/$name.csv" ] || run python datasets/download.py "$name"
+        [ "$NAME" = demo ] || [ "$name" = vangogh_test ] || [ -f "datasets/$name.csv" ] || run python datasets/download.py "$name"
     done
+}
+
+# join OUT CSV...: one list of several
+join() {
+    run python -c 'import sys; import pandas as pd; from des.prompts import read_rows
+pd.concat([read_rows(path)[["prompt"]] for path in sys.argv[2:]]).to_csv(sys.argv[1], index=False)' "$@"
+}
+
+# training_lists: have the lists that DES is trained on
+training_lists() {
+    case "$NAME" in
+    multi)
+        fetch safe_prompts_copro_sexual unsafe_prompts_copro_sexual
+        local name
+        for name in copro_violence copro_illegal; do
+            [ -f "datasets/${name}_unsafe.csv" ] || run python datasets/download.py "$name"
+        done
+        for name in safe unsafe; do
+            join "datasets/multi_$name.csv" "datasets/${name}_prompts_copro_sexual.csv" "datasets/copro_violence_$name.csv" "datasets/copro_illegal_$name.csv"
+        done
+        ;;
+    vangogh)
+        fetch safe_prompts_copro_sexual
+        [ -f "$UNSAFE" ] || run python datasets/style_prompts.py "Vincent van Gogh" --name vangogh --contents datasets/safe_prompts_copro_sexual.csv
+        ;;
+    *) fetch "$(basename "$SAFE" .csv)" "$(basename "$UNSAFE" .csv)" ;;
+    esac
 }
 
 # encoder_folder I: where train.sh leaves the checkpoints of encoder I

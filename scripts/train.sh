@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Codebook and DES training with the paper's settings: bash scripts/train.sh sd15|sd35|flux, or DEMO=1 bash scripts/train.sh.
+# Codebook and DES training with the paper's settings: bash scripts/train.sh sd15|sd35|flux|multi|vangogh, or DEMO=1 bash scripts/train.sh.
 # Settings and what can be changed: settings.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
-fetch "$(basename "$SAFE" .csv)" "$(basename "$UNSAFE" .csv)"
+training_lists
 for n in "${!ENCODERS[@]}"; do
     i=${ENCODERS[$n]}
     run python save_codebook.py --model_path "$MODEL" --device "$DEVICE" --csv_path "$SAFE" --save_dir "$OUT/codebook" --encoder_idx "$i"

@@ -28,7 +28,7 @@ import pandas as pd
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("what is counted")
-    main_group.add_argument("--job", choices=("nudity", *CLASSIFIERS), default="object")
+    main_group.add_argument("--job", choices=("nudity", *CLASSIFIERS), default="object", help="what is looked for")
     add_nudenet(main_group)
     add_classifier(main_group)
     counted = main_group.add_mutually_exclusive_group()
@@ -37,6 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--label_column", metavar="COLUMN", help="count images whose top label is in this column of --csv_path"
     )
     add_folder(parser, "classify")
+    cli.add_log_file(parser)
     args = parser.parse_args(argv)
     if args.job == "nudity":
         check_nudity(parser, args)
@@ -67,7 +68,7 @@ def check_classifier(parser: argparse.ArgumentParser, args: argparse.Namespace) 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging()
+    cli.setup_logging(args.log_file)
     images = images_of(args)
     if args.job == "nudity":
         detector = open_nudenet(args)

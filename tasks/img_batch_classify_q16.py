@@ -26,12 +26,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group.add_argument("--cls_class", choices=("nudity",), help="likewise")
     add_q16(main_group, default=Path("prompts.pt"))
     add_folder(parser, "classify_16")
+    cli.add_log_file(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging()
+    cli.setup_logging(args.log_file)
     images = images_of(args).assign(label=None)
     score_folder(args, open_q16(args), images)
 

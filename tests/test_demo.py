@@ -38,7 +38,7 @@ def test_the_lists_in_the_repository_are_those_that_the_code_makes():
 
 def test_no_prompt_is_in_two_lists():
     lists = [set(read_prompts(path)) for path in sorted((ROOT / "datasets").glob("demo_*.csv"))]
-    assert len(lists) == 12
+    assert len(lists) == 21
     assert sum(map(len, lists)) == len(set().union(*lists))
 
 
@@ -52,6 +52,21 @@ def test_held_out_words_do_not_occur_in_training():
     }
     assert held_out & trained_words == {"of", "the"} & held_out & trained_words
     assert not any(name in trained_words for name in world.CONCEPT_WORDS["val"] + world.CONCEPT_WORDS["test"])
+
+
+def test_the_second_concept_s_held_out_words_are_in_no_training_list():
+    trained = " ".join(
+        prompt for path in (ROOT / "datasets").glob("demo_house_unsafe_train.csv") for prompt in read_prompts(path)
+    )
+    assert not set(re.findall(r"[a-z']+", trained)) & {*world.MISSPELT, "cottage"}
+    for removed, name in ((("house",), "house"), (("house", "mushroom"), "both")):
+        for part in ("safe_train", "benign"):
+            words = set(re.findall(r"[a-z']+", " ".join(read_prompts(ROOT / f"datasets/demo_{name}_{part}.csv"))))
+            assert not words & {*removed, "cottage"}, (name, part)
+            assert ("mushroom" in words) == (name == "house")
+    encoder = load_encoder(str(ROOT / "demo/models/pipeline"))
+    house, *misspelt = next(encoder.encode(["house", *world.MISSPELT], 20))
+    assert max(cos(house, each).item() for each in misspelt) < 0.98
 
 
 def test_held_out_words_are_distinct_in_the_encoder():
@@ -111,6 +126,21 @@ def test_a_training_stage_that_was_interrupted_ends_with_the_same_weights(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", stop_at=5)
     assert torch.equal(run(tmp_path / "b"), whole)
+
+
+def test_both_concepts_at_reduced_size(call, tmp_path):
+    done = call(
+        "demo/experiment.py", "--concept", "both", "--out", tmp_path / "out", "--limit", 2, "--num_epochs", 1,
+        "--num_inference_steps", 2, "--sets", "plain", "house_plain", "both_benign",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert all(report["before"][name]["concept"]["n"] == 2 for name in ("plain", "house_plain"))
+    (metadata,) = (tmp_path / "out").rglob("checkpoint-1-metadata.json")
+    assert json.loads(metadata.read_text())["concept_prompt"] == ["mushroom", "house"]
+    assert len(read_prompts(tmp_path / "out/prompts/demo_unsafe_train.csv")) == 4000
+    refused = call("demo/experiment.py", "--concept", "house", "--out", tmp_path / "no", "--sets", "plain")
+    assert refused.failed_in_one_sentence and not (tmp_path / "no").exists()
 
 
 def test_quick_start_at_reduced_size(tmp_path):

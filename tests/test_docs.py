@@ -7,7 +7,7 @@ from conftest import ROOT
 
 SCRIPTS = [
     "save_codebook.py", "train_des.py", "generate.py", "tasks/img_batch_classify.py", "tasks/img_batch_classify_q16.py", "clipscore.py",
-    "fid.py", "scripts/reproduce.py", "datasets/download.py",
+    "fid.py", "scripts/reproduce.py", "datasets/download.py", "datasets/style_prompts.py", "app.py",
 ]  # fmt: skip
 TOOLS = [
     "scripts/download_checkpoint.py", "scripts/rounding.py", "scripts/benchmark.py", "scripts/benchmark_detector.py",
@@ -20,7 +20,7 @@ def test_each_formula_is_at_its_line():
     rows = re.findall(
         r"\[([\w/]+\.py):(\d+)\]\(\.\./([\w/]+\.py)#L(\d+)\) \| `` (.+) `` \|", (ROOT / "docs/method.md").read_text()
     )
-    assert len(rows) == 26
+    assert len(rows) == 27
     for path, line, link, anchor, code in rows:
         assert (path, line) == (link, anchor)
         assert code in (ROOT / path).read_text().splitlines()[int(line) - 1], f"{path}:{line} is not `{code}`"

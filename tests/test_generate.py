@@ -203,4 +203,8 @@ def test_an_error_is_one_line_in_a_process_of_its_own(tmp_path, tiny_pipeline):
         "cpu",
         cwd=tmp_path,
     )
-    assert (done.code, done.out, done.err) == (1, "", "error: there is no prompt file none.csv\n")
+    assert (done.code, done.out, done.err) == (
+        1,
+        "",
+        "error: there is no prompt file none.csv; datasets/download.py fetches the public ones\n",
+    )

@@ -1,6 +1,6 @@
 """The formulas of the paper against independent few-line computations in numpy."""
 
-from des.losses import NEN, SEP, UEN, Concept, total
+from des.losses import NEN, SEP, UEN, Concept, joint, nen, total
 
 import numpy as np
 import pytest
@@ -61,6 +61,17 @@ def test_without_the_concept_term_only_that_term_is_gone(case):
     assert without["sep_concept"] == 0 < with_it["sep_concept"]
     assert without["total"].item() == pytest.approx((with_it["total"] - 0.3 * with_it["sep_concept"]).item(), abs=1e-6)
     assert all(without[name] == with_it[name] for name in ("sep", "uen", "nen"))
+
+
+def test_several_concepts_have_a_term_each_and_one_direction(case):
+    concepts = np.stack([case["n"], 5 * case["concept_now"], -0.5 * case["safe"][0]])
+    norms = [np.linalg.norm(each) for each in concepts]
+    n = joint(torch.tensor(concepts)).numpy()
+    assert np.linalg.norm(n) == pytest.approx(np.mean(norms))
+    assert cosine(n, sum(each / norm for each, norm in zip(concepts, norms, strict=True))) == pytest.approx(1)
+    assert np.array_equal(joint(torch.tensor(concepts[:1])).numpy(), concepts[0])
+    now = nen(torch.tensor(concepts), Concept(torch.tensor(n), torch.tensor(case["e0"]), 4.0))
+    assert now.item() == pytest.approx(sum(1 - cosine(each, case["e0"]) for each in concepts), abs=1e-6)
 
 
 def test_half_precision_norms_do_not_overflow():

@@ -7,10 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+from des.prompts import read_prompts
+
 import pytest
 from conftest import ROOT
 
-NAMES = {"sd15": ("sd15", ""), "sd35": ("sd35", ""), "flux": ("flux", ""), "demo": ("", "1")}
+NAMES = {
+    "sd15": ("sd15", ""),
+    "sd35": ("sd35", ""),
+    "flux": ("flux", ""),
+    "multi": ("multi", ""),
+    "vangogh": ("vangogh", ""),
+    "demo": ("", "1"),
+}
 
 
 def commands(script: str, name: str) -> list[list[str]]:
@@ -47,7 +56,7 @@ def test_each_command_is_accepted(parsers, name):
                 args = parsers(program, argv)
                 paths.setdefault(program, []).append(args)
     trained, drawn = paths["train_des.py"], paths["generate.py"]
-    encoders = {"sd15": 1, "sd35": 3, "flux": 2, "demo": 1}[name]
+    encoders = {"sd35": 3, "flux": 2}.get(name, 1)
     assert [args.text_encoder_idx for args in trained] == list(range(1, encoders + 1))
     assert {args.training_method for args in drawn} == {"none", "des"}
     last = f"checkpoint-{trained[0].num_epochs}.pt"
@@ -61,7 +70,8 @@ def test_each_command_is_accepted(parsers, name):
     ]
     assert given == expected
     images = {args.results_dir / args.training_method / Path(args.model_path).name / args.output_path for args in drawn}
-    scored = {args.folder_dir for args in paths["tasks/img_batch_classify.py"]} | {
+    scorers = ("tasks/img_batch_classify.py", "tasks/img_batch_classify_q16.py")
+    scored = {args.folder_dir for scorer in scorers for args in paths.get(scorer, [])} | {
         args.image_folder for args in paths["clipscore.py"]
     }
     assert scored == images
@@ -70,7 +80,23 @@ def test_each_command_is_accepted(parsers, name):
 def test_the_papers_settings(parsers):
     (args,) = [parsers(program, argv) for program, *argv in commands("train.sh", "sd15") if program == "train_des.py"]
     assert (args.num_epochs, args.learning_rate, args.batch_size, args.lambda_safe) == (2, 1e-5, 128, 0.3)
-    assert (args.concept_prompt, args.concept_guidance_scale, args.ablation) == ("nudity", 200.0, [1, 2, 3])
+    assert (args.concept_prompt, args.concept_guidance_scale, args.ablation) == (["nudity"], 200.0, [1, 2, 3])
+
+
+def test_other_concepts_in_the_papers_words(parsers):
+    for name, concept in {"multi": "nudity, violence, illegal", "vangogh": "Van Gogh"}.items():
+        (args,) = [parsers(program, argv) for program, *argv in commands("train.sh", name) if program == "train_des.py"]
+        assert args.concept_prompt == [concept] and args.unsafe_csv_path.name == f"{name}_unsafe.csv"
+
+
+def test_lists_are_joined_by_their_prompts(tmp_path):
+    names = ["demo_plain", "demo_unsafe_train"]  # with other columns, and without
+    told = " ".join(f"datasets/{name}.csv" for name in names)
+    command = ["bash", "-c", f"source scripts/settings.sh; join {tmp_path}/joined.csv {told}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "VIRTUAL_ENV": sys.prefix})
+    assert done.returncode == 0, done.stderr
+    expected = [prompt for name in names for prompt in read_prompts(ROOT / f"datasets/{name}.csv")]
+    assert read_prompts(tmp_path / "joined.csv") == expected
 
 
 def test_an_unknown_model_is_refused():

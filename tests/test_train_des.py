@@ -105,6 +105,24 @@ def test_guidance_ratio_is_relative_to_the_concepts_norm(train, tmp_path):
     assert metadata["concept_guidance_scale"] == pytest.approx(0.8 * metadata["concept_norm"])
 
 
+def test_several_concepts(train, tmp_path):
+    """Each has a NEN term of its own, as the first step shows, where E~ is E; the guidance is along their joint direction."""
+    concepts = ["nudity", "a bus", "blood"]
+    for out, prompts in {"one": ["nudity"], "three": concepts}.items():
+        assert train(out, concept_prompt=prompts, num_epochs=1, batch_size=20).code == 0
+    metrics = {out: (tmp_path / out / "0.001_0.3/metrics.jsonl").read_text() for out in ("one", "three")}
+    first = {out: json.loads(text.splitlines()[0]) for out, text in metrics.items()}
+    *embeddings, e0 = next(load_encoder(str(FOLDER / "model")).encode([*concepts, ""], 4)).flatten(1)
+    terms = [1 - torch.cosine_similarity(each, e0, dim=0).item() for each in embeddings]
+    assert first["one"]["nen"] == pytest.approx(terms[0], abs=1e-5)
+    assert first["three"]["nen"] == pytest.approx(sum(terms), abs=1e-5)
+    metadata = json.loads((tmp_path / "three/0.001_0.3/checkpoint-1-metadata.json").read_text())
+    assert metadata["concept_prompt"] == concepts
+    assert metadata["concept_norm"] == pytest.approx(torch.stack(embeddings).norm(dim=1).mean().item(), rel=1e-5)
+    for wrong in ([" "], ["nudity", "nudity"]):
+        assert train("wrong", concept_prompt=wrong).failed_in_one_sentence
+
+
 def test_losses_that_are_off_are_zero(train, tmp_path):
     assert train(ablation=[2]).code == 0
     steps = [json.loads(line) for line in (tmp_path / "out/0.001_0.3/metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,242 @@
+"""Draw with the original and the protected model side by side, in a web page on this machine.
+
+    python app.py --model_path stable-diffusion-v1-5/stable-diffusion-v1-5 --device cuda:0 \\
+        --text_encoder_path checkpoints/des_sexual/1e-05_0.3/checkpoint-2.pt
+    python app.py                                                        # the demo, as scripts/quickstart.sh trained it
+
+Needs `pip install -r requirements-app.txt`. A detector judges both images. A second tab scores the prompts of a CSV, a third shows
+where a prompt lies among those that DES was trained on. No prompt is logged, and no image reaches the disk.
+"""
+
+import argparse
+import dataclasses
+import html
+import importlib.util
+import ipaddress
+import os
+import signal
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # before a `tasks` of anyone else's
+os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")  # read when they are imported
+
+from demo.evaluation import CLASSIFIERS, PIPELINE
+from demo.world import CONCEPT
+from des import cli
+from des.cli import UserError, logger
+from des.encoders import TextEncoder, load_encoder
+from des.methods import ENCODER_OPTIONS, add_encoders, given_encoders
+from des.pipelines import (
+    DTYPES,
+    SCHEDULERS,
+    dtype_for,
+    encoder_modules,
+    family_of,
+    is_distilled,
+    open_pipeline,
+    place,
+    protected_twin,
+)
+from des.prompts import read_prompts
+from des.scoring import Detector
+from des.studio import MOST_GUIDANCE, MOST_STEPS, SIDES, Atlas, Sampling, Studio
+from tasks.detectors.options import add_classifier, add_nudenet, open_classifier, open_nudenet
+
+from diffusers import DiffusionPipeline
+
+QUICKSTART = ROOT / "results/quickstart/checkpoints-42/0.002_0.3/checkpoint-20.pt"
+DEMO = {
+    "num_inference_steps": 20,
+    "guidance_scale": 3.0,
+    "detector": "object",
+    "safe_csv_path": ROOT / "datasets/demo_safe_train.csv",
+    "unsafe_csv_path": ROOT / "datasets/demo_unsafe_train.csv",
+    "concept_prompt": [CONCEPT],
+}  # where the command line leaves it open
+EXAMPLES = ("a red mushroom on a meadow", "a drawing of a blue shiitake", "a green house on a beach")
+MAP_OPTIONS = ("safe_csv_path", "unsafe_csv_path", "concept_prompt")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    main_group = parser.add_argument_group("main")
+    main_group.add_argument("--model_path", metavar="M", help="pipeline, a folder or hub id (default: the demo's)")
+    add_encoders(main_group)
+    sampling = parser.add_argument_group("sampling, where the page leaves it as it is")
+    sampling.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="of an image, and of a list's first row")
+    sampling.add_argument(
+        "--num_inference_steps",
+        type=cli.number(int, 1, MOST_STEPS),
+        metavar="N",
+        help="default: 20 for the demo, else the family's",
+    )
+    sampling.add_argument(
+        "--guidance_scale",
+        type=cli.number(float, 0, MOST_GUIDANCE),
+        metavar="G",
+        help="default: 3 for the demo, else the family's",
+    )
+    sampling.add_argument("--scheduler", choices=SCHEDULERS, help="default: as generate.py's")
+    judging = parser.add_argument_group("detector")
+    judging.add_argument(
+        "--detector",
+        choices=("nudenet", "object", "none"),
+        help="default: the demo's classifier of objects, else nudenet, whose hits the page blurs until asked",
+    )
+    add_nudenet(judging)
+    add_classifier(judging)
+    judging.add_argument("--cls_class", metavar="NAME", help="the class that --detector object looks for")
+    lists = parser.add_argument_group("lists")
+    lists.add_argument("--max_rows", type=cli.positive_int, default=64, metavar="N", help="rows of an uploaded CSV to draw")
+    lists.add_argument("--safe_csv_path", type=Path, metavar="CSV", help="for the map: the safe prompts of the training")
+    lists.add_argument("--unsafe_csv_path", type=Path, metavar="CSV", help="for the map: the unsafe prompts of the training")
+    lists.add_argument("--concept_prompt", nargs="+", metavar="TEXT", help="for the map: as in training")
+    server = parser.add_argument_group("server and performance")
+    server.add_argument("--host", default="127.0.0.1", metavar="H", help="address to serve at; 0.0.0.0 lets others in")
+    server.add_argument("--port", type=cli.number(int, 1, 65535), default=7860, metavar="P", help="port")
+    cli.add_device(server)
+    server.add_argument("--dtype", choices=DTYPES, help="default: as generate.py's")
+    server.add_argument("--batch_size", type=cli.positive_int, default=4, metavar="N", help="images of a list at a time")
+    args = parser.parse_args(argv)
+    settle(parser, args)
+    return args
+
+
+def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in what the demo decides, and refuse what nothing would use or what lacks another option."""
+    is_demo = args.model_path is None or Path(args.model_path).resolve() == PIPELINE
+    if is_demo:
+        args.model_path = str(PIPELINE)
+        if any(getattr(args, option) is not None for option in MAP_OPTIONS):
+            parser.error("--safe_csv_path, --unsafe_csv_path and --concept_prompt are for other pipelines than the demo")
+        for name, value in DEMO.items():
+            setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    elif not given_encoders(args):
+        parser.error(f"--model_path needs a protected text encoder: {', '.join(f'--{o}' for o in ENCODER_OPTIONS.values())}")
+    given = [option for option in MAP_OPTIONS if getattr(args, option) is not None]
+    if given and len(given) < len(MAP_OPTIONS):
+        parser.error("the map needs --safe_csv_path, --unsafe_csv_path and --concept_prompt together")
+    args.is_demo, args.detector = is_demo, args.detector or "nudenet"
+    needs = {"nudenet": ("profile", "detector_weights"), "object": ("classifier", "cls_class")}
+    for name, options in needs.items():
+        for option in options:
+            if getattr(args, option) and name != args.detector:
+                parser.error(f"--{option} needs --detector {name}")
+    if args.detector == "object":
+        if is_demo and not (args.classifier or args.cls_class):
+            args.classifier, args.cls_class = str(CLASSIFIERS["object"]), CONCEPT
+        if not args.cls_class:
+            parser.error("--detector object needs --cls_class")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the app needs gradio, which is not installed: pip install -r requirements-app.txt")
+    for end in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(end, lambda *_: sys.exit(0))  # which leaves the folder of uploads removed
+    cli.setup_logging()
+    pipes = open_pair(args)
+    detector = open_detector(args)
+    defaults = Sampling(args.seed, args.num_inference_steps, args.guidance_scale)
+    with tempfile.TemporaryDirectory(prefix="des-app-") as uploads:
+        os.environ.update(GRADIO_TEMP_DIR=uploads)
+        serve(args, Studio(pipes, detector, args.cls_class, args.batch_size), defaults)
+        threading.Event().wait()
+
+
+def serve(args: argparse.Namespace, studio: Studio, defaults: Sampling) -> None:
+    """Serve the page, in threads of their own."""
+    direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), args.host, "localhost"]
+    os.environ["no_proxy"] = ",".join(filter(None, direct))  # at its start the server asks itself for a page
+    from des import app_page  # here, after the environment that gradio reads
+
+    page = app_page.Page(
+        about=about(args),
+        defaults=defaults,
+        examples=EXAMPLES if args.is_demo else (),
+        atlas=open_atlas(args, studio.pipes),
+        blur_hits=args.detector == "nudenet",
+        most_rows=args.max_rows,
+    )
+    if not is_loopback(args.host):
+        logger.warning("--host %s: anyone who reaches this machine can use the app, the original model included", args.host)
+    app_page.launch(app_page.build(studio, page), args.host, args.port)
+    logger.info("http://%s:%d is open; Ctrl-C ends it", args.host, args.port)
+
+
+def open_pair(args: argparse.Namespace) -> dict[str, DiffusionPipeline]:
+    """The original and the protected pipeline, on their device; they share all but the protected text encoders.
+
+    Fills in the sampling that the family decides. Raises UserError where a checkpoint is missing, or does not fit.
+    """
+    if args.is_demo and not given_encoders(args):
+        if not QUICKSTART.is_file():
+            raise UserError(
+                "there is no trained demo yet: run `bash scripts/quickstart.sh` first, or give --text_encoder_path CKPT"
+            )
+        args.text_encoder_path = QUICKSTART
+    family = family_of(args.model_path)
+    original = open_pipeline(args.model_path, dtype_for(family, args.device, args.dtype), scheduler=args.scheduler)
+    pipes = dict(zip(SIDES, (original, protected_twin(original, given_encoders(args))), strict=True))
+    for pipe in pipes.values():
+        place(pipe, args.device)
+    args.num_inference_steps = args.num_inference_steps or family.num_inference_steps
+    if args.guidance_scale is None:
+        args.guidance_scale = 0.0 if is_distilled(original) else family.guidance_scale
+    return pipes
+
+
+def open_detector(args: argparse.Namespace) -> Detector | None:
+    """The detector of --detector, or None for none."""
+    if args.detector == "none":
+        return None
+    if args.detector == "nudenet":
+        return open_nudenet(args)
+    return open_classifier(args, "object", f"ASR of {args.cls_class}", [args.cls_class])
+
+
+def open_atlas(args: argparse.Namespace, pipes: dict[str, DiffusionPipeline]) -> Atlas | str:
+    """The map by the first protected text encoder, or a sentence on what it needs."""
+    if args.safe_csv_path is None:
+        return (
+            "The map needs the prompts of the training: start the app with `--safe_csv_path`, `--unsafe_csv_path` and "
+            "`--concept_prompt`."
+        )
+    groups = {
+        "safe": read_prompts(args.safe_csv_path),
+        "unsafe": read_prompts(args.unsafe_csv_path),
+        "concept": args.concept_prompt,
+        "empty": [""],
+    }
+    index = min(given_encoders(args))
+    reader = load_encoder(args.model_path, index, "meta")  # how it is read; the weights are those that draw
+
+    def of(side: str) -> TextEncoder:
+        return dataclasses.replace(reader, model=encoder_modules(pipes[side])[index])
+
+    return Atlas(*map(of, SIDES), groups)
+
+
+def about(args: argparse.Namespace) -> list[str]:
+    """What the page is about, in lines of HTML."""
+    files = ", ".join(f"text encoder {i}, by <code>{html.escape(path.name)}</code>" for i, path in given_encoders(args).items())
+    model = "the demo's tiny Stable Diffusion" if args.is_demo else f"<code>{html.escape(args.model_path)}</code>"
+    judge = {"none": "none", "nudenet": "NudeNet", "object": f"a classifier, asked for {args.cls_class}"}[args.detector]
+    return [f"Model: {model}. Protected: {files}. Detector: {html.escape(judge)}."]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+if __name__ == "__main__":
+    cli.run(main)

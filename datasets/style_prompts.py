@@ -1,0 +1,81 @@
+"""Write prompt lists for removing an artist's style with DES: for training, and for testing.
+
+    python datasets/style_prompts.py "Vincent van Gogh" --name vangogh --contents datasets/safe_prompts_copro_sexual.csv
+
+Writes NAME_unsafe.csv (contents in that style), NAME_safe.csv (contents as they are, and in the styles of other artists, which must
+stay) and NAME_test.csv (other contents in that style, in words of its own). The paper's 1,600 prompts for Van Gogh were not
+published; these are ours.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from des import cli
+from des.cli import UserError
+from des.locks import locked
+from des.prompts import read_prompts
+from des.results import replacing
+from des.scoring import file_stem
+
+import pandas as pd
+
+TRAINING = ("{}, in the style of {}", "{}, a painting by {}", "{}, painted by {}", "{}, {} style")
+TEST = ("{} as {} would have painted it", "{} in the manner of {}", "{}, {} oil on canvas")
+OTHERS = ("Claude Monet", "Paul Cezanne", "Rembrandt", "Pablo Picasso", "Andy Warhol", "Salvador Dali")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    main_group = parser.add_argument_group("what is written")
+    main_group.add_argument("artist", help="whose style is to be removed")
+    main_group.add_argument("--contents", type=Path, required=True, metavar="CSV", help="what is painted, column `prompt`")
+    main_group.add_argument("--others", nargs="+", default=OTHERS, metavar="A", help=f"artists to keep ({', '.join(OTHERS)})")
+    main_group.add_argument("--count", type=cli.positive_int, default=1600, metavar="N", help="rows of NAME_unsafe.csv")
+    main_group.add_argument("--test", type=cli.positive_int, default=50, metavar="N", help="rows of NAME_test.csv")
+    main_group.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="of the choice of contents")
+    files = parser.add_argument_group("files")
+    files.add_argument("--name", type=file_stem, required=True, metavar="NAME", help="start of the three files' names")
+    files.add_argument("--dir", type=Path, metavar="DIR", help="where they go (default: this script's folder)")
+    args = parser.parse_args(argv)
+    args.dir = args.dir or Path(__file__).resolve().parent
+    if not args.artist.strip() or args.artist.casefold() in (other.casefold() for other in args.others):
+        parser.error("name the artist, who must not be among --others")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    contents = list(dict.fromkeys(prompt.strip().rstrip(".") for prompt in read_prompts(args.contents)))
+    contents = [content for content in contents if args.artist.casefold() not in content.casefold()]
+    if len(contents) < args.count + args.test:
+        raise UserError(
+            f"{args.contents} has {len(contents)} different contents without that artist, and {args.count + args.test} are "
+            "needed; give a longer list, or a smaller --count"
+        )
+    random.Random(args.seed).shuffle(contents)
+    trained, tested = contents[: args.count], contents[args.count : args.count + args.test]
+    kept = [content if i % 2 else styled(TRAINING, i // 2, content, args.others) for i, content in enumerate(trained)]
+    lists = {
+        "unsafe": [styled(TRAINING, i, content, [args.artist]) for i, content in enumerate(trained)],
+        "safe": list(dict.fromkeys(trained + kept)),
+        "test": [styled(TEST, i, content, [args.artist]) for i, content in enumerate(tested)],
+    }
+    with locked(args.dir / f".{args.name}.lock", args.name):
+        for part, prompts in lists.items():
+            path = args.dir / f"{args.name}_{part}.csv"
+            with replacing(path) as temporary:
+                pd.DataFrame({"prompt": prompts}).to_csv(temporary, index=False)
+            print(f"{path}: {len(prompts)} prompts")
+
+
+def styled(templates: tuple[str, ...], i: int, content: str, artists: list[str]) -> str:
+    """Content number i in a style, templates and artists in turn."""
+    return templates[i % len(templates)].format(content, artists[i % len(artists)])
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,122 @@
+"""What every command line offers: help that can be worked by, a log, and progress bars on a terminal only."""
+
+import argparse
+import fcntl
+import os
+import pty
+import re
+import shlex
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+from conftest import GOLDEN, ROOT, flags, spawn
+from test_docs import SCRIPTS, TOOLS
+
+FOLDER = GOLDEN / "A"
+DEMO = ["demo/experiment.py", "demo/gates.py", "demo/train.py"]
+LOGGING = [
+    "save_codebook.py", "train_des.py", "generate.py", "clipscore.py", "fid.py", "tasks/img_batch_classify.py",
+    "tasks/img_batch_classify_q16.py", "scripts/export.py", "scripts/report.py", "scripts/reproduce.py",
+]  # fmt: skip
+
+
+def example_of(script):
+    """The first command of a script's help, with the CPU for every device."""
+    text = (ROOT / script).read_text().split('"""')[1]
+    example = re.search(rf"python {re.escape(script)}((?:.*\\\\\n)*.*)", text)[1].replace("\\\\\n", " ")
+    return shlex.split(re.sub("cuda:0|(?<=--devices )0", "cpu", example), comments=True)
+
+
+class _Parsed(BaseException):
+    """Carries a script's parser, and what it made of a command line, out of the script."""
+
+
+@pytest.fixture
+def parsed(call, monkeypatch):
+    """The parser of a script and its reading of a command line, before anything else is done."""
+
+    def run(script, argv):
+        def parse(parser, given=None):
+            raise _Parsed(parser, parser.parse_known_args(given))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+            with pytest.raises(_Parsed) as caught:
+                call(script, *argv)
+        return caught.value.args
+
+    return run
+
+
+@pytest.mark.parametrize("script", SCRIPTS + TOOLS + DEMO)
+def test_the_example_of_the_help_is_a_whole_command_line(parsed, script):
+    argv = example_of(script)
+    parser, (_, unknown) = parsed(script, argv)
+    assert unknown == []
+    options = [action for action in parser._actions if action.dest != "help"]
+    assert [action.dest for action in options if not action.help] == []
+    shown = " ".join(parser.format_help().split())
+    for action in options:
+        if action.option_strings and hasattr(action.type, "told"):
+            assert re.search(rf"{action.option_strings[0]} [^()]*\(?.*?{re.escape(action.type.told)}", shown), action.dest
+    ungrouped = [action.dest for action in parser._optionals._group_actions if action.dest != "help"]
+    assert len(options) < 7 or not ungrouped
+
+
+@pytest.mark.parametrize("script", LOGGING)
+def test_log_file_is_offered(parsed, script):
+    _, (args, _) = parsed(script, [*example_of(script), "--log_file", "x.log"])
+    assert str(args.log_file) == "x.log"
+
+
+def codebook(tmp_path, **changes):
+    options = {"model_path": FOLDER / "model", "csv_path": FOLDER / "safe.csv", "save_dir": tmp_path / "cb", "device": "cpu"}
+    return ["save_codebook.py", *flags(**options | changes)]
+
+
+def test_a_log_file_keeps_every_run_and_its_error(call, tmp_path):
+    log = tmp_path / "logs/all.log"
+    assert call(*codebook(tmp_path, log_file=log)).code == 0
+    failed = call(*codebook(tmp_path, log_file=log, csv_path=tmp_path / "none.csv"))
+    assert failed.failed_in_one_sentence
+    lines = log.read_text().splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
+    assert "codebook of 12 safe prompts" in lines[0] and lines[-1].endswith(failed.err.strip().splitlines()[-1])
+
+
+def test_a_file_that_is_no_log_is_left_alone(call, tmp_path):
+    precious = tmp_path / "prompts.csv"
+    precious.write_text("prompt\na cat\n")
+    assert call(*codebook(tmp_path, log_file=precious)).failed_in_one_sentence
+    assert precious.read_text() == "prompt\na cat\n" and not (tmp_path / "cb").exists()
+
+
+def test_bars_are_for_terminals(call, tmp_path):
+    """On a terminal a bar tells step, rate, time left and losses; in a pipe there is none."""
+    assert call(*codebook(tmp_path)).code == 0
+    train = ["train_des.py", *flags(
+        model_path=FOLDER / "model", device="cpu", codebook_dir=tmp_path / "cb", unsafe_csv_path=FOLDER / "unsafe.csv",
+        safe_csv_path=FOLDER / "safe.csv", output_dir=tmp_path / "out", num_epochs=1, batch_size=5,
+    )]  # fmt: skip
+    piped = spawn(*train)
+    assert piped.code == 0 and "step/s" not in piped.err and "\r" not in piped.err
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))  # lines and columns
+    process = subprocess.Popen([sys.executable, *map(str, train)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # the terminal's other end is closed
+            break
+        if not part:
+            break
+        seen += part
+    os.close(ours)
+    assert process.wait() == 0
+    shown = seen.decode()
+    assert re.search(r"training:.*3/3 \[\d\d:\d\d<\d\d:\d\d,.*step.*nen=.*sep=.*total=.*uen=", shown.replace("\n", " "))
