@@ -215,7 +215,8 @@ def maps(space: EmbeddingMap, name: str, title: str) -> list[Markup]:
                 room = 0.06 * (max(values) - min(values)) or 1
                 limits(min(values) - room, max(values) + room)
             axes.set_title(f"{which} encoder", fontsize=10, loc="left")
-            axes.legend(fontsize=8, frameon=False)
+            for handle in axes.legend(fontsize=8, frameon=False).legend_handles:
+                handle.set_sizes([min(60, max(handle.get_sizes()))])
         groups_told = ", ".join(f"{len(group)} {key}" for key, group in space.before.items())
         plots.append(inline_svg(figure, f"{name}-{which}", f"Embeddings by the {which} encoder, {title}: {groups_told}"))
     return plots
