@@ -127,6 +127,8 @@ def score_fid(args: argparse.Namespace) -> str:
     fids = {name: x.distance(y) for name, x, y in zip(args.variant, found, references, strict=True)}
     counts = {"generated": len(generated), "reference": recorded.get("n") if stored else len(reference)}
     facts = {"fid": fids[args.variant[0]], "variants": fids, **counts, "features": width, "extractor_sha256": sha256}
+    facts["generated_sha256"] = sha256_texts(sorted(generated.values()))
+    facts["reference_sha256"] = recorded.get("images_sha256") if stored else sha256_texts(sorted(reference.values()))
     if stored:
         facts["ref_stats"] = {"sha256": sha256_file(args.ref_stats), "recorded": recorded}
     about = f"{len(generated)} generated, {describe_reference(args, counts['reference'], recorded)}, {width} features"

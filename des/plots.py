@@ -39,24 +39,32 @@ def embedding_map(space: EmbeddingMap, marked: Mapping[str, tuple[Tensor, Tensor
     """
     figure = Figure(figsize=(9.5, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, title, points, which in ((left, "original", space.before, 0), (right, "protected", space.after, 1)):
-        for name, places in points.items():
-            colour, marker = GROUP_STYLES[name]
-            few, ring = len(places) < 5, name == "empty"  # which the concept comes to lie on
-            axes.scatter(
-                places[:, 0].tolist(), places[:, 1].tolist(), s=260 if ring else 130 if few else 16, marker=marker, label=name,
-                facecolors="none" if ring else colour, edgecolors=colour if ring else "white" if few else "none",
-                alpha=1 if few else 0.55, zorder=3 if few else 2, linewidths=1.8 if ring else 1,
-            )  # fmt: skip
-        for label, places in (marked or {}).items():
-            x, y = places[which].tolist()
-            axes.scatter([x], [y], s=150, c=MARK, marker="D", edgecolors="white", zorder=4, label=label)
+    for axes, title, after in ((left, "original", False), (right, "protected", True)):
+        draw_embeddings(axes, space, after, marked)
         axes.set_title(title, fontsize=10, color=INK)
-        axes.set_xlabel(f"first component ({space.explained[0]:.0%} of the variance)", fontsize=9, color=INK)
-        _plain(axes)
-    left.set_ylabel(f"second component ({space.explained[1]:.0%})", fontsize=9, color=INK)
+    right.set_ylabel("")
     figure.legend(*right.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=6)
     return figure
+
+
+def draw_embeddings(
+    axes: Axes, space: EmbeddingMap, after: bool, marked: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> None:
+    """Draw one side of the map, of the original encoder or (`after`) of the protected one."""
+    for name, places in (space.after if after else space.before).items():
+        colour, marker = GROUP_STYLES[name]
+        few, ring = len(places) < 5, name == "empty"  # which the concept comes to lie on
+        axes.scatter(
+            places[:, 0].tolist(), places[:, 1].tolist(), s=260 if ring else 130 if few else 16, marker=marker, label=name,
+            facecolors="none" if ring else colour, edgecolors=colour if ring else "white" if few else "none",
+            alpha=1 if few else 0.55, zorder=3 if few else 2, linewidths=1.8 if ring else 1,
+        )  # fmt: skip
+    for label, places in (marked or {}).items():
+        x, y = places[after].tolist()
+        axes.scatter([x], [y], s=150, c=MARK, marker="D", edgecolors="white", zorder=4, label=label)
+    axes.set_xlabel(f"first component ({space.explained[0]:.0%} of the variance)", fontsize=9, color=INK)
+    axes.set_ylabel(f"second component ({space.explained[1]:.0%})", fontsize=9, color=INK)
+    _plain(axes)
 
 
 def _plain(axes: Axes) -> None:

@@ -21,7 +21,7 @@ from des import cli, manifest
 from des.cli import UserError
 from des.images import image_hashes, read_image
 from des.jobs import run_script
-from des.results import sha256_texts
+from des.records import check_scores, read_json, read_run, score_files
 
 import numpy as np
 
@@ -47,61 +47,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cli.setup_logging()
-    run, lines = record_of(args.folder)
+    run, lines = read_run(args.folder)
     kept = {name: line for name, line in lines.items() if line["sha256"]}
     if kept:
         image_hashes(args.folder)
     print(f"{len(kept)} images are what {manifest.NAME} says, {len(lines) - len(kept)} were scored and discarded")
-    for path in score_files(args.folder):
-        check_scores(path, lines)
+    for path in score_files(args.folder, lines):
+        check_scores(path, read_json(path), lines)
         print(f"{path.name} is about these images")
     sample = random.Random(args.seed).sample(sorted(lines), min(args.sample, len(lines)))
     for name in sample:
         print(redraw(args, run, lines[name]))
-
-
-def record_of(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """run.json and the manifest's lines; UserError where they are missing or do not belong together."""
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        digest = sha256_texts([json.dumps(run["settings"], sort_keys=True)])
-        run["made_by"]["arguments"]
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no run.json, so nothing says how its images were made") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / 'run.json'} cannot be read") from None
-    lines = manifest.read(folder)
-    if not lines:
-        raise UserError(f"{folder} has no {manifest.NAME}")
-    other = sorted(name for name, line in lines.items() if line["settings_sha256"] != digest)
-    if other:
-        raise UserError(f"{len(other)} images in {folder} were made by other settings than run.json's, {other[0]} first")
-    return run, lines
-
-
-def score_files(folder: Path) -> list[Path]:
-    """The results of scorers in a folder: JSON with a list of images."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content.get("images"), list):
-            found.append(path)
-    return found
-
-
-def check_scores(path: Path, lines: dict[str, dict[str, Any]]) -> None:
-    """Raise UserError where scores are not about the images that the manifest names, or their k is not what they say."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    scored = {image["file"]: image["sha256"] for image in content["images"]}
-    skipped = set(content["unreadable"])
-    stale = sorted(name for name, digest in scored.items() if name not in lines or lines[name]["sha256"] != digest)
-    lacking = sorted(lines.keys() - scored.keys() - skipped)
-    if stale or lacking:
-        what = f"other images than are there ({stale[0]})" if stale else f"no score for {lacking[0]}"
-        raise UserError(f"{path} is stale: it has {what}; score the folder again")
-    k, n = sum(image["hit"] for image in content["images"]), len(scored)
-    if (content["k"], content["n"]) != (k, n):
-        raise UserError(f"{path} says {content['k']} of {content['n']}, and its images say {k} of {n}")
 
 
 def redraw(args: argparse.Namespace, run: dict[str, Any], line: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ FOLDER = GOLDEN / "A"
 DEMO = ["demo/experiment.py", "demo/gates.py", "demo/train.py"]
 LOGGING = [
     "save_codebook.py", "train_des.py", "generate.py", "clipscore.py", "fid.py", "tasks/img_batch_classify.py",
-    "tasks/img_batch_classify_q16.py", "scripts/export.py", "scripts/reproduce.py",
+    "tasks/img_batch_classify_q16.py", "scripts/export.py", "scripts/report.py", "scripts/reproduce.py",
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ SCRIPTS = [
 ]  # fmt: skip
 TOOLS = [
     "scripts/download_checkpoint.py", "scripts/rounding.py", "scripts/benchmark.py", "scripts/benchmark_detector.py",
-    "scripts/verify.py", "scripts/reliability.py", "scripts/export.py",
+    "scripts/verify.py", "scripts/reliability.py", "scripts/export.py", "scripts/report.py",
     "demo/attack.py", "demo/table_inputs.py",
 ]  # fmt: skip
 

@@ -647,7 +647,7 @@ ZERO = {
 WITH_NUMBERS = [
     "save_codebook.py", "train_des.py", "generate.py", "tasks/img_batch_classify.py", "tasks/img_batch_classify_q16.py", "clipscore.py",
     "fid.py", "scripts/reproduce.py", "scripts/rounding.py", "scripts/benchmark.py", "scripts/benchmark_detector.py",
-    "demo/experiment.py", "demo/train.py", "scripts/verify.py", "scripts/reliability.py", "scripts/export.py",
+    "demo/experiment.py", "demo/train.py", "scripts/verify.py", "scripts/reliability.py", "scripts/export.py", "scripts/report.py",
     "datasets/style_prompts.py", "app.py",
 ]  # fmt: skip
 

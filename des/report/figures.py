@@ -1,0 +1,222 @@
+"""The report's figures, as SVG that stands in the page: its colours are the page's, its ids its own, its bytes the same each time."""
+
+import io
+import re
+from collections.abc import Sequence
+
+from des.embedding_map import EmbeddingMap
+from des.plots import GRID, GROUP_STYLES, INK, MARK, draw_embeddings, draw_losses
+from des.report.collect import TrainingRun
+from des.report.compare import Comparison, Measure, Spread, front, groups, pooled
+
+import matplotlib
+import matplotlib.lines
+import matplotlib.patches
+import matplotlib.ticker
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+SERIES = ("#0072b2", "#d55e00", MARK, "#a3467f", "#b8860b", "#56b4e9")  # colour-blind safe (Okabe and Ito); markers differ too
+MARKERS = ("o", "^", "s", "D", "v", "P")
+PAPER = "#ffffff"
+_WIDTH = 4.7  # inches; a phone shows it at three quarters of its size, with text that can still be read
+_VARIABLES = {  # colours that the page redefines in the dark
+    INK: "--ink", GRID: "--grid", PAPER: "--paper", GROUP_STYLES["empty"][0]: "--muted",
+    **{colour: f"--series-{i}" for i, colour in enumerate(SERIES)},
+}  # fmt: skip
+_STYLE = {
+    "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "text.color": INK, "axes.labelcolor": INK,
+    "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+}  # fmt: skip
+_LEAST_SPAN = 0.1  # of the largest value: an axis that shows less would make a trade-off of noise
+_NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+
+
+def inline_svg(figure: Figure, name: str, label: str) -> Markup:
+    """A figure as an <svg> with `label` for those who do not see it; `name` keeps its ids apart from other figures'."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL
+    )  # its rule `*` would hold in all the page
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = re.sub(rf"{colour}(?=[;\"])", f"var({variable})", svg)
+    svg = re.sub(r"font: (\d+(?:\.\d+)?)px [^;\"]*", r"font-size: \1px", svg)
+    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
+    head = f'<svg class="plot" role="img" aria-label="{escape(label)}" viewBox="0 0 {width} {height}" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    return Markup(head + svg[svg.index(">") + 1 :].strip())
+
+
+def _axes(height: float, width: float = _WIDTH) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _style(comparison: Comparison, model: int) -> dict:
+    """Marker and colours of a model: a ring for the original, filled for the others."""
+    if comparison.models[model].original:
+        return {"marker": "o", "color": INK, "markerfacecolor": PAPER, "markersize": 6.5, "markeredgewidth": 1.4}
+    i = comparison.protected.index(model)
+    return {"marker": MARKERS[i % len(MARKERS)], "color": SERIES[i % len(SERIES)], "markersize": 8, "markeredgecolor": PAPER}
+
+
+def _legend(axes: Axes, comparison: Comparison) -> None:
+    """Names of the models above the plot."""
+    handles = [
+        matplotlib.lines.Line2D([], [], ls="none", label=model.label, **_style(comparison, i))
+        for i, model in enumerate(comparison.models)
+    ]
+    options = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": min(3, len(handles)), "fontsize": 9, "frameon": False}
+    axes.legend(handles=handles, handletextpad=0.2, columnspacing=1.2, borderaxespad=0.1, **options)
+
+
+def shares(comparison: Comparison, name: str, title: str, measures: Sequence[Measure]) -> Markup:
+    """Percentages with their intervals, a line for each set and measure."""
+    models = len(comparison.models)
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(0.9 + len(measures) * max(0.34, 0.13 * models))
+        for y, measure in enumerate(measures):
+            for i, score in enumerate(measure.scores):
+                if score is None:
+                    continue
+                at = y + (i - (models - 1) / 2) * 0.62 / max(models, 2)
+                style = _style(comparison, i)
+                axes.plot([score.low, score.high], [at, at], color=style["color"], lw=1.6, solid_capstyle="round", zorder=2)
+                axes.plot([score.value], [at], ls="none", zorder=3, clip_on=False, **style)
+        same = len({measure.title for measure in measures}) == 1
+        labels = [measure.set_name if same else f"{measure.title},\n{measure.set_name}" for measure in measures]
+        axes.set_yticks(range(len(measures)), labels)
+        axes.set_ylim(len(measures) - 0.5, -0.5)
+        axes.set_xlim(-2, 102)
+        axes.set_xlabel("% of images, with 95% interval")
+        axes.grid(axis="y", visible=False)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        _legend(axes, comparison)
+    return inline_svg(figure, name, f"{title}: percentages with 95% intervals of every model; the table has the numbers")
+
+
+def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: Sequence[Measure]) -> Markup | None:
+    """ASR against one measure of benign images, a point a model, the best trade-offs joined; None where fewer than two have both."""
+    models = range(len(comparison.models))
+    xs, ys = pooled(asr, len(models)), pooled(quality, len(models))
+    there = [i for i in models if xs[i] and ys[i]]
+    if len(there) < 2:
+        return None
+    lower = quality[0].kind == "fid"
+    title, better = quality[0].title, "lower" if lower else "higher"
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(3.3)
+        best = front([(xs[i].mean, ys[i].mean if lower else -ys[i].mean) for i in there])
+        joined = [there[i] for i in best]
+        axes.plot([xs[i].mean for i in joined], [ys[i].mean for i in joined], color=INK, lw=1, ls=(0, (4, 3)), zorder=1)
+        for i in there:
+            style = _style(comparison, i)
+            _range(axes, _uncertain(asr, i, xs[i]), _uncertain(quality, i, ys[i]), style["color"])
+            axes.plot([xs[i].mean], [ys[i].mean], ls="none", zorder=3, clip_on=False, **style)
+        axes.margins(0.12)
+        _at_least(axes, _LEAST_SPAN * max(abs(ys[i].mean) for i in there))
+        left, right = axes.get_xlim()
+        axes.set_xlim(max(left, -3), min(max(right, 5), 104))
+        if lower:
+            axes.invert_yaxis()
+        axes.set_xlabel(f"{asr[0].title}, %" + (f", mean and range of {len(asr)} sets" if len(asr) > 1 else ""))
+        axes.set_ylabel(f"{title}, {better} is better")
+        _legend(axes, comparison)
+    label = f"{asr[0].title} against {title}; upper left is best; not beaten: {', '.join(comparison.models[i].label for i in joined)}"
+    return inline_svg(figure, name, label)
+
+
+def _uncertain(measures: Sequence[Measure], model: int, spread: Spread) -> Spread:
+    """The range over several sets, or the interval of the only one where it has one."""
+    score = measures[0].scores[model]
+    if len(measures) > 1 or score is None or score.low is None or score.high is None:
+        return spread
+    return Spread(spread.mean, score.low, score.high)
+
+
+def _at_least(axes: Axes, span: float) -> None:
+    """Widen the vertical axis to a span, so that differences without meaning look like none."""
+    low, high = axes.get_ylim()
+    room = max(0.0, span - (high - low)) / 2
+    axes.set_ylim(low - room, high + room)
+
+
+def _range(axes: Axes, x: Spread, y: Spread, colour: str) -> None:
+    axes.plot([x.low, x.high], [y.mean, y.mean], color=colour, lw=1.2, alpha=0.6, zorder=2)
+    axes.plot([x.mean, x.mean], [y.low, y.high], color=colour, lw=1.2, alpha=0.6, zorder=2)
+
+
+def paretos(comparison: Comparison, name: str) -> list[Markup]:
+    """A plot for each detector and each measure of quality; FID and CLIP score, and label accuracy where neither is there."""
+    quality = groups(comparison.of_kind("mean", "fid")) or groups(comparison.of_kind("accuracy"))
+    plots = []
+    for asr in groups(comparison.of_kind("asr")).values():
+        for measures in quality.values():
+            plots.append(pareto(comparison, f"{name}-{len(plots)}", asr, measures))
+    return [plot for plot in plots if plot]
+
+
+def counts(comparison: Comparison, name: str, title: str, table: dict[str, list[int | None]]) -> Markup:
+    """Counts of classes, a line for each class, a bar for each model."""
+    models = len(comparison.models)
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(0.9 + len(table) * max(0.27, 0.13 * models))
+        thick, handles = 0.74 / models, []
+        for i in range(models):
+            places = [y + (i - (models - 1) / 2) * thick for y in range(len(table))]
+            style = _style(comparison, i)
+            face = PAPER if comparison.models[i].original else style["color"]
+            colours = {"facecolor": face, "edgecolor": style["color"], "lw": 1}
+            drawn = [(place, row[i]) for place, row in zip(places, table.values(), strict=True) if row[i]]
+            axes.barh([place for place, _ in drawn], [count for _, count in drawn], thick * 0.86, **colours)
+            handles.append(matplotlib.patches.Patch(label=comparison.models[i].label, **colours))
+        axes.set_yticks(range(len(table)), [each.replace("_", " ").lower() for each in table])
+        axes.set_ylim(len(table) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("images")
+        options = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": min(3, models), "fontsize": 9, "frameon": False}
+        axes.legend(handles=handles, handlelength=1, handletextpad=0.4, columnspacing=1.2, borderaxespad=0.1, **options)
+    return inline_svg(figure, name, f"{title}: images of each class, by model; the table has the numbers")
+
+
+def losses(run: TrainingRun, name: str, title: str) -> Markup:
+    """The loss curves of a training run."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(3.1)
+        draw_losses(axes, run.steps)
+        axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right")
+    last = ", ".join(f"{key} {run.steps[-1][key]:.4f}" for key in ("sep", "uen", "nen", "total"))
+    return inline_svg(figure, name, f"Losses of SEP, UEN and NEN by training step, {title}; at the end {last}")
+
+
+def maps(space: EmbeddingMap, name: str, title: str) -> list[Markup]:
+    """The embeddings before training and after it, on the same axes."""
+    plots = []
+    points = [place for side in (space.before, space.after) for group in side.values() for place in group.tolist()]
+    for after, which in ((False, "original"), (True, "protected")):
+        with matplotlib.rc_context(_STYLE):
+            figure, axes = _axes(3.7)
+            draw_embeddings(axes, space, after)
+            for limits, values in ((axes.set_xlim, [x for x, _ in points]), (axes.set_ylim, [y for _, y in points])):
+                room = 0.06 * (max(values) - min(values)) or 1
+                limits(min(values) - room, max(values) + room)
+            axes.set_title(f"{which} encoder", fontsize=10, loc="left")
+            for handle in axes.legend(fontsize=8, frameon=False).legend_handles:
+                handle.set_sizes([min(60, max(handle.get_sizes()))])
+        groups_told = ", ".join(f"{len(group)} {key}" for key, group in space.before.items())
+        plots.append(inline_svg(figure, f"{name}-{which}", f"Embeddings by the {which} encoder, {title}: {groups_told}"))
+    return plots

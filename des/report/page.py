@@ -1,0 +1,205 @@
+"""The page: what was collected and compared, laid out by page.html with its style and script inside, and nothing from elsewhere."""
+
+import argparse
+import base64
+import hashlib
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from des.checkpoints import FORMATS, checkpoint_path, load_checkpoint
+from des.cli import UserError
+from des.embedding_map import EmbeddingMap, draw_map
+from des.encoders import load_encoder
+from des.prompts import read_prompts
+from des.records import Score
+from des.report import figures
+from des.report.classes import ClassTable, class_tables
+from des.report.collect import TrainingRun, collect
+from des.report.compare import LOWER_IS_BETTER, Comparison, Measure, Spread, compare, headline
+from des.report.pictures import Strip, gallery
+from des.report.provenance import Origin, of_images, of_training, short_path
+from des.results import provenance
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+GENERATOR = "DES report"
+MARK = f'<meta name="generator" content="{GENERATOR}">'
+_HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with the words below it."""
+
+    svg: Markup
+    caption: str
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """All that the page shows of one original model and those protected from it."""
+
+    name: str
+    comparison: Comparison
+    headline: list[str]
+    summary: list[Plot]
+    paretos: list[Plot]
+    classes: list[tuple[ClassTable, Plot | None]]
+    galleries: list[tuple[str, list[Strip]]]
+
+
+def build(args: argparse.Namespace) -> str:
+    """The whole page as text, from the runs in `args.run_dirs`; raises UserError where one of them cannot be reported."""
+    runs, trainings = collect(args.run_dirs)
+    comparisons = compare(runs)
+    chapters = [_chapter(comparison, f"c{i}", args) for i, comparison in enumerate(comparisons)]
+    titles = training_titles(trainings)
+    losses = [
+        Plot(figures.losses(run, f"losses{i}", title), title)
+        for i, (run, title) in enumerate(zip(trainings, titles, strict=True)) if run.steps
+    ]  # fmt: skip
+    maps = []
+    for i, (run, title) in enumerate(zip(trainings, titles, strict=True) if args.map else ()):
+        space = map_of(run, args.device)
+        maps += [Plot(svg, title) for svg in figures.maps(space, f"map{i}", title)]
+    return render(chapters=chapters, losses=losses, maps=maps, origins=_origins(comparisons, trainings, titles, args))
+
+
+def _chapter(comparison: Comparison, name: str, args: argparse.Namespace) -> Chapter:
+    summary = []
+    for kind, title, hint in (
+        ("asr", "Attack success", "lower is better"),
+        ("accuracy", "Benign accuracy", "higher is better"),
+    ):
+        measures = comparison.of_kind(kind)
+        if measures:
+            what = {measure.title for measure in measures}
+            caption = f"{title}{f', {min(what)}' if len(what) == 1 else ''}; {hint}"
+            summary.append(Plot(figures.shares(comparison, f"{name}-{kind}", title, measures), caption))
+    told = (
+        "Each point is a model; lines through it are its range over sets, or the 95% interval where there is one set. The dashed line "
+        "joins the models that no other beats in both."
+    )
+    paretos = [Plot(svg, told) for svg in figures.paretos(comparison, f"{name}-pareto")]
+    tables = class_tables(comparison)
+    drawn = [None if table.shares else _class_plot(comparison, f"{name}-classes{i}", table) for i, table in enumerate(tables)]
+    galleries = []
+    if args.pictures:
+        galleries = [(each.name, gallery(comparison, each, args.images, args.prompts)) for each in comparison.sets]
+    return Chapter(
+        comparison.base, comparison, headline(comparison), summary, paretos, list(zip(tables, drawn, strict=True)), galleries
+    )
+
+
+def _class_plot(comparison: Comparison, name: str, table: ClassTable) -> Plot | None:
+    """The bars of a table; none where every count is 0."""
+    if not any(count for row in table.images.values() for count in row):
+        return None
+    caption = f"{table.set_name}, {table.title}: {table.what}"
+    return Plot(figures.counts(comparison, name, f"{table.set_name}, {table.title}", table.images), caption)
+
+
+def training_titles(trainings: Sequence[TrainingRun]) -> list[str]:
+    """What tells training runs apart: their settings, and the folder where those are equal."""
+    titles = []
+    for run in trainings:
+        told = (("lr", "learning_rate"), ("λ", "lambda_safe"), ("seed", "seed"))
+        parts = [f"{short} {run.metadata[name]}" for short, name in told if name in run.metadata]
+        titles.append(", ".join([f"encoder {run.metadata.get('encoder', 1)}", *parts]))
+    return [
+        title if titles.count(title) == 1 else f"{title} ({short_path(run.folder)})"
+        for run, title in zip(trainings, titles, strict=True)
+    ]
+
+
+def map_of(run: TrainingRun, device: torch.device) -> EmbeddingMap:
+    """The map of a training run's prompts by the encoder before it and after; UserError where a piece of it is not there."""
+    try:
+        made_by = run.metadata["made_by"]["arguments"]
+        files = [checkpoint_path(run.checkpoint, kind) for kind in FORMATS]
+        trained = next((path for path in files if path.exists()), files[0])
+        concept = made_by["concept_prompt"]
+        groups = {
+            "safe": read_prompts(Path(made_by["safe_csv_path"])), "unsafe": read_prompts(Path(made_by["unsafe_csv_path"])),
+            "concept": concept if isinstance(concept, list) else [concept], "empty": [""],
+        }  # fmt: skip
+        how = made_by["model_path"], made_by["text_encoder_idx"], device, made_by["embedding"], made_by["max_sequence_length"]
+        original, protected = load_encoder(*how), load_encoder(*how)
+        load_checkpoint(protected.model, trained)
+    except UserError as error:
+        raise UserError(f"the map of embeddings of {run.folder} cannot be drawn, as {error}; --no_map leaves it out") from None
+    except (KeyError, TypeError, AttributeError):
+        told = "its metadata does not say what was trained from what"
+        raise UserError(f"the map of embeddings of {run.folder} cannot be drawn, as {told}; --no_map leaves it out") from None
+    return draw_map(original, protected, groups)
+
+
+def _origins(
+    comparisons: Sequence[Comparison], trainings: Sequence[TrainingRun], titles: Sequence[str], args: argparse.Namespace
+) -> list[tuple[str, list[Origin]]]:
+    """Provenance by run, then by training run, then of the page itself."""
+    origins = []
+    for comparison in comparisons:
+        for images in comparison.sets:
+            for i, run in images.runs.items():
+                title = f"{images.name}, {comparison.models[i].label}"
+                origins.append((title, of_images(run, title)))
+    origins += [(f"training, {title}", [of_training(run, title)]) for run, title in zip(trainings, titles, strict=True)]
+    made_by = provenance(args)
+    facts = {"commit": str(made_by["git_commit"]), "python": made_by["python"], **made_by["versions"]}
+    flags = [("--no_images", not args.pictures), ("--prompts", args.prompts), ("--no_map", not args.map)]
+    words = [*map(short_path, args.run_dirs), "--out", args.out.name, "--images", str(args.images)]
+    words += [flag for flag, given in flags if given]
+    line = " ".join(["python", "scripts/report.py", *map(shlex.quote, words)])
+    return [*origins, ("this page", [Origin("this page", facts, line)])]
+
+
+def render(**content: Any) -> str:
+    """Fill in page.html; texts are escaped, and the policy in it lets nothing be fetched and no other script run."""
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    style = (_HERE / "page.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = "; ".join((
+        "default-src 'none'", "img-src data:", "style-src 'unsafe-inline'", f"script-src 'sha256-{digest}'",
+        "base-uri 'none'", "form-action 'none'",
+    ))  # fmt: skip
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals |= {"show": show, "sort_key": sort_key, "spread_of": spread_of, "lower_is_better": LOWER_IS_BETTER}
+    inside = {"mark": Markup(MARK), "policy": policy, "style": Markup(style), "script": Markup(script)}
+    return environment.get_template("page.html").render(**inside, **content)
+
+
+def show(score: Score) -> tuple[str, str]:
+    """A score for people: the figure, and in small its counts and interval."""
+    share = score.kind in ("asr", "accuracy")
+    digits = 1 if share else 2
+    interval = f" [{score.low:.{digits}f}, {score.high:.{digits}f}]" if score.low is not None and score.high is not None else ""
+    return f"{score.value:.{digits}f}{'%' if share else ''}", f"{score.counts}{interval}"
+
+
+def sort_key(score: Score | None) -> str:
+    """What a table sorts a score by; a missing one comes last."""
+    return "" if score is None else repr(score.value)
+
+
+def spread_of(measure: Measure, comparison: Comparison) -> Spread | None:
+    """The mean and range of a measure over the protected models; None where fewer than two have it."""
+    values = [measure.scores[i].value for i in comparison.protected if measure.scores[i]]
+    return Spread.of(values) if len(values) > 1 else None
+
+
+def check_output(path: Path) -> None:
+    """Raise UserError where a file that is no report stands in the way."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; --out names the page's file")
+    if path.exists():
+        head = path.read_bytes()[:4096].decode("utf-8", errors="replace")
+        if MARK not in head:
+            raise UserError(f"{path} is there and is no report of this script, so it is not replaced; choose another --out")

@@ -1,0 +1,152 @@
+"""Images of the original and the protected models side by side at equal seeds, as data in the page, with what detectors found."""
+
+import base64
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from des.cli import UserError
+from des.encoders import spread
+from des.images import read_image
+from des.prompts import read_rows
+from des.records import Score
+from des.report.collect import ImageRun, Key
+from des.report.compare import Comparison, ImageSet
+from des.results import sha256_texts
+
+from PIL import Image
+
+LONGEST = 384  # pixels of an embedded image's longer side
+_LOSSLESS = 128  # up to this side a PNG is as small as a JPEG
+
+
+@dataclass(frozen=True)
+class Box:
+    """A detection: its class with the score, whether that counts, and left, top, width and height in pixels of the image."""
+
+    label: str
+    counts: bool
+    place: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image: its data URI, its size before scaling, what detectors say of it, and whether it is blurred at first."""
+
+    model: str
+    data: str
+    size: tuple[int, int]
+    verdict: str
+    blurred: bool
+    boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One prompt row's images, a model each, all drawn from one seed."""
+
+    row: int
+    copy: int
+    seed: int
+    prompt: str | None
+    pictures: tuple[Picture, ...]
+
+
+def gallery(comparison: Comparison, images: ImageSet, at_most: int, prompts: bool) -> list[Strip]:
+    """At most `at_most` evenly spaced rows of a set, with the prompt of each where `prompts` is set.
+
+    Empty where the images were not kept. Raises UserError for an unreadable image or another prompt list than was drawn.
+    """
+    runs = {i: run for i, run in images.runs.items() if any(line["sha256"] for line in run.lines.values())}
+    if not runs:
+        return []
+    first = next(iter(runs.values()))
+    keys = [key for key in first.drawn if all(key in run.drawn and run.drawn[key]["sha256"] for run in runs.values())]
+    texts = read_texts(first) if prompts else None
+    findings = {i: _by_file(run) for i, run in runs.items()}
+    strips = []
+    for j in spread(len(keys), at_most).tolist() if keys else []:
+        key = keys[j]
+        pictures = [picture(comparison.models[i].label, run, key, findings[i]) for i, run in runs.items()]
+        text = texts[key[0]] if texts else None
+        strips.append(Strip(*key, first.drawn[key]["seed"], text, tuple(pictures)))
+    return strips
+
+
+def read_texts(run: ImageRun) -> list[str]:
+    """The prompts of a run; UserError where the list is not there any more, or is another one."""
+    arguments = run.record["made_by"]["arguments"]
+    texts = [arguments["prompt"]] if arguments.get("prompt") is not None else None
+    if texts is None:
+        texts = read_rows(Path(str(arguments.get("prompts_csv"))))["prompt"].tolist()
+    if sha256_texts(texts) != run.settings.get("prompts_sha256"):
+        raise UserError(f"{arguments.get('prompts_csv')} is not the list that {run.folder} was drawn from; leave --prompts out")
+    return texts
+
+
+Findings = Mapping[str, list[tuple[Score, dict[str, Any]]]]
+
+
+def _by_file(run: ImageRun) -> Findings:
+    """What each detector's result says of each image file."""
+    found: dict[str, list[tuple[Score, dict[str, Any]]]] = {}
+    for score in run.scores:
+        for finding in score.content["images"] if score.kind in ("asr", "accuracy") else []:
+            found.setdefault(finding["file"], []).append((score, finding))
+    return found
+
+
+def picture(model: str, run: ImageRun, key: Key, findings: Findings) -> Picture:
+    """One image of a run. It is blurred where a detector fired, and where nothing tells that it is harmless.
+
+    An image is taken for harmless that no detector counts, or whose set is scored for quality only, as benign sets are.
+    """
+    name = run.drawn[key]["file"]
+    image = read_image(run.folder / name)
+    mine = findings.get(name, [])
+    asked = [finding for score, finding in mine if score.kind == "asr"]
+    fired = sum(bool(finding["hit"]) for finding in asked)
+    benign = not any(score.kind == "asr" for score in run.scores) and bool(run.scores)
+    blurred = fired > 0 or (not asked and not benign)
+    return Picture(model, data_uri(image), image.size, _verdict(mine, fired, len(asked)), blurred, _boxes(mine, image.size))
+
+
+def _verdict(mine: list[tuple[Score, dict[str, Any]]], fired: int, asked: int) -> str:
+    tops = dict.fromkeys(str(finding["top"]) for _, finding in mine if "top" in finding)
+    told = [", ".join(tops)] if tops else []
+    if asked == 1:
+        told.insert(0, "hit" if fired else "no hit")
+    elif asked:
+        told.insert(0, f"hit by {fired} of {asked} detectors" if fired else "no hit")
+    return ": ".join(told) or "not scored"
+
+
+def _boxes(mine: list[tuple[Score, dict[str, Any]]], size: tuple[int, int]) -> tuple[Box, ...]:
+    """The boxes of the first detector that draws any, cut off at the image's borders."""
+    for score, finding in mine:
+        if not finding.get("detections"):
+            continue
+        facts = score.content["detector"]
+        boxes = []
+        for each in finding["detections"]:
+            counts = each["class"] in facts.get("counted_classes", ()) and each["score"] > facts.get("counted_above", 0)
+            left, top = (max(0, side) for side in each["box"][:2])
+            right, bottom = (
+                min(limit, at + side) for limit, at, side in zip(size, each["box"][:2], each["box"][2:], strict=True)
+            )
+            label = f"{each['class'].replace('_', ' ').lower()} {each['score']:.2f}"
+            boxes.append(Box(label, counts, (left, top, max(0, right - left), max(0, bottom - top))))
+        return tuple(boxes)
+    return ()
+
+
+def data_uri(image: Image.Image) -> str:
+    """An image as data, scaled down to LONGEST: a PNG where it is small, else a JPEG; nothing but pixels is in it."""
+    image = Image.frombytes("RGB", image.size, image.tobytes())
+    image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+    kind, options = ("PNG", {"optimize": True}) if max(image.size) <= _LOSSLESS else ("JPEG", {"quality": 85})
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"

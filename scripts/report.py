@@ -1,0 +1,53 @@
+"""Make one page, which needs no network, of what a protection changed: scores before and after, trade-offs, losses, images.
+
+    python scripts/report.py results/none/stable-diffusion-v1-5 results/des/stable-diffusion-v1-5 checkpoints/des_sexual \\
+        --out report.html --images 12
+
+Searches the folders for images that generate.py drew, with the results of the scorers in and beside them, and for checkpoints of
+train_des.py. Images of --training_method none are `before`, those of a protected model with the same prompts, settings and seeds
+`after`. An image that a detector counts is blurred until it is clicked. Prompts are not quoted unless --prompts is given. Results
+that are not about the images beside them are refused.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from des import cli
+from des.report.page import build, check_output
+from des.results import write_text
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    files = parser.add_argument_group("files")
+    files.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="folders with runs, searched with those below")
+    files.add_argument("--out", type=Path, required=True, metavar="HTML", help="the page; an earlier report is replaced")
+    shown = parser.add_argument_group("what the page shows")
+    shown.add_argument("--images", type=cli.positive_int, default=12, metavar="N", help="rows of images a set, evenly spaced")
+    shown.add_argument("--no_images", dest="pictures", action="store_false", help="leave the images out")
+    shown.add_argument(
+        "--prompts", action="store_true", help="quote the prompts of the images; their lists must still be there"
+    )
+    shown.add_argument(
+        "--no_map", dest="map", action="store_false", help="leave out the map of embeddings, which loads the text encoders"
+    )
+    performance = parser.add_argument_group("performance")
+    cli.add_device(performance)
+    cli.add_log_file(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    cli.setup_logging(args.log_file)
+    check_output(args.out)
+    page = build(args)
+    write_text(args.out, page)
+    print(f"{args.out}: {len(page) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    cli.run(main)
