@@ -45,7 +45,7 @@ use_browser() { # for the tests of pages, which are skipped where there is none
     if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
         echo "== Installing chromium and chromium-driver"
         apt-get update -qq >/dev/null || true # the lists that are there may do
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null ||
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null ||
             fail "Chromium could not be installed"
     fi
 }
