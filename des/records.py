@@ -10,6 +10,7 @@ from typing import Any
 
 from des import manifest
 from des.cli import UserError
+from des.features import OWN
 from des.results import sha256_texts
 
 Lines = dict[str, dict[str, Any]]  # of a manifest, by file name
@@ -167,7 +168,17 @@ def _fids(path: Path, lines: Lines) -> list[Score]:
         identity = sha256_texts([json.dumps(compared)])
         counts = f"{content['generated']} images, {content['reference']} reference"
         return [
-            Score(path, "fid", f"FID ({name})", identity, _finite(value), None, None, counts, content)
+            Score(
+                path,
+                "fid",
+                "FID (another model's features)" if name == OWN else f"FID ({name})",
+                identity,
+                _finite(value),
+                None,
+                None,
+                counts,
+                content,
+            )
             for name, value in content["variants"].items()
         ]
     except _BROKEN:
