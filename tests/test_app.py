@@ -348,9 +348,12 @@ class Opened:
         return self.browser.find_elements("css selector", selector)
 
     def wait(self, condition):
+        """Wait until a condition holds; what it looks for may not be there yet, or be drawn anew meanwhile."""
+        from selenium.common.exceptions import StaleElementReferenceException
         from selenium.webdriver.support.ui import WebDriverWait
 
-        return WebDriverWait(self.browser, 60, 0.1).until(lambda _: condition())
+        not_yet = [IndexError, StaleElementReferenceException]
+        return WebDriverWait(self.browser, 60, 0.1, not_yet).until(lambda _: condition())
 
     def tab(self, title):
         (tab,) = [each for each in self.all("button[role=tab]") if each.text == title]
