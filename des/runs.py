@@ -25,7 +25,7 @@ NOT_SETTINGS = (
     "prompts_csv", "prompt", "output_path", "results_dir", "start_idx", "end_idx", "device", "batch_size", "num_images_per_prompt",
     "text_encoder_path", "text_encoder_2_path", "text_encoder_3_path", "unet_path", "adapter_path", "init_images", "mask_images",
     "enable_model_cpu_offload", "attention_slicing", "model_type", "score_with", "blur", "profile", "detector_weights", "prompts_file",
-    "clip_model", "classifier", "cls_class", "log_prompts",
+    "clip_model", "classifier", "cls_class", "log_prompts", "log_file",
 )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def test_finished_images_are_kept_and_broken_ones_drawn_again(generate, tmp_path
     broken, kept = (tmp_path / PREFIX.format(method="none", row=row) for row in (1, 2))
     broken.write_bytes(broken.read_bytes()[:-30])
     stamp = kept.stat().st_mtime_ns
-    done = generate()
+    done = generate(log_file=tmp_path / "second.log")  # which is no setting of an image
     assert "1 images to draw" in done.err and "4 found done" in done.err
     assert kept.stat().st_mtime_ns == stamp
     after = snapshot(tmp_path / "results")
