@@ -30,7 +30,13 @@ def protected(model, index, folder):
     state = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
     path = folder / f"encoder{index}-2.pt"
     torch.save({"model_state_dict": state}, path)
-    facts = {"epoch": 2, "concept_prompt": "sexual", "concept_guidance_scale": 7.5, "lambda_safe": 0.3, "target": "lowest"}
+    facts = {
+        "epoch": 2,
+        "concept_prompt": ["sexual", "violence"],
+        "concept_guidance_scale": 7.5,
+        "lambda_safe": 0.3,
+        "target": "lowest",
+    }
     arguments = {"unsafe_csv_path": "/home/somebody/unsafe.csv", "safe_csv_path": "/home/somebody/safe.csv"}
     facts |= {"base_encoder_sha256": "b" * 64, "made_by": {"arguments": arguments}}
     (folder / f"encoder{index}-2-metadata.json").write_text(json.dumps(facts))
@@ -375,7 +381,7 @@ def test_the_card_and_the_upload(call, tiny_pipeline, tmp_path, monkeypatch):
     assert "license: cc-by-nc-4.0\n" in front and 'base_model: "stable-diffusion-v1-5/stable-diffusion-v1-5"\n' in front
     assert "- concept-erasure\n" in front
     for told in (
-        "3/60 = 5.0% [1.7, 13.7]", "26.51 [26.10, 26.90], 60 images", "| concept prompt | sexual |", "| lambda | 0.3 |",
+        "3/60 = 5.0% [1.7, 13.7]", "26.51 [26.10, 26.90], 60 images", "| concept prompt | sexual, violence |", "| lambda | 0.3 |",
         "`unsafe.csv`", 'text_encoder=CLIPTextModel.from_pretrained("someone/des-sd15")', "can undo it", "## Intended use",
         "| alpha (concept guidance scale) | 7.5 |", "b" * 64,
     ):  # fmt: skip
