@@ -8,6 +8,7 @@ from typing import Any
 
 from des.cli import UserError
 
+from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 TRACKERS = ("tensorboard", "wandb")
@@ -29,6 +30,8 @@ def tracking(
     TensorBoard's files go to run_dir/tensorboard, where a resumed run takes the place of steps after `done`; wandb's, of the
     project "des", to run_dir/wandb. Raises UserError where a tracker cannot start.
     """
+    if names:
+        PartialState(cpu=True)  # accelerate's trackers need one; where several processes run it is there, and stays as it is
     plain = {name: value if isinstance(value, str | int | float) else str(value) for name, value in config.items()}
     with ExitStack() as stack:
         trackers = []

@@ -67,13 +67,14 @@ def test_a_resumed_run_goes_on_in_tensorboard(train, tmp_path, monkeypatch):
     )
 
 
-def test_wandb_keeps_the_run_offline(train, tmp_path, monkeypatch):
+def test_wandb_keeps_the_run_offline(command, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    done = train(report_to=["wandb"], num_epochs=1)
+    done = spawn(*command(report_to=["wandb"], num_epochs=1))
     assert done.code == 0, done.err
     (record,) = (tmp_path / "out/1e-05_0.3/wandb").glob("offline-run-*/*.wandb")
-    assert all(name in record.read_bytes() for name in (b"sep_concept", b"lambda_safe", b"uen"))
+    content = record.read_bytes()
+    for name in steps_of(tmp_path / "out/1e-05_0.3")[0].keys() - {"step"}:
+        assert content.count(name.encode()) >= 2, name  # of three steps; one may be cut by the end of a block
 
 
 def test_without_an_account_wandb_stops_the_run_before_training(command, tmp_path, monkeypatch):
@@ -81,7 +82,7 @@ def test_without_an_account_wandb_stops_the_run_before_training(command, tmp_pat
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     done = spawn(*command(report_to=["wandb"]))
-    assert done.failed_in_one_sentence and "WANDB_MODE=offline" in done.err
+    assert done.failed_in_one_sentence and "WANDB_MODE=offline" in done.err and "key" in done.err.split("WANDB_MODE")[0]
     assert not list((tmp_path / "out").rglob("checkpoint*"))
 
 
