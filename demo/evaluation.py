@@ -3,7 +3,6 @@
 Every step is a script with its own command line, run in this process so that libraries load once.
 """
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from demo.world import CONCEPT, KINDS, SECOND, random_scene, render
 from des.jobs import run_script as script
+from des.records import read_json
 
 import torch
 
@@ -132,7 +132,3 @@ def draw_reference(folder: Path, removed: Sequence[str] = (CONCEPT,)) -> None:
     rng = random.Random("reference")
     for i in range(REFERENCE_IMAGES):
         render(random_scene(rng, kinds[i % len(kinds)]), rng).save(folder / f"reference_{i}p.png")
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))

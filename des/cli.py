@@ -183,7 +183,7 @@ def setup_logging(*log_files: Path | None, quiet: bool = False) -> None:
     handlers: list[logging.Handler] = [_BesideBars()]
     for log_file in () if quiet else filter(None, log_files):
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        if log_file.exists() and not _is_log(log_file):
+        if log_file.is_file() and not _is_log(log_file):
             raise UserError(f"{log_file} holds something else than a log; give another file")
         handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace"))
     handlers[0].setLevel(logging.ERROR if quiet else logging.INFO)

@@ -27,9 +27,9 @@ class EmbeddingMap:
     before: dict[str, Tensor]
     after: dict[str, Tensor]
 
-    def locate(self, encoder: TextEncoder, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
-        """The points [prompts, 2] of further prompts by one of the two encoders."""
-        return (embed(encoder, prompts, batch_size) - self.centre) @ self.axes.T
+    def locate(self, embeddings: Tensor) -> Tensor:
+        """The points [prompts, 2] of further flattened embeddings [prompts, tokens * hidden] by either encoder."""
+        return (embeddings - self.centre) @ self.axes.T
 
 
 def embed(encoder: TextEncoder, prompts: Sequence[str], batch_size: int = 32) -> Tensor:

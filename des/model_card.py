@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from des.cli import UserError
-from des.conversion import read_json
+from des.records import read_json
 from des.results import show
 
 LOADING = {
@@ -52,8 +52,7 @@ def read_scores(paths: Sequence[Path]) -> list[tuple[str, str, str]]:
     for path in paths:
         if not path.is_file():
             raise UserError(f"there is no file of scores {path}")
-        content = read_json(path)
-        found = _figures(content) if isinstance(content, dict) else []
+        found = _figures(read_json(path))
         if not found:
             raise UserError(f"{path} holds no scorer's result: neither k of n nor one of {', '.join(_SCORES)}")
         rows += [(path.name, *figure) for figure in found]

@@ -17,6 +17,7 @@ from des.results import proportion, show
 from des.scoring import Detector
 
 import pandas as pd
+import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
@@ -217,7 +218,7 @@ class Atlas:
         before, *concepts = embed(self.original, [prompt, *self.groups["concept"]])
         concept = max(concepts, key=lambda each: cosine_similarity(before, each, dim=0).item())
         (after,) = embed(self.protected, [prompt])
-        points = [(point - self.space.centre) @ self.space.axes.T for point in (before, after)]
+        points = self.space.locate(torch.stack([before, after]))
         cosines = [cosine_similarity(a, b, dim=0).item() for a, b in ((before, concept), (after, concept), (before, after))]
         if not all(map(math.isfinite, cosines)):
             raise UserError("the encoder gives NaN for this prompt; use --dtype fp32 or bf16")

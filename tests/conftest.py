@@ -61,10 +61,30 @@ def call(capfd, monkeypatch):
     return run
 
 
+@pytest.fixture
+def codebook(call, tmp_path) -> Path:
+    """The codebook of golden case A, in tmp_path/cb."""
+    case = GOLDEN / "A"
+    options = {"model_path": case / "model", "device": "cpu", "csv_path": case / "safe.csv", "save_dir": tmp_path / "cb"}
+    done = call("save_codebook.py", *flags(**options))
+    assert done.code == 0, done.err
+    return tmp_path / "cb"
+
+
 def flags(**options: object) -> list[object]:
     """A command line: `--key value`, several values for a list, a bare flag for an empty one, nothing for None."""
     given = {key: value if isinstance(value, list) else [value] for key, value in options.items() if value is not None}
     return [part for key, values in given.items() for part in (f"--{key}", *values)]
+
+
+def training_line(tmp_path: Path, **changes: object) -> list[object]:
+    """train_des.py on golden case A with the `codebook` in `tmp_path`: two epochs of three steps, with changed options."""
+    case = GOLDEN / "A"
+    options = {
+        "model_path": case / "model", "device": "cpu", "codebook_dir": tmp_path / "cb", "unsafe_csv_path": case / "unsafe.csv",
+        "safe_csv_path": case / "safe.csv", "output_dir": tmp_path / "out", "num_epochs": 2, "batch_size": 5,
+    } | changes  # fmt: skip
+    return ["train_des.py", *flags(**options)]
 
 
 def spawn(script: str, *argv: object, cwd: Path = ROOT) -> Finished:

@@ -12,7 +12,7 @@ import sys
 import termios
 
 import pytest
-from conftest import GOLDEN, ROOT, flags, spawn
+from conftest import GOLDEN, ROOT, flags, spawn, training_line
 from test_docs import SCRIPTS, TOOLS
 
 FOLDER = GOLDEN / "A"
@@ -72,15 +72,15 @@ def test_log_file_is_offered(parsed, script):
     assert str(args.log_file) == "x.log"
 
 
-def codebook(tmp_path, **changes):
+def codebook_line(tmp_path, **changes):
     options = {"model_path": FOLDER / "model", "csv_path": FOLDER / "safe.csv", "save_dir": tmp_path / "cb", "device": "cpu"}
     return ["save_codebook.py", *flags(**options | changes)]
 
 
 def test_a_log_file_keeps_every_run_and_its_error(call, tmp_path):
     log = tmp_path / "logs/all.log"
-    assert call(*codebook(tmp_path, log_file=log)).code == 0
-    failed = call(*codebook(tmp_path, log_file=log, csv_path=tmp_path / "none.csv"))
+    assert call(*codebook_line(tmp_path, log_file=log)).code == 0
+    failed = call(*codebook_line(tmp_path, log_file=log, csv_path=tmp_path / "none.csv"))
     assert failed.failed_in_one_sentence
     lines = log.read_text().splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
@@ -90,17 +90,13 @@ def test_a_log_file_keeps_every_run_and_its_error(call, tmp_path):
 def test_a_file_that_is_no_log_is_left_alone(call, tmp_path):
     precious = tmp_path / "prompts.csv"
     precious.write_text("prompt\na cat\n")
-    assert call(*codebook(tmp_path, log_file=precious)).failed_in_one_sentence
+    assert call(*codebook_line(tmp_path, log_file=precious)).failed_in_one_sentence
     assert precious.read_text() == "prompt\na cat\n" and not (tmp_path / "cb").exists()
 
 
-def test_bars_are_for_terminals(call, tmp_path):
+def test_bars_are_for_terminals(codebook, tmp_path):
     """On a terminal a bar tells step, rate, time left and losses; in a pipe there is none."""
-    assert call(*codebook(tmp_path)).code == 0
-    train = ["train_des.py", *flags(
-        model_path=FOLDER / "model", device="cpu", codebook_dir=tmp_path / "cb", unsafe_csv_path=FOLDER / "unsafe.csv",
-        safe_csv_path=FOLDER / "safe.csv", output_dir=tmp_path / "out", num_epochs=1, batch_size=5,
-    )]  # fmt: skip
+    train = training_line(tmp_path, num_epochs=1)
     piped = spawn(*train)
     assert piped.code == 0 and "step/s" not in piped.err and "\r" not in piped.err
     ours, theirs = pty.openpty()

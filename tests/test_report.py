@@ -10,7 +10,7 @@ from des.report import collect as collecting
 from des.report.compare import Spread, compare, front, headline, pooled
 from des.report.figures import inline_svg
 from des.report.page import MARK
-from des.report.provenance import short_path
+from des.report.provenance import command, short_path
 
 import pytest
 import skimage.data
@@ -148,6 +148,12 @@ def test_paths_elsewhere_are_cut_off(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert short_path(tmp_path / "a/b") == "a/b"
     assert short_path(tmp_path.parent.parent / "x/y/z/w.pt") == "…/y/z/w.pt"
+
+
+def test_a_recorded_zero_is_in_the_command():
+    arguments = {"seed": 0, "guidance_scale": 0.0, "blur": False, "log_file": None, "score_with": [], "deterministic": True}
+    told = command({"script": "generate.py", "arguments": arguments | {"prompt": "a secret"}})
+    assert told == "python generate.py --seed 0 --guidance_scale 0.0 --deterministic --prompt …"
 
 
 def test_texts_in_figures_stay_texts():

@@ -4,29 +4,13 @@ import json
 import sys
 
 import pytest
-from conftest import GOLDEN, flags, spawn
+from conftest import spawn, training_line
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-FOLDER = GOLDEN / "A"
 
 
 @pytest.fixture
-def command(call, tmp_path):
-    """The command line of train_des.py on case A, two epochs of three steps, with changed options."""
-    done = call(
-        "save_codebook.py",
-        *flags(model_path=FOLDER / "model", csv_path=FOLDER / "safe.csv", save_dir=tmp_path / "cb", device="cpu"),
-    )
-    assert done.code == 0, done.err
-
-    def line(**changes):
-        options = {
-            "model_path": FOLDER / "model", "device": "cpu", "codebook_dir": tmp_path / "cb", "unsafe_csv_path": FOLDER / "unsafe.csv",
-            "safe_csv_path": FOLDER / "safe.csv", "output_dir": tmp_path / "out", "num_epochs": 2, "batch_size": 5,
-        } | changes  # fmt: skip
-        return ["train_des.py", *flags(**options)]
-
-    return line
+def command(codebook, tmp_path):
+    return lambda **changes: training_line(tmp_path, **changes)
 
 
 @pytest.fixture

@@ -10,34 +10,16 @@ from des.training import Pairs
 
 import pytest
 import torch
-from conftest import GOLDEN, flags, snapshot
+from conftest import GOLDEN, snapshot, training_line
 
 FOLDER = GOLDEN / "A"
 
 
 @pytest.fixture
-def codebook(call, tmp_path):
-    done = call(
-        "save_codebook.py",
-        *flags(model_path=FOLDER / "model", device="cpu", csv_path=FOLDER / "safe.csv", save_dir=tmp_path / "cb"),
-    )
-    assert done.code == 0, done.err
-    return tmp_path / "cb"
-
-
-@pytest.fixture
 def train(call, tmp_path, codebook):
     """Run train_des.py on case A with changed options (None leaves one out)."""
-
-    def run(out="out", **changes):
-        options = {
-            "model_path": FOLDER / "model", "device": "cpu", "codebook_dir": codebook, "unsafe_csv_path": FOLDER / "unsafe.csv",
-            "safe_csv_path": FOLDER / "safe.csv", "output_dir": tmp_path / out, "num_epochs": 2, "batch_size": 5,
-            "learning_rate": "1e-3", "concept_guidance_scale": 20,
-        } | changes  # fmt: skip
-        return call("train_des.py", *flags(**options))
-
-    return run
+    own = {"learning_rate": "1e-3", "concept_guidance_scale": 20}
+    return lambda out="out", **changes: call(*training_line(tmp_path, **{"output_dir": tmp_path / out} | own | changes))
 
 
 def weights(folder, epoch=2):

@@ -34,7 +34,7 @@ class Origin:
 def of_images(run: ImageRun, title: str) -> list[Origin]:
     """The origin of a run's images, and of each score about them."""
     made_by = run.record["made_by"]
-    facts = {name: tell(value) for name, value in run.settings.items() if value not in (None, False)}
+    facts = {name: tell(value) for name, value in run.settings.items() if value is not None and value is not False}
     facts |= {"images": str(len(run.lines)), "left out": str(len(run.record.get("left_out") or []))}
     origins = [Origin(f"{title}: images in {short_path(run.folder)}", facts | machine(made_by), command(made_by))]
     for path, content in {score.path: score.content for score in run.scores}.items():
@@ -67,7 +67,7 @@ def command(made_by: Mapping[str, Any]) -> str:
     for name, value in (arguments if isinstance(arguments, dict) else {}).items():
         if name == "concept_term":  # train_des.py's --no_concept_term
             name, value = "no_concept_term", value is False
-        if value in (None, False, []):
+        if value is None or value is False or value == []:  # 0 is a value, and equals False
             continue
         if name in _NOT_TOLD:
             value = "…"
