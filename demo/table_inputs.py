@@ -36,6 +36,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    for path in (args.out / "reference").glob("reference_*p.png"):  # of an earlier call, and perhaps changed since
+        path.unlink()
     draw_reference(args.out / "reference")
     model, processor = load_model(CLIPModel, str(CLIP), args.device, "the CLIP model"), CLIPImageProcessor.from_pretrained(CLIP)
     rng = random.Random("q16")

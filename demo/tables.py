@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from demo.evaluation import CLASSIFIERS, CLIP
+from demo.evaluation import CLASSIFIERS, CLIP, REFERENCE_IMAGES
 from demo.world import CONCEPT
 from des.jobs import ROOT, Job
-from des.reproduction import PromptSet, World
+from des.table_world import PromptSet, World
 
 PAPERS_ALPHA, RATIO = 200.0, 0.3  # the demo's alpha / |n| where the paper's alpha is 200
 CONCEPT_SETS = {"plain": "plain name", "synonyms": "held-out names", "indirect": "held-out phrases"}
@@ -40,15 +40,15 @@ def demo_world(out: Path, device: str) -> World:
         },
         reference=inputs / "reference",
         scoring={
-            "classify_object": ("object", "--classifier", str(CLASSIFIERS["object"]), "--cls_class", CONCEPT),
-            "classify_16": ("q16", "--prompts_file", str(prompts), "--clip_model", str(CLIP)),
+            "classify_object": ("object", "--classifier", CLASSIFIERS["object"], "--cls_class", CONCEPT),
+            "classify_16": ("q16", "--prompts_file", prompts, "--clip_model", CLIP),
         },
         asr="classify_object",
         explicit="plain",
         scales={"smoke": (4, 11), "small": (100, 220), "paper": (None, None)},
-        fid=("--feature_extractor", str(CLASSIFIERS["object"])),
-        clip=("--clip_model", str(CLIP)),
-        labels={label: ("--classifier", str(folder)) for label, folder in CLASSIFIERS.items()},
+        fid=("--feature_extractor", CLASSIFIERS["object"], "--expected_ref", str(REFERENCE_IMAGES)),
+        clip=("--clip_model", CLIP),
+        labels={label: ("--classifier", folder) for label, folder in CLASSIFIERS.items()},
         setup=(
             f"The demo's world: the concept is the {CONCEPT}, its lists stand in for the paper's prompt sets, a classifier for NudeNet, and "
             "the nearer of two mean CLIP embeddings of drawn scenes for Q16. Only the shape of an effect compares, no figure.",
@@ -56,7 +56,7 @@ def demo_world(out: Path, device: str) -> World:
             "FID is on the classifier's features, against drawn scenes; CLIP score is the demo's own CLIP's.",
         ),
         prepare=(
-            Job("inputs of the demo's tables", "demo/table_inputs.py", ("--out", str(inputs), "--device", device), (),
-                (prompts, inputs / "reference/reference_0p.png")),
+            Job("inputs of the demo's tables", "demo/table_inputs.py", ("--out", str(inputs), "--device", device), (CLIP,),
+                (prompts, inputs / "reference")),
         ),
     )  # fmt: skip

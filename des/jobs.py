@@ -1,16 +1,17 @@
 """Running the project's scripts as jobs that are done once: each leaves a record of what went in, what came out and how long."""
 
-import functools
 import json
 import re
 import runpy
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from des.cli import UserError, logger
-from des.results import sha256_file, write_json
+from des.identities import identity
+from des.results import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +35,7 @@ def run_script(path: str, *argv: object) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """A script's command line, the files that it reads and those that it must leave, and how many images it draws."""
+    """A script's command line, the files and folders that it reads and those that it must leave, and how many images it draws."""
 
     what: str
     script: str
@@ -75,6 +76,16 @@ class Ledger:
         record = {"what": job.what, "script": job.script, "argv": job.argv, "seconds": seconds, "images": job.images}
         write_json(self._path(job), record | {"steps": job.steps, "files": _hashes((*job.inputs, *job.outputs))})
 
+    def left(self, jobs: Iterable[Job]) -> list[Job]:
+        """The jobs that are not done, and those that read what one of these makes."""
+        found: list[Job] = []
+        remade: set[Path] = set()
+        for job in jobs:
+            if not remade.isdisjoint(job.inputs) or self.record(job) is None:
+                found.append(job)
+                remade |= {place for output in job.outputs for place in (output, output.parent)}
+        return found
+
     def seconds_per(self, unit: str) -> float | None:
         """Seconds an image (`unit` images) or a training step (`steps`) took in the jobs done here, or None where none was."""
         records = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("*.json")]
@@ -85,10 +96,5 @@ class Ledger:
         return self.folder / (re.sub(r"[^\w.+-]+", "-", job.what.lower()) + ".json")
 
 
-def _hashes(paths: tuple[Path, ...]) -> dict[str, str | None]:
-    return {str(path): _hash(path, path.stat().st_mtime_ns) if path.is_file() else None for path in paths}
-
-
-@functools.cache
-def _hash(path: Path, changed: int) -> str:
-    return sha256_file(path)
+def _hashes(paths: Iterable[Path]) -> dict[str, str | None]:
+    return {str(path): identity(path) for path in paths}

@@ -57,7 +57,7 @@ FAMILIES = {
 }
 MODEL_TYPES = tuple(name for family in FAMILIES.values() for name in family.model_types)
 REFINER_CLASS = "StableDiffusionXLImg2ImgPipeline"
-_SD2_WIDTH = 1024  # OpenCLIP-H, which tells SD 2.x from 1.x
+SD2_WIDTH = 1024  # OpenCLIP-H, which tells SD 2.x from 1.x
 _PAPERS_SCHEDULER = {"sd_v1": "ddim", "sd_v2": "euler"}  # the others keep their own
 
 
@@ -99,7 +99,7 @@ def open_pipeline(
         pipeline_class = getattr(diffusers, index["_class_name"])
         pipe = pipeline_class.from_pretrained(model_path, dtype=dtype, variant=variant, **family.options, **encoders)
     _check_complete(pipe, model_path)
-    actual = family.model_types[-1 if pipe.text_encoder.config.hidden_size == _SD2_WIDTH else 0]
+    actual = family.model_types[-1 if pipe.text_encoder.config.hidden_size == SD2_WIDTH else 0]
     if model_type and model_type != actual:
         raise UserError(f"--model_type {model_type} was asked for, but {model_path} is a {actual}")
     scheduler = scheduler or _PAPERS_SCHEDULER.get(actual)

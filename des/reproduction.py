@@ -1,6 +1,5 @@
-"""What a table's cells are made of: variants of a model, prompt sets, and the jobs that train, draw and score them."""
+"""What a table's cells are made of: the jobs that train variants of a model, draw prompt sets with them, and score the images."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,71 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from des.checkpoints import read_tensors
+from des.cli import UserError
 from des.encoders import load_encoder, own_name
+from des.identities import identity, model_identity
+from des.images import image_of_row
 from des.jobs import Job, Ledger
 from des.prompts import never_drawn, read_rows
-from des.results import replacing
+from des.records import read_json
+from des.results import proportion, write_text
+from des.table_world import ORIGINAL, PromptSet, Variant, World
 from des.tables import Cell
 
 import pandas as pd
 import torch
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts to draw: their CSV, how to get it where it is missing, and what image to image starts from."""
-
-    title: str
-    csv: Path
-    how: str = ""
-    options: tuple[str, ...] = ()  # of generate.py
-    init: str | Path | None = None  # a set, whose images by the original model are meant, or a folder
-    masks: Path | None = None
-    strength: float = 0.8
-    sexual: bool = False  # as a whole, so that a prompt which names a minor at all is left out
-    search: tuple[Path, ...] = ()  # lists among which prompts are searched against each variant, from those of `csv`
-
-
-@dataclass(frozen=True)
-class World:
-    """Where tables are reproduced: the paper's models and prompt sets, or the demo's."""
-
-    original: str  # the titles of the original model's and the protected one's rows
-    protected: str
-    concept_prompt: str
-    unsafe_csv: Path
-    safe_csv: Path
-    training: dict[str, Any]  # options of train_des.py
-    alpha: Callable[[float], tuple[str, float]]  # the option of train_des.py for one of the paper's alphas
-    sampling: tuple[str, ...]  # options of generate.py
-    sets: dict[str, PromptSet]
-    columns: dict[str, dict[str, str]]  # by table: the set of each column that is an ASR
-    reference: Path  # images for FID
-    scoring: dict[str, tuple[str, ...]]  # options of generate.py by the stem of the file that they write
-    asr: str  # that stem for the tables whose ASR is the main detector's
-    scales: dict[str, tuple[int | None, int | None]]  # rows of a concept set and of the benign one
-    fid: tuple[str, ...] = ()  # options of the scorers
-    clip: tuple[str, ...] = ()
-    benign: str = "benign"
-    explicit: str = ""  # the set of T1
-    classes: Mapping[str, str] = field(default_factory=dict)  # the detector's classes by T1's columns
-    preference: bool = False  # whether PickScore, ImageReward and BLIP score mean anything here
-    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # columns that benign images are scored by: options
-    setup: tuple[str, ...] = ()  # what differs from the paper's set-up
-    prepare: tuple[Job, ...] = ()  # jobs that the scorers need, such as drawing reference images
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A model to draw with: as it is (no options), with given files, or trained here with changed options of train_des.py."""
-
-    name: str
-    method: str = "none"
-    files: tuple[tuple[str, Path], ...] = ()  # generate.py's option and file
-    train: tuple[tuple[str, Any], ...] | None = None
-
-
-ORIGINAL = Variant("original")
 
 
 @dataclass
@@ -163,31 +110,34 @@ class Runner:
         init = self._init(chosen)
         if isinstance(init, str):
             return init
+        if chosen.init:
+            inputs += tuple(part for part in init if isinstance(part, Path))
         discard = ("--discard_images",) if self.discard_images and name not in self._kept else ()
         results = self.out / "images" / variant.name
         argv = (
-            "--model_path", self.model_path, "--device", str(self.device), "--prompts_csv", str(csv), "--output_path", name,
-            "--results_dir", str(results), "--seed", str(self.seed), "--batch_size", str(self.batch_size), *options, *init, *discard,
+            "--model_path", self.model_path, "--device", self.device, "--prompts_csv", csv, "--output_path", name,
+            "--results_dir", results, "--seed", self.seed, "--batch_size", self.batch_size, *options, *init, *discard,
             *self.world.sampling, *chosen.options, *self._score_with(),
         )  # fmt: skip
         folder = results / options[1] / Path(self.model_path).name / name
         outputs = [folder / "run.json", *(folder / f"{stem}.json" for stem in self.world.scoring)]
         count = len(self._drawable(chosen.csv, name))
-        self.need(Job(f"draw {name} with {variant.name}", "generate.py", argv, (csv, *inputs), tuple(outputs), count))
+        inputs = (csv, *inputs, *files_in(self._score_with()))
+        self.need(Job(f"draw {name} with {variant.name}", "generate.py", tuple(map(str, argv)), inputs, tuple(outputs), count))
         return folder
 
     @property
     def _kept(self) -> set[str]:
         return {self.world.benign, *(each.init for each in self.world.sets.values() if isinstance(each.init, str))}
 
-    def _init(self, chosen: PromptSet) -> tuple[str, ...] | str:
+    def _init(self, chosen: PromptSet) -> tuple[str | Path, ...] | str:
         if chosen.init is None:
             return ()
         folder = self.drawn(ORIGINAL, chosen.init) if isinstance(chosen.init, str) else chosen.init
         if not self.dry and not Path(folder).is_dir():
             return str(folder) if isinstance(folder, str) else f"not run: no folder {folder.name}"
-        masks = ("--mask_images", str(chosen.masks)) if chosen.masks else ()
-        return ("--init_images", str(folder), "--strength", str(chosen.strength), *masks)
+        masks = ("--mask_images", chosen.masks) if chosen.masks else ()
+        return ("--init_images", folder, "--strength", str(chosen.strength), *masks)
 
     def _searched(self, variant: Variant, csv: Path, chosen: PromptSet, inputs: tuple[Path, ...]) -> Path:
         """The prompts that a search finds against a variant's text encoder."""
@@ -198,7 +148,7 @@ class Runner:
         self.need(Job(f"search prompts against {variant.name}", "demo/attack.py", tuple(map(str, argv)), files, (out,)))
         return out
 
-    def _score_with(self) -> tuple[str, ...]:
+    def _score_with(self) -> tuple[str | Path, ...]:
         names = [options[0] for options in self.world.scoring.values()]
         return ("--score_with", *names, *(part for options in self.world.scoring.values() for part in options[1:]))
 
@@ -213,13 +163,15 @@ class Runner:
         return rows.drop(index=never_drawn(rows["prompt"].tolist(), self.world.sets[name].sexual))
 
     def _rows_of(self, csv: Path, name: str) -> Path:
-        """A copy of those rows."""
-        path = self.out / "prompts" / f"{name}.csv"
-        if not self.dry:
-            text = self._drawable(csv, name).to_csv(index=False)
-            if not path.is_file() or path.read_text(encoding="utf-8") != text:
-                with replacing(path) as temporary:
-                    temporary.write_text(text, encoding="utf-8")
+        """A copy of those rows in `out`, which is never replaced by another: images were drawn, or a model trained, by it."""
+        path, text = self.out / "prompts" / f"{name}.csv", self._drawable(csv, name).to_csv(index=False)
+        if path.is_file() and path.read_bytes() != text.encode():  # as bytes: a cell may hold CRLF
+            raise UserError(
+                f"{path} was made from other rows than {csv} gives now (its prompts, --scale, or the filter of what is never drawn "
+                "changed), so give another --out"
+            )
+        if not self.dry and not path.is_file():
+            write_text(path, text)
         return path
 
     # Cells
@@ -229,15 +181,18 @@ class Runner:
         content = self._scores(variant, name, stem)
         return Cell.share(content) if isinstance(content, dict) else Cell(missing=content)
 
-    def detections(self, variant: Variant, name: str, classes: Sequence[str] | None) -> Cell:
-        """How many detections of some classes (None: of all that count) a set's images have."""
-        content = self._scores(variant, name, None)
+    def images_of_classes(self, variant: Variant, classes: Sequence[str]) -> Cell:
+        """The images of T1's set in which the detector found each of some classes, added up over the classes.
+
+        That is the paper's unit: an image counts once for each class, however many boxes it has. A detector without classes of its
+        own counts images with a hit.
+        """
+        content = self._scores(variant, self.world.explicit, None)
         if not isinstance(content, dict):
             return Cell(missing=content)
         if "classes" not in content:
-            return Cell(content["k"], digits=0) if classes is None else Cell(missing="no such class")
-        counts = content["classes"]
-        return Cell(sum(counts[each]["detections"] for each in (counts if classes is None else classes)), digits=0)
+            return Cell(content["k"], digits=0)
+        return Cell(sum(content["classes"][each]["images"] for each in classes), digits=0)
 
     def _scores(self, variant: Variant, name: str, stem: str | None) -> dict | str:
         stem = stem or self.world.asr
@@ -246,21 +201,23 @@ class Runner:
         folder = self.drawn(variant, name)
         if isinstance(folder, str):
             return folder
-        return "planned" if self.dry else json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
+        return "planned" if self.dry else read_json(folder / f"{stem}.json")
 
     def fid(self, variant: Variant) -> Cell:
         """FID of the benign images."""
+        if not self.world.prepare and not self.world.reference.is_dir():
+            return Cell(missing=f"not run: no reference images in {self.world.reference.name} (--coco_images)")
         content = self._score(variant, "FID", "fid.py", lambda folder, csv: (
             "--gen_imgs_path", folder, "--coco_imgs_path", self.world.reference, "--device", self.device, *self.world.fid,
             "--output_file", self.out / "scores" / f"{variant.name}_fid.txt",
-        ), lambda folder: self.out / "scores" / f"{variant.name}_fid.json")  # fmt: skip
+        ), lambda folder: self.out / "scores" / f"{variant.name}_fid.json", (self.world.reference, *files_in(self.world.fid)))  # fmt: skip
         return Cell(content["fid"]) if isinstance(content, dict) else Cell(missing=content)
 
     def clip(self, variant: Variant) -> Cell:
         """CLIP score of the benign images."""
         content = self._score(variant, "CLIP score", "clipscore.py", lambda folder, csv: (
             "--image_folder", folder, "--csv_file", csv, "--device", self.device, *self.world.clip,
-        ), lambda folder: folder / "clipscore.json")  # fmt: skip
+        ), lambda folder: folder / "clipscore.json", files_in(self.world.clip))  # fmt: skip
         return Cell(content["clip_score"]) if isinstance(content, dict) else Cell(missing=content)
 
     def preference(self, variant: Variant, job: str) -> Cell:
@@ -276,7 +233,7 @@ class Runner:
         content = self._score(variant, f"{column} right", "tasks/img_batch_classify.py", lambda folder, csv: (
             "--job", "object", "--folder_dir", folder, "--csv_path", csv, "--label_column", column, "--output_name", column,
             "--devices", self.device, *self.world.labels[column],
-        ), lambda folder: folder / f"{column}.json")  # fmt: skip
+        ), lambda folder: folder / f"{column}.json", files_in(self.world.labels[column]))  # fmt: skip
         return Cell.share(content) if isinstance(content, dict) else Cell(missing=content)
 
     def _score(
@@ -286,15 +243,19 @@ class Runner:
         script: str,
         argv: Callable[[Path, Path], tuple],
         output: Callable[[Path], Path],
+        reads: tuple[Path, ...] = (),
     ) -> dict | str:
-        """The JSON that a scorer leaves about a variant's benign images; or why there is none."""
+        """The JSON that a scorer leaves about a variant's benign images; or why there is none.
+
+        `reads` are the files and folders that the figure depends on beside the images and their prompts.
+        """
         folder = self.drawn(variant, self.world.benign)
         if isinstance(folder, str):
             return folder
         csv = self.out / "prompts" / f"{self.world.benign}.csv"
-        files = (csv, folder / "run.json")
+        files = (csv, folder / "run.json", *reads)
         job = Job(f"{what} of {variant.name}", script, tuple(map(str, argv(folder, csv))), files, (output(folder),))
-        return json.loads(output(folder).read_text(encoding="utf-8")) if self.need(job) else "planned"
+        return read_json(output(folder)) if self.need(job) else "planned"
 
     # Cost
 
@@ -320,28 +281,58 @@ class Runner:
             folder = self.drawn(each, self.world.benign)
             if isinstance(folder, str) or self.dry:
                 return Cell(missing="planned" if self.dry else folder)
-            drawn = json.loads((folder / "run.json").read_text(encoding="utf-8"))["last_drawn"]
+            drawn = read_json(folder / "run.json")["last_drawn"]
             seconds.append(drawn["seconds"] / drawn["images"])
         return Cell(seconds[1] - seconds[0], digits=3)
 
     def input_images(self, name: str) -> Cell:
-        """The share of the images that image to image starts from which count before anything is drawn."""
-        init = self.world.sets[name].init
-        if isinstance(init, str):
-            return self.asr(ORIGINAL, init)
-        if init is None or not init.is_dir():
-            return Cell(missing="not run: no --i2i_images")
-        argv = ("--job", "nudity", "--folder_dir", str(init), "--devices", str(self.device))
-        if not self.need(Job("the input images", "tasks/img_batch_classify.py", argv, (), (init / "classify.json",))):
-            return Cell(missing="planned")
-        return Cell.share(json.loads((init / "classify.json").read_text(encoding="utf-8")))
+        """The share of the images that a set's rows start from which count before anything is drawn: of those rows and no others."""
+        chosen = self.world.sets[name]
+        if not chosen.csv.is_file():
+            return Cell(missing=str(self.drawn(ORIGINAL, name)))
+        content, folder = self._scored_inputs(chosen.init)
+        if not isinstance(content, dict):
+            return Cell(missing=content)
+        rows = list(range(len(self._drawable(chosen.csv, name))))
+        wanted = {str(path.relative_to(folder)) for path in image_of_row(folder, rows).values()}
+        hits = [image["hit"] for image in content["images"] if image["file"] in wanted]
+        return Cell.share(proportion(sum(hits), len(hits)))
 
-    def left_out(self, name: str) -> int:
-        """How many prompts of a set are never drawn, because they put minors in a sexual context: here, and when it was fetched."""
+    def _scored_inputs(self, init: str | Path | None) -> tuple[dict | str, Path]:
+        """The main detector's result for the images that image to image starts from, or why there is none; and their folder."""
+        if isinstance(init, str):
+            return self._scores(ORIGINAL, init, None), Path(self.drawn(ORIGINAL, init))
+        if init is None or not init.is_dir():
+            return "not run: no --i2i_images", Path()
+        argv = ("--job", "nudity", "--folder_dir", str(init), "--devices", str(self.device))
+        job = Job("the input images", "tasks/img_batch_classify.py", argv, (init,), (init / "classify.json",))
+        return (read_json(init / "classify.json") if self.need(job) else "planned"), init
+
+    # What was drawn
+
+    def drawn_of(self, name: str) -> tuple[int, int, int | None]:
+        """How many prompts of a set are drawn at this scale, how many never are, and how many were published if that is known.
+
+        Those that are never drawn put minors in a sexual context: here, and when the list was fetched.
+        """
         csv = self.world.sets[name].csv
         record, rows = csv.with_suffix(".json"), read_rows(csv).head(self._limit(name) or None)
-        before = json.loads(record.read_text(encoding="utf-8")).get("left_out", 0) if record.is_file() else 0
-        return before + len(rows) - len(self._drawable(csv, name))
+        before = read_json(record).get("left_out", 0) if record.is_file() else 0
+        drawn = len(self._drawable(csv, name))
+        return drawn, before + len(rows) - drawn, self.world.sets[name].published
+
+    def inputs(self, given: Mapping[str, Path | None]) -> dict[str, str]:
+        """What decides every image, by option, for `des.identities.check_inputs`; `given` are further files by option."""
+        found = {"--scale": self.scale, "--seed": str(self.seed), "--model_path": model_identity(self.model_path)}
+        found["--discard_images"] = "given" if self.discard_images else "not given"
+        found |= {option: identity(path) or "missing" for option, path in given.items() if path is not None}
+        searched = [path for each in self.world.sets.values() for path in each.search]
+        return found | {path.name: identity(path) or "missing" for path in searched}
+
+
+def files_in(options: Sequence[object]) -> tuple[Path, ...]:
+    """The files and folders among a script's options."""
+    return tuple(part for part in options if isinstance(part, Path))
 
 
 def flags(options: dict[str, Any]) -> list[Any]:

@@ -4,7 +4,8 @@
         --checkpoint checkpoints/published/des.pt --scale paper --out results/tables
     python scripts/reproduce.py --table all --model_path demo/models/pipeline --scale small --out results/demo_tables
 
-Work that is done is never repeated: run it again after an interruption, or with further tables. Without --checkpoint the DES
+Work that is done is not repeated as long as everything that it reads is the same: run it again after an interruption, or with
+further tables. One --out is for one --scale, --seed, model and set of checkpoints. Without --checkpoint the DES
 model is trained with the paper's settings; the ablations (T15, T17, T18, T19) always train their own. --dry_run lists the
 jobs, images and hours. Writes {table}.md, .csv and .tex. With a model of demo/ the tables are about the demo's harmless concept.
 """
@@ -20,19 +21,20 @@ sys.path.insert(0, str(ROOT))
 from demo.tables import demo_world
 from des import cli
 from des.cli import UserError, logger
+from des.identities import check_inputs, record_inputs
 from des.methods import METHODS
 from des.paper_world import paper_world
-from des.reproduction import ORIGINAL, Runner, Variant, World
+from des.reproduction import Runner
 from des.results import provenance, write_json, write_text
+from des.table_world import ORIGINAL, TRAINED, Variant, World, ablations
 from des.tables import Cell, Table, paper_figures
 
 TITLES = {
-    "T1": "explicit prompts, detections", "T2": "adversarial prompts, black box (ASR, %)", "T3": "adversarial prompts, white box (ASR, %)",
+    "T1": "explicit prompts, images with a detection of each class", "T2": "adversarial prompts, black box (ASR, %)", "T3": "adversarial prompts, white box (ASR, %)",
     "T4": "image to image (ASR, %)", "T5": "other categories, Q16 (%)", "T6": "Q16 in place of the main detector (%)",
     "T7": "other models (ASR, %)", "T8": "cost", "T10": "quality of benign images",
     "T15": "choice of targets, and alpha", "T17": "losses", "T18": "losses, SEP's concept term", "T19": "lambda",
 }  # fmt: skip
-TRAINED = Variant("des", train=())
 TRIO = ("ASR", "FID", "CLIP")
 Column = Callable[[Variant], Cell]
 
@@ -97,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     tables = list(TITLES) if "all" in args.table else list(dict.fromkeys(args.table))
     common = (world, args.model_path, args.out, args.scale, args.device, args.batch_size, args.seed, args.discard_images)
     plan = Runner(*common, dry=True)
+    inputs = plan.inputs(files_of(args))
+    check_inputs(args.out, inputs)
     for name in tables:
         build(name, args, plan)
     text, left = describe(plan, args)
@@ -104,12 +108,14 @@ def main(argv: list[str] | None = None) -> None:
         print(text)
         return
     logger.info("%d of %d jobs are left to do", left, len(plan.planned))
+    record_inputs(args.out, inputs)
     runner = Runner(*common, dry=False)
     for name in tables:
         table = build(name, args, runner)
         for suffix, content in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
             write_text(args.out / f"{name}.{suffix}", content)
-        write_json(args.out / f"{name}.json", {"table": name, "scale": args.scale, "made_by": provenance(args)})
+        facts = {"table": name, "scale": args.scale, "sets": {each: count_of(each, runner) for each in sets_of(name, world)}}
+        write_json(args.out / f"{name}.json", facts | {"inputs": inputs, "made_by": provenance(args)})
         print(table.markdown())
 
 
@@ -174,6 +180,13 @@ def baselines(args: argparse.Namespace) -> dict[str, Variant]:
     return found
 
 
+def files_of(args: argparse.Namespace) -> dict[str, Path | None]:
+    """The files and folders that decide images, by the options that give them."""
+    files = {f"--checkpoint {i}": path for i, path in enumerate(args.checkpoint or [], 1)}
+    files |= {f"--baseline {variant.method}": path for variant in baselines(args).values() for _, path in variant.files}
+    return files | {"--i2i_images": args.i2i_images, "--i2i_masks": args.i2i_masks}
+
+
 def build(name: str, args: argparse.Namespace, runner: Runner) -> Table:
     """Fill one table; what its cells need is done, or with a dry runner only listed."""
     world = runner.world
@@ -181,6 +194,8 @@ def build(name: str, args: argparse.Namespace, runner: Runner) -> Table:
     if name in ("T15", "T17", "T18", "T19"):
         rows, columns = ablations(world)[name], trio(world, runner)
         paper = {title: paper[title] for title in rows}
+        if not world.ablated:
+            rows = {f"{world.original}, {title}": variant for title, variant in rows.items()}
     else:
         rows = {world.original: ORIGINAL, world.protected: protected(args), **baselines(args)}
         columns = columns_of(name, world, runner)
@@ -190,7 +205,8 @@ def build(name: str, args: argparse.Namespace, runner: Runner) -> Table:
     for title, variant in rows.items():
         table.ours[title] = {column: measure(variant) for column, measure in columns.items()}
     if name == "T4":
-        table.ours["input image"] = {column: runner.input_images(each) for column, each in world.columns[name].items()}
+        starts = {column: runner.input_images(each) for column, each in world.columns[name].items()}
+        table.ours["input image"] = starts | {"avg": Cell.mean(list(starts.values()))}
     table.notes = notes(name, args, runner)
     return table
 
@@ -208,10 +224,13 @@ def columns_of(name: str, world: World, runner: Runner) -> dict[str, Column]:
     quality = {"FID": runner.fid, "CLIP": runner.clip}
     if name == "T1":
         per_class = {
-            title: lambda variant, of=of: runner.detections(variant, world.explicit, [of])
-            for title, of in world.classes.items()
+            title: lambda variant, of=of: runner.images_of_classes(variant, [of]) for title, of in world.classes.items()
         }
-        return {"total": lambda variant: runner.detections(variant, world.explicit, None), **quality, **per_class}
+        return {
+            "total": lambda variant: runner.images_of_classes(variant, list(world.classes.values())),
+            **quality,
+            **per_class,
+        }
     if name == "T8":
         return {
             "training s": runner.training_seconds, "extra parameters": runner.extra_parameters, "extra inference s": runner.extra_seconds,
@@ -232,37 +251,10 @@ def columns_of(name: str, world: World, runner: Runner) -> dict[str, Column]:
     columns["avg"] = lambda variant: Cell.mean(all_of(variant))
     if len(sets) > 2:
         columns["std"] = lambda variant: Cell.spread(all_of(variant))
-    return columns | (quality if name in ("T5", "T7") else {})
-
-
-def ablations(world: World) -> dict[str, dict[str, Variant]]:
-    """The variants of each ablation by the titles of the paper's rows; what is the same variant has the same name."""
-
-    def alpha(value: float) -> Variant:
-        return TRAINED if value == 200 else Variant(f"alpha_{value}", train=(world.alpha(value),))
-
-    def lambda_safe(value: float) -> Variant:
-        return TRAINED if value == 0.3 else Variant(f"lambda_{value}", train=(("lambda_safe", value),))
-
-    unshifted = world.alpha(0.0)
-    return {
-        "T15": {
-            "highest similarity": Variant("highest", train=(unshifted, ("target", "highest"))),
-            "random": Variant("random", train=(unshifted, ("target", "random"))),
-            "lowest without shift": Variant("lowest", train=(unshifted,)),
-            **{f"alpha {value}": alpha(value) for value in (50, 100, 150, 200, 250, 300, 350)},
-        },
-        "T17": {
-            "UEN alone": Variant("uen", train=(("ablation", (2,)),)),
-            "UEN + SEP": Variant("uen_sep", train=(("ablation", (1, 2)),)),
-            "all three": TRAINED,
-        },
-        "T18": {
-            "all three": TRAINED,
-            "all three without SEP's second term": Variant("no_concept_term", train=(("no_concept_term", True),)),
-        },
-        "T19": {f"lambda {value}": lambda_safe(value) for value in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)},
+    apart = {
+        title: lambda variant, each=each: runner.asr(variant, each, stem) for title, each in world.apart.get(name, {}).items()
     }
+    return columns | (quality if name in ("T5", "T7") else {}) | apart
 
 
 def notes(name: str, args: argparse.Namespace, runner: Runner) -> list[str]:
@@ -283,26 +275,57 @@ def notes(name: str, args: argparse.Namespace, runner: Runner) -> list[str]:
         found.append("The paper's T5 is about a model trained on violence and illegal content as well (des_multi).")
     if name == "T8":
         found.append("Seconds are this machine's, noise included; extra inference is the mean over the benign set.")
-    sets = [each for each in {*world.columns.get(name, {}).values(), world.benign} if world.sets[each].csv.is_file()]
-    dropped = {each: runner.left_out(each) for each in sorted(sets)}
-    left_out = ", ".join(f"{count} of {each}" for each, count in dropped.items() if count)
+    if name == "T1":
+        found.append(
+            "An image counts once for each class that the detector finds in it; the total is the sum of the columns."
+            if world.classes
+            else "The detector here has no classes of its own: the total is the number of images that count."
+        )
+    for column, each in world.apart.get(name, {}).items():
+        found.append(
+            f"{column}: {world.sets[each].csv.name} drawn as it is. It compares with no column of the paper and is in no mean."
+        )
+    counts = {each: count_of(each, runner) for each in sets_of(name, world)}
+    drawn = ", ".join(
+        f"{count['drawn']:,}" + (f" of the published {count['published']:,}" if count["published"] else "") + f" of {each}"
+        for each, count in counts.items()
+    )
+    found.append(f"Prompts drawn: {drawn or 'none'}.")
+    left_out = ", ".join(f"{count['never_drawn']} of {each}" for each, count in counts.items() if count["never_drawn"])
     found.append(f"Prompts that put minors in a sexual context are never drawn: {left_out or 'none was in these sets'}.")
     return [*found, f"Shares in percent with k/n and the Wilson 95% interval. Device: {args.device}."]
 
 
+def sets_of(name: str, world: World) -> list[str]:
+    """The prompt sets of a table whose lists are there."""
+    sets = [*world.columns.get(name, {}).values(), *world.apart.get(name, {}).values()]
+    if name == "T1":
+        sets.append(world.explicit)
+    if name in ("T10", "T15", "T17", "T18", "T19"):
+        sets += world.columns["T2"].values()
+    if name not in ("T2", "T3", "T4", "T6"):
+        sets.append(world.benign)
+    return [each for each in dict.fromkeys(sets) if world.sets[each].csv.is_file()]
+
+
+def count_of(name: str, runner: Runner) -> dict[str, int | None]:
+    """How many prompts of a set are drawn and how many never are, and how many were published."""
+    return dict(zip(("drawn", "never_drawn", "published"), runner.drawn_of(name), strict=True))
+
+
 def describe(plan: Runner, args: argparse.Namespace) -> tuple[str, int]:
     """The plan for people, and how many jobs are left."""
-    lines, images, steps, left = [], 0, 0, 0
-    for job in plan.planned:
-        done = plan.ledger.record(job) is not None
-        lines.append(f"{'done' if done else 'to do':6} {job.what}" + (f", {job.images} images" if job.images else ""))
-        if not done:
-            images, steps, left = images + job.images, steps + job.steps, left + 1
+    to_do = plan.ledger.left(plan.planned)
+    images, steps = sum(job.images for job in to_do), sum(job.steps for job in to_do)
+    lines = [
+        f"{'to do' if job in to_do else 'done':6} {job.what}" + (f", {job.images} images" if job.images else "")
+        for job in plan.planned
+    ]
     rates = {
         "images": args.seconds_per_image or plan.ledger.seconds_per("images"),
         "steps": args.seconds_per_step or plan.ledger.seconds_per("steps"),
     }
-    lines.append(f"{left} of {len(plan.planned)} jobs to do: {images} images, {steps} training steps")
+    lines.append(f"{len(to_do)} of {len(plan.planned)} jobs to do: {images} images, {steps} training steps")
     unknown = [
         f"--seconds_per_{unit.removesuffix('s')}"
         for unit, amount in (("images", images), ("steps", steps))
@@ -317,7 +340,7 @@ def describe(plan: Runner, args: argparse.Namespace) -> tuple[str, int]:
         lines.append(
             f"about {hours:.1f} hours, at {rates['images'] or 0:.2f} s an image and {rates['steps'] or 0:.2f} s a step"
         )
-    return "\n".join(lines), left
+    return "\n".join(lines), len(to_do)
 
 
 if __name__ == "__main__":

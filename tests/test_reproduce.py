@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -66,6 +67,24 @@ def test_a_table_and_its_figures(reproduce, tmp_path, checkpoint):
     plan = reproduce(checkpoint=checkpoint, dry_run=[])
     assert "1 of 7 jobs to do: 4 images" in plan.out and "s an image" in plan.out  # at the rate of those that are done
 
+    before = snapshot(out)
+    other = tmp_path / "other.pt"
+    shutil.copy(checkpoint, other)
+    torch.save(torch.load(other, weights_only=True) | {"epoch": 3}, other)
+    for option, change in {
+        "--scale": {"scale": "small"},
+        "--seed": {"seed": 7},
+        "--checkpoint 1": {"checkpoint": other},
+    }.items():
+        for dry in ({}, {"dry_run": []}):
+            refused = reproduce(**{"checkpoint": checkpoint} | change | dry)
+            assert refused.failed_in_one_sentence and option in refused.err and "give another --out" in refused.err, refused.err
+    (out / "inputs.json").unlink()  # which earlier versions did not write
+    for told, change in {"prompts": {"scale": "small"}, "--seed": {"seed": 7}}.items():
+        refused = reproduce(**{"checkpoint": checkpoint} | change)
+        assert refused.failed_in_one_sentence and told in refused.err and "give another --out" in refused.err, refused.err
+    assert snapshot(out) == {name: content for name, content in before.items() if name != "inputs.json"}
+
 
 def test_an_ablation_trains_its_own_models(reproduce, tmp_path):
     done = reproduce(table="T18")
@@ -79,6 +98,19 @@ def test_an_ablation_trains_its_own_models(reproduce, tmp_path):
     for column, paper in (("ASR", "1.76"), ("FID", "15.65"), ("CLIP", "25.43")):
         row = rows["all three without SEP's second term", column]
         assert row["paper"] == paper and 0 <= float(row["ours"]) <= 100
+
+    reference, figures = out / "inputs/reference", (out / "T18.csv").read_text()
+    before = snapshot(reference)
+    for path in sorted(reference.iterdir())[200:]:
+        path.unlink()
+    shutil.copy(reference / "reference_0p.png", reference / "reference_1p.png")
+    plan = reproduce(table="T18", dry_run=[])
+    left = {line.removeprefix("to do  ") for line in plan.out.splitlines() if line.startswith("to do")}
+    assert {"inputs of the demo's tables", "FID of des", "FID of no_concept_term"} <= left
+    assert not any(line.startswith("train") for line in left)
+    done = reproduce(table="T18")
+    assert done.code == 0, done.err
+    assert snapshot(reference) == before and (out / "T18.csv").read_text() == figures
 
 
 def test_the_plan_of_every_table(reproduce, tmp_path):
@@ -118,6 +150,12 @@ def test_the_papers_world_with_lists_of_the_users_own(reproduce, tmp_path, tiny_
         assert float(rows[method, "avg"]["ours"]) == 0 and float(rows[method, "avg"]["paper"]) > 0
     assert "child" not in (tmp_path / "out/prompts/p4d.csv").read_text()
     assert "never drawn: 1 of p4d." in (tmp_path / "out/T2.md").read_text()
+    assert (
+        "Prompts drawn: 4 of the published 124 of sneaky, 4 of the published 1,000 of mma"
+        in (tmp_path / "out/T2.md").read_text()
+    )
+    counts = json.loads((tmp_path / "out/T2.json").read_text())["sets"]
+    assert counts["p4d"] == {"drawn": 3, "never_drawn": 1, "published": 272}
     scores = json.loads((tmp_path / "out/images/des_given/des/tiny-sd/mma/classify.json").read_text())
     assert scores["detector"]["profile"] == "paper" and scores["n"] == 4
     assert not list((tmp_path / "out/images").rglob("*.png"))

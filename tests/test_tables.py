@@ -122,6 +122,20 @@ def test_a_job_is_done_once_and_again_when_anything_changed(tmp_path, job):
     assert json.loads((tmp_path / "jobs/copy-it.json").read_text())["images"] == 2
 
 
+def test_what_reads_the_output_of_a_job_that_is_left_is_left_too(tmp_path, job):
+    further = Job(
+        "copy on", job.script, (str(job.outputs[0]), str(tmp_path / "last.txt")), job.outputs, (tmp_path / "last.txt",)
+    )
+    ledger = Ledger(tmp_path / "jobs")
+    assert ledger.left([job, further]) == [job, further]
+    ledger.run(job)
+    assert ledger.left([job, further]) == [further]
+    ledger.run(further)
+    assert ledger.left([job, further]) == []
+    job.inputs[0].write_text("another")
+    assert ledger.left([job, further]) == [job, further]
+
+
 @pytest.mark.parametrize(("content", "told"), [("bad", "a bad file"), ("lazy", "missing")])
 def test_a_job_that_fails_leaves_no_record(tmp_path, job, content, told):
     (tmp_path / "in.txt").write_text(content)

@@ -173,7 +173,7 @@ class NudeNet:
         return [each for each in found if each["class"] in profile.counted and each["score"] > profile.above]
 
     def summary(self, verdict: str, findings: list[dict[str, Any]]) -> dict[str, Any]:
-        """The ASR, and images and detections of each class that counts; the paper's first table counts detections."""
+        """The ASR, and images and detections of each class that counts; the paper's first table counts images of each class."""
         images, boxes = Counter(), Counter()
         for finding in findings:
             classes = [each["class"] for each in self._counted(verdict, finding["detections"])]
