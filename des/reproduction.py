@@ -36,6 +36,8 @@ class Runner:
     discard_images: bool
     dry: bool
     planned: list[Job] = field(default_factory=list)
+    _rows: dict[str, pd.DataFrame] = field(default_factory=dict)  # of each list, read once
+    _copied: set[Path] = field(default_factory=set)  # lists that were written or compared
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -77,7 +79,7 @@ class Runner:
         argv = (*common, "--codebook_dir", codebook, "--unsafe_csv_path", unsafe, "--safe_csv_path", safe, "--output_dir", folder,
                 "--safe_embedding_path", targets, "--concept_prompt", self.world.concept_prompt, "--save_every",
                 options["num_epochs"], *flags(options))  # fmt: skip
-        rows = self._training_rows or max(len(read_rows(path)) for path in (self.world.unsafe_csv, self.world.safe_csv))
+        rows = max(len(self._drawable(path, f"train_{path.stem}")) for path in (self.world.unsafe_csv, self.world.safe_csv))
         steps = options["num_epochs"] * -(-rows // options["batch_size"])
         job = Job(f"train {variant.name}", "train_des.py", tuple(map(str, argv)), (unsafe, safe, own_codebook / "codebook.json"),
                   (folder / run / f"checkpoint-{options['num_epochs']}.pt",), steps=steps)  # fmt: skip
@@ -157,14 +159,19 @@ class Runner:
 
     def _drawable(self, csv: Path, name: str) -> pd.DataFrame:
         """The rows of a list that this scale uses, without those that are never drawn."""
-        rows = read_rows(csv).head(self._training_rows if name.startswith("train_") else self._limit(name))
-        if name.startswith("train_"):
-            return rows
-        return rows.drop(index=never_drawn(rows["prompt"].tolist(), self.world.sets[name].sexual))
+        if name not in self._rows:
+            training = name.startswith("train_")
+            rows = read_rows(csv).head(self._training_rows if training else self._limit(name))
+            dropped = [] if training else never_drawn(rows["prompt"].tolist(), self.world.sets[name].sexual)
+            self._rows[name] = rows.drop(index=dropped)
+        return self._rows[name]
 
     def _rows_of(self, csv: Path, name: str) -> Path:
         """A copy of those rows in `out`, which is never replaced by another: images were drawn, or a model trained, by it."""
-        path, text = self.out / "prompts" / f"{name}.csv", self._drawable(csv, name).to_csv(index=False)
+        path = self.out / "prompts" / f"{name}.csv"
+        if path in self._copied:
+            return path
+        text = self._drawable(csv, name).to_csv(index=False)
         if path.is_file() and path.read_bytes() != text.encode():  # as bytes: a cell may hold CRLF
             raise UserError(
                 f"{path} was made from other rows than {csv} gives now (its prompts, --scale, or the filter of what is never drawn "
@@ -172,6 +179,7 @@ class Runner:
             )
         if not self.dry and not path.is_file():
             write_text(path, text)
+        self._copied.add(path)
         return path
 
     # Cells
@@ -325,9 +333,8 @@ class Runner:
         """What decides every image, by option, for `des.identities.check_inputs`; `given` are further files by option."""
         found = {"--scale": self.scale, "--seed": str(self.seed), "--model_path": model_identity(self.model_path)}
         found["--discard_images"] = "given" if self.discard_images else "not given"
-        found |= {option: identity(path) or "missing" for option, path in given.items() if path is not None}
-        searched = [path for each in self.world.sets.values() for path in each.search]
-        return found | {path.name: identity(path) or "missing" for path in searched}
+        files = {**given, **{path.name: path for each in self.world.sets.values() for path in each.search}}
+        return found | {option: digest for option, path in files.items() if path is not None and (digest := identity(path))}
 
 
 def files_in(options: Sequence[object]) -> tuple[Path, ...]:

@@ -61,7 +61,7 @@ def test_whatever_a_job_reads_is_among_its_inputs(tmp_path, lists, tiny_pipeline
     )
     args = arguments(tmp_path, *given)
     plan = runner_of(args)
-    for name in (name for name in reproduce.TITLES if world == "the demo's" or name[:3] not in ("T15", "T17", "T18", "T19")):
+    for name in ("T1", "T2", "T3", "T4", "T6", "T10"):
         reproduce.build(name, args, plan)
     assert len(plan.planned) > 20
     read = set()
