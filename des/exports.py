@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from des.checkpoints import PROJECTION, fingerprint, load_checkpoint, plain_names, published_names, read_tensors
+from des.checkpoints import PROJECTION, fingerprint, load_checkpoint, plain_names, published_names, read_tensors, save_published
 from des.cli import UserError, logger
 from des.encoders import TextEncoder, load_encoder, read_index, subfolder_of, text_encoders
 from des.loading import load_model, loading
@@ -136,7 +136,7 @@ def _write_pipeline(export: Export, folder: Path) -> None:
 
     shutil.copytree(source, folder, ignore=left_out)
     for encoder in export.encoders.values():
-        encoder.model.save_pretrained(folder / encoder.subfolder)
+        save_published(encoder.model, folder / encoder.subfolder)
 
 
 def _read_pipeline(export: Export, folder: Path) -> dict[int, nn.Module]:
@@ -152,7 +152,7 @@ def _hf_folder(export: Export, folder: Path, encoder: TextEncoder) -> Path:
 
 def _write_hf(export: Export, folder: Path) -> None:
     for encoder in export.encoders.values():
-        encoder.model.save_pretrained(_hf_folder(export, folder, encoder))
+        save_published(encoder.model, _hf_folder(export, folder, encoder))
 
 
 def _read_hf(export: Export, folder: Path) -> dict[int, nn.Module]:
