@@ -9,6 +9,7 @@ from des.codebook import Codebook, find_targets, write_codebook
 from des.encoders import identity, load_encoder, not_padding
 from des.loading import surplus_layers
 from des.lora import read as read_lora
+from des.parts import Part, differing
 from des.pipelines import open_pipeline
 
 import pytest
@@ -147,6 +148,14 @@ def test_a_codebook_without_the_configuration_is_still_read(codebook):
     encoder = load_encoder(str(model))
     Codebook(folder).check(encoder)
     assert find_targets(targets, Codebook(folder), encoder, ["a cat"]).equal(content["indices"])
+
+
+def test_an_unfinished_codebook_without_the_configuration_is_continued(tmp_path):
+    before = Part(tmp_path / "codebook.safetensors", {"encoder": "a"}, b"header")
+    before.append(b"rows", 2)
+    assert Part(tmp_path / "codebook.safetensors", {"encoder": "a", "encoder configuration": "b"}).rows == 2
+    assert differing({"encoder configuration": "a"}, {"encoder configuration": "b"}) == ["encoder configuration"]
+    assert differing({}, {"encoder": "a", "encoder configuration": "b"}) == ["encoder"]
 
 
 @pytest.mark.parametrize("name", ["sd_v1", "sd_v2", "sdxl"])
