@@ -27,6 +27,9 @@ _BUFFERS = ("embeddings.position_ids",)  # a constant that old files carry
 _TIED = ("shared.weight", "encoder.embed_tokens.weight")  # T5's two names of one tensor
 _OTHER_TOWER = ("vision_model.", "visual_projection.", "logit_scale")  # of a whole CLIPModel, as some defences publish
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_FILES = (  # of a model's folder, in the order in which transformers looks for them
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 _NESTS = ("model_state_dict", "state_dict", "unet")
 
 
@@ -45,6 +48,17 @@ def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if name != PROJECTION}
 
 
+def save_published(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """`save_pretrained` an encoder (or its `state`) under the published names, which every transformers finds.
+
+    By itself transformers 5 writes the names of the files that the model came from, and those that it saved itself lack `text_model.`:
+    transformers 4 would find none of them, and run an encoder of random weights with a warning.
+    """
+    state = plain_names(model.state_dict() if state is None else state)
+    named = published_names(state) | {name: state[name] for name in (PROJECTION,) if name in state}
+    model.save_pretrained(folder, state_dict=named, save_original_format=False)
+
+
 def fingerprint(encoder: nn.Module) -> str:
     """The sha256 of an encoder's parameters: the same for either naming, on any device."""
     return sha256_tensors(plain_names(encoder.state_dict()))
@@ -61,14 +75,14 @@ def save_checkpoint(
     """Write an encoder's `state` atomically as `path` with the suffix of its format, and `{name}-metadata.json` beside it.
 
     `pt` is the published form, a dict whose `model_state_dict` holds the encoder; `safetensors` has the same names; `hf` is a
-    folder for the model class's `from_pretrained`. Returns what was written.
+    folder for the model class's `from_pretrained`, of any transformers. Returns what was written.
     """
     encoder_sha256 = sha256_tensors(plain_names(state))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     target = checkpoint_path(path, save_format)
     with replacing(target) as temporary:
         if save_format == "hf":
-            model.save_pretrained(temporary, state_dict=state)
+            save_published(model, temporary, state)
         elif save_format == "safetensors":
             named = published_names(state)
             save_file({name: tensor for name, tensor in named.items() if name != _TIED[1]}, temporary, {"format": "pt"})
@@ -153,16 +167,21 @@ def refuse_integers(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
     """The tensors of a folder that `save_pretrained` wrote; of a whole CLIPModel its text encoder."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        with loading(f"the list of files {index}"):
-            files = sorted(set(dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"]).values()))
-        if not all(isinstance(name, str) and Path(name).name == name for name in files):
-            raise UserError(f"{index} names files that are not in its folder")
-    else:
-        files = [name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()][:1]
-    if not files:
+    config = folder / "config.json"
+    if config.is_file():
+        with loading(f"the configuration {config}"):
+            elsewhere = json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
+        if elsewhere:
+            raise UserError(f"{config} takes its weights from {elsewhere}; name that file itself instead of the folder")
+    first = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if first is None:
         raise UserError(f"{folder} holds no model.safetensors or pytorch_model.bin; name the folder of the encoder itself")
+    files = [first.name]
+    if first.suffix == ".json":
+        with loading(f"the list of files {first}"):
+            files = sorted(set(dict(json.loads(first.read_text(encoding="utf-8"))["weight_map"]).values()))
+        if not all(isinstance(name, str) and Path(name).name == name for name in files):
+            raise UserError(f"{first} names files that are not in its folder")
     state = {name: tensor for file in files for name, tensor in read_tensors(folder / file).items()}
     return {name: tensor for name, tensor in state.items() if not name.startswith(_OTHER_TOWER)}
 

@@ -9,7 +9,7 @@ from des.cli import UserError, logger, progress
 from des.encoders import TextEncoder, own_name
 from des.loading import read_pt
 from des.locks import locked
-from des.parts import Part
+from des.parts import Part, differing
 from des.results import replacing, sha256_file, sha256_tensors, sha256_texts, write_json
 
 import torch
@@ -144,10 +144,11 @@ def _safetensors_header(name: str, code: str, shape: Sequence[int], itemsize: in
 
 
 def dependencies(encoder: TextEncoder, prompts: list[str]) -> dict[str, str]:
-    """What embeddings depend on: hashes of the encoder's weights, the prompts and the tokens they become, and how they are read."""
+    """What embeddings depend on: hashes of the encoder, the prompts and the tokens they become, and how they are read."""
     return {
         "encoder": encoder.base_sha256,
-        "embedding": encoder.embedding,
+        "encoder configuration": encoder.identity["config"],
+        "embedding": encoder.embedding + ", with attention mask" * encoder.masked_by_config,
         "sequence length": str(encoder.length),
         "prompts": sha256_texts(prompts),
         "tokenizer": sha256_tensors({"input_ids": encoder.tokenize(prompts)}),
@@ -199,8 +200,9 @@ class Codebook:
     def check(self, encoder: TextEncoder) -> None:
         """Raise UserError unless these rows are what `encoder` makes of their prompts."""
         now = dependencies(encoder, self.prompts)
+        changed = differing({name: self.hashes[name] for name in now.keys() & self.hashes.keys()}, now)
         for name, value in now.items():
-            if self.hashes.get(name) != value:
+            if name in changed:
                 how = f" ({self.hashes.get(name)}, now {value})" if len(value) < 64 else ""
                 raise UserError(
                     f"the codebook in {self.folder} was made with another {name}{how} ({self.facts['model']}, encoder "
@@ -303,7 +305,7 @@ def _read_targets(path: Path, hashes: dict[str, str], rows: int) -> Tensor:
     if not whole or not isinstance(content["indices"], Tensor) or not isinstance(content["hashes"], dict):
         raise UserError(f"{path} holds no targets that this version can read; {again}")
     indices, made_from = content["indices"], content["hashes"]
-    changed = sorted(name for name in hashes | made_from if made_from.get(name) != hashes.get(name))
+    changed = differing(made_from, hashes)
     if changed:
         raise UserError(f"{path} is stale: another {' and another '.join(changed)} made it; {again}")
     if content["sha256"] != sha256_tensors({"indices": indices}) or not ((indices >= 0) & (indices < rows)).all():

@@ -3,16 +3,19 @@
 What an encoder is comes from `model_index.json` and its own `config.json`; how a path is spelled decides nothing.
 """
 
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 from des.activations import use_lean_activations
 from des.checkpoints import fingerprint
 from des.cli import UserError, progress
 from des.loading import load_model, loading
+from des.results import sha256_texts
 
 import torch
 from diffusers import DiffusionPipeline
@@ -70,6 +73,14 @@ EMBEDDINGS = ("last_hidden_state", "pipeline")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FOLDER = re.compile(r"text_encoder(?:_(\d+))?")
 _NO_LENGTH = 100_000  # tokenizers without a length of their own name a huge number
+_NOTES = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)  # say nothing about values
 
 
 @dataclass
@@ -94,6 +105,16 @@ class TextEncoder:
         """The hash of the weights at its first use, which must come before training: it is kept from then on."""
         return fingerprint(self.model)
 
+    @property
+    def masked_by_config(self) -> bool:
+        """Whether the pipeline masks the padding because config.json says so."""
+        return self.embedding == "pipeline" and self.reading.attention_mask
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The hashes of its configuration and tokenizer; see `identity`."""
+        return identity(self.model, self.tokenizer)
+
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids [prompts, length], padded and truncated, on the CPU."""
         options = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
@@ -102,7 +123,8 @@ class TextEncoder:
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Embeddings [batch, rows, hidden] of token ids [batch, length], on the encoder's device."""
         ids = input_ids.to(self.device, non_blocking=True)
-        mask = {"attention_mask": not_padding(ids, self.tokenizer.pad_token_id)} if self.reading.attention_mask else {}
+        special = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        mask = {"attention_mask": not_padding(ids, *special)} if self.reading.attention_mask else {}
         return self.reading.states(self.model(input_ids=ids, output_hidden_states=self.reading is PENULTIMATE, **mask))
 
     @torch.inference_mode()
@@ -118,9 +140,33 @@ class TextEncoder:
         return tuple(next(self.encode([""], 1)).shape[1:])
 
 
-def not_padding(ids: Tensor, pad_token_id: int) -> Tensor:
-    """The attention mask [batch, tokens] of ids padded on the right: 1 up to the last token that is no padding."""
-    return ids.ne(pad_token_id).flip(-1).cummax(-1).values.flip(-1).long()
+def not_padding(ids: Tensor, pad_token_id: int, eos_token_id: int | None = None) -> Tensor:
+    """The attention mask [batch, tokens] of ids padded on the right, as the tokenizer gives it: 1 up to the last real token.
+
+    CLIP pads with its end-of-text token, whose first one in the padding is real.
+    """
+    mask = ids.ne(pad_token_id).flip(-1).cummax(-1).values.flip(-1).long()
+    return torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1) if pad_token_id == eos_token_id else mask
+
+
+def identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What an encoder's embeddings depend on beside its weights: `{"config": sha256, "tokenizer": sha256}`.
+
+    Of the configuration, every value that is not its class's default counts (`hidden_act`, the number of layers and heads, ...), so
+    that a later transformers with further defaults gives the same hash; of the tokenizer, its vocabulary, rules and length.
+    """
+    default = type(model.config)().to_dict()
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _NOTES}
+    config = {name: value for name, value in config.items() if name not in default or default[name] != value}
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"vocab": tokenizer.get_vocab()}
+    rules = {
+        name: value for name, value in rules.items() if name not in ("padding", "truncation", "version")
+    }  # set by each call
+    rules |= {"special": tokenizer.special_tokens_map, "length": tokenizer.model_max_length}
+    return {
+        name: sha256_texts([json.dumps(content, sort_keys=True, default=str)])
+        for name, content in (("config", config), ("tokenizer", rules))
+    }
 
 
 def read_index(model_path: str) -> dict | None:
@@ -170,13 +216,16 @@ def own_name(model_path: str, index: int, single: str, many: str) -> str:
     return single if tuple(text_encoders(model_path)) == (1,) else many.format(i=index)
 
 
-def _reading(model_path: str, index: int, kind: Kind, embedding: str) -> Reading:
+def _reading(model_path: str, index: int, kind: Kind, embedding: str, config: Mapping[str, Any]) -> Reading:
     if embedding == "last_hidden_state":
         return kind.last_hidden_state
     pipeline = read_index(model_path)
     if pipeline is None:
         raise UserError(f"--embedding pipeline needs a pipeline's model_index.json, which {model_path} lacks")
-    return PIPELINES[pipeline["_class_name"]][index]
+    reading = PIPELINES[pipeline["_class_name"]][index]
+    # Of these pipelines, diffusers' StableDiffusionPipeline alone reads this key.
+    masked = pipeline["_class_name"] == "StableDiffusionPipeline" and config.get("use_attention_mask")
+    return replace(reading, attention_mask=True) if masked else reading
 
 
 def load_encoder(
@@ -206,7 +255,7 @@ def load_encoder(
     kind = KINDS[architecture]
     if max_sequence_length and kind.model_class is not T5EncoderModel:
         raise UserError(f"--max_sequence_length is T5's, and text encoder {index} of {model_path} is {architecture}")
-    reading = _reading(model_path, index, kind, embedding)
+    reading = _reading(model_path, index, kind, embedding, config)
     length = max_sequence_length or reading.length or tokenizer.model_max_length
     if length > _NO_LENGTH:
         raise UserError(f"the tokenizer of {subfolder} in {model_path} names no length; pass --max_sequence_length")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from des.checkpoints import PROJECTION, fingerprint, load_checkpoint, plain_names, published_names, read_tensors
+from des.checkpoints import PROJECTION, fingerprint, load_checkpoint, plain_names, published_names, read_tensors, save_published
 from des.cli import UserError, logger
 from des.encoders import TextEncoder, load_encoder, read_index, subfolder_of, text_encoders
 from des.loading import load_model, loading
@@ -55,21 +55,22 @@ class Export:
     base: Path | None = None  # a1111: the single file whose other tensors are kept
 
 
-def load_protected(model_path: str, checkpoints: Mapping[int, Path], dtype: torch.dtype | None = None) -> Export:
-    """Load the encoders that have a checkpoint, protect them, and cast them to `dtype` (None: as loaded).
-
-    Raises UserError for what `load_encoder` and `load_checkpoint` refuse, and for weights that overflow `dtype`.
-    """
+def load_protected(model_path: str, checkpoints: Mapping[int, Path]) -> Export:
+    """Load the encoders that have a checkpoint, and protect them; raises as `load_encoder` and `load_checkpoint` do."""
     encoders = {i: load_encoder(model_path, i) for i in checkpoints}
     told = {i: load_checkpoint(encoders[i].model, path) for i, path in checkpoints.items()}
     rest = [str(i) for i in text_encoders(model_path) if i not in checkpoints]
     if rest:
         logger.warning("text encoder %s of the model is the original, NOT protected", " and ".join(rest))
-    for i, encoder in encoders.items():
+    return Export(model_path, encoders, told)
+
+
+def cast(export: Export, dtype: torch.dtype | None) -> None:
+    """Cast the encoders to `dtype` (None: as loaded) in place; UserError for weights that overflow it."""
+    for i, encoder in export.encoders.items():
         encoder.model.to(dtype or encoder.model.dtype)
         if not all(tensor.isfinite().all() for tensor in encoder.model.state_dict().values()):
-            raise UserError(f"{checkpoints[i]} does not fit into {dtype}, which it overflows; use --dtype bf16 or fp32")
-    return Export(model_path, encoders, told)
+            raise UserError(f"{export.told[i]['file']} does not fit into {dtype}, which it overflows; use --dtype bf16 or fp32")
 
 
 def check_fits(name: str, model_path: str, indices: list[int]) -> None:
@@ -136,7 +137,7 @@ def _write_pipeline(export: Export, folder: Path) -> None:
 
     shutil.copytree(source, folder, ignore=left_out)
     for encoder in export.encoders.values():
-        encoder.model.save_pretrained(folder / encoder.subfolder)
+        save_published(encoder.model, folder / encoder.subfolder)
 
 
 def _read_pipeline(export: Export, folder: Path) -> dict[int, nn.Module]:
@@ -152,7 +153,7 @@ def _hf_folder(export: Export, folder: Path, encoder: TextEncoder) -> Path:
 
 def _write_hf(export: Export, folder: Path) -> None:
     for encoder in export.encoders.values():
-        encoder.model.save_pretrained(_hf_folder(export, folder, encoder))
+        save_published(encoder.model, _hf_folder(export, folder, encoder))
 
 
 def _read_hf(export: Export, folder: Path) -> dict[int, nn.Module]:

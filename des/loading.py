@@ -2,14 +2,14 @@
 
 import contextlib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from des.cli import UserError
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -74,7 +74,8 @@ def load_model(
     """Load a transformers model in eval mode, with every parameter from its files (transformers itself would only warn).
 
     `what` names it in errors; with a `device_map` among the options its layers go where that says. Raises UserError for files
-    that are missing or unreadable, for parameters they lack, and for values that are not finite. Code beside the files is not run.
+    that are missing or unreadable, for parameters they lack, for layers that config.json does not have, and for values that are
+    not finite. Code beside the files is not run.
     """
     options = {"trust_remote_code": False} | options
     with loading(f"{what} {source}"):
@@ -82,5 +83,20 @@ def load_model(
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
         raise UserError(f"{what} {source} lacks or mismatches {len(wrong)} parameters, {wrong[0]} first")
+    surplus = surplus_layers(model, info["unexpected_keys"])
+    if surplus:
+        described = f"{what} {source} has {len(surplus)} tensors in layers that its config.json does not describe"
+        raise UserError(f"{described}, `{surplus[0]}` first; put the config.json there that belongs to these weights")
     check_finite(model.state_dict(), f"{what} {source}")
     return model.eval() if options.get("device_map") else model.eval().to(device)
+
+
+def surplus_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of a file's unused tensors that lie in one of the model's own stacks of layers, sorted.
+
+    A configuration with fewer layers than the file leaves the last ones over, and the model runs shortened. Other parts of a larger
+    model (CLIP's vision half, T5's decoder, a classifier's head) and constants such as `position_ids` are in no stack of `model`.
+    """
+    stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    prefixes = ("text_model.", f"{getattr(model, 'base_model_prefix', '')}.")
+    return sorted(name for name in names if any(name.removeprefix(prefix).startswith(stacks) for prefix in ("", *prefixes)))

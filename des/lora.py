@@ -72,10 +72,12 @@ def write(folder: Path, factors: Mapping[str, Mapping[str, tuple[Tensor, Tensor]
 
 
 def read(model_path: str, folder: Path, subfolders: Mapping[int, str]) -> dict[int, nn.Module]:
-    """Those encoders of the original pipeline after `load_lora_weights`, in fp32."""
+    """Those encoders of the original pipeline after the LoRA is loaded and fused as the model card says, in fp32."""
     pipe = open_pipeline(model_path, torch.float32)
     with loading("the exported LoRA"):
         pipe.load_lora_weights(folder, weight_name=NAME)
+        pipe.fuse_lora(components=list(subfolders.values()))
+        pipe.unload_lora_weights()
     return {i: getattr(pipe, subfolder) for i, subfolder in subfolders.items()}
 
 

@@ -1,26 +1,36 @@
 """The model card (README.md with YAML front matter) that goes with an export: use, figures, training, limits."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from des.cli import UserError
-from des.records import read_json
-from des.results import show
+from des.card_scores import HEAD
 
-LOADING = {
-    "pipeline": """from diffusers import DiffusionPipeline
+import torch
+from huggingface_hub import ModelCardData
 
-pipe = DiffusionPipeline.from_pretrained("{folder}")""",
-    "hf": """from diffusers import DiffusionPipeline
+LOADING = {  # the values are Python literals
+    "pipeline": """import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({folder}, dtype={dtype})""",
+    "hf": """import torch
+from diffusers import DiffusionPipeline
 from transformers import {classes}
 
-pipe = DiffusionPipeline.from_pretrained("{base}", {hf})""",
-    "lora": """from diffusers import DiffusionPipeline
+# The text encoder and the rest of the pipeline need one dtype.
+pipe = DiffusionPipeline.from_pretrained({base}, {hf}, dtype={dtype})""",
+    "lora": """import torch
+from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{base}")
-pipe.load_lora_weights("{folder}")""",
+pipe = DiffusionPipeline.from_pretrained({base}, dtype={dtype})
+pipe.load_lora_weights({folder})
+# A LoRA that is only loaded is an adapter, and loading or choosing another one for the text encoder switches it off: the original
+# model would draw. Fusing writes it into the weights, and unloading removes the adapter, so that nothing can take it out again.
+pipe.fuse_lora(components={components})
+pipe.unload_lora_weights()""",
 }
 _BY_HAND = {
     "comfyui": "Put {files} into ComfyUI's `models/text_encoders` and choose {them} in CLIPLoader, DualCLIPLoader or "
@@ -28,7 +38,6 @@ _BY_HAND = {
     "a1111": "Put {files} into `models/Stable-diffusion` and choose it as the checkpoint. Its text encoder is the protected one, "
     "every other tensor is the base file's.",
 }
-_SCORES = ("clip_score", "fid", "pickscore", "imagereward", "blip")
 _SETTINGS = {
     "concept_prompt": "concept prompt",
     "concept_guidance_scale": "alpha (concept guidance scale)",
@@ -46,68 +55,40 @@ _SETTINGS = {
 }
 
 
-def read_scores(paths: Sequence[Path]) -> list[tuple[str, str, str]]:
-    """(file, measure, figure) of scorers' JSON results: k of n with its interval, or a mean. UserError for any other file."""
-    rows = []
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"there is no file of scores {path}")
-        found = _figures(read_json(path))
-        if not found:
-            raise UserError(f"{path} holds no scorer's result: neither k of n nor one of {', '.join(_SCORES)}")
-        rows += [(path.name, *figure) for figure in found]
-    return rows
-
-
-def _figures(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    try:
-        if {"k", "n", "fraction", "low", "high"} <= content.keys():
-            return [("images with a hit", show(content))]
-        figures = []
-        for name in _SCORES:
-            if name in content:
-                interval = f" [{content['low']:.2f}, {content['high']:.2f}]" if "low" in content else ""
-                images = f", {content['n']} images" if "n" in content else ""
-                figures.append((name, f"{content[name]:.2f}{interval}{images}"))
-        return figures
-    except (TypeError, ValueError):
-        return []
-
-
 def model_card(
     title: str,
     file_format: str,
     base: str,
     folder: str,
+    dtype: torch.dtype,
     encoders: Mapping[str, str],
     told: Mapping[str, Mapping[str, Any]],
     files: Sequence[str],
-    scores: Sequence[tuple[str, str, str]],
+    scores: Sequence[Sequence[str]],
     lost: Sequence[str] = (),
 ) -> str:
     """The text of a card.
 
-    `base` is the original model (a hub id or a folder's name), `folder` where the export is or will be; `encoders` and `told` are
-    the class and the checkpoint's metadata by subfolder; `lost` is what a LoRA measured of its loss of protection.
+    `base` is the original model (a hub id or a folder's name), `folder` where the export is or will be, `dtype` what it is loaded
+    in; `encoders` and `told` are the class and the checkpoint's metadata by subfolder; `scores` are rows under
+    `des.card_scores.HEAD`; `lost` is what a LoRA measured of its loss of protection. Names may hold any characters: they stay
+    names in YAML, Markdown and Python.
     """
-    hub_id = [f"base_model: {_quoted(base)}"] if "/" in base else []
-    front = ["---", "license: cc-by-nc-4.0", *hub_id, f"library_name: {'transformers' if file_format == 'hf' else 'diffusers'}"]
-    front += ["tags:", *(f"- {tag}" for tag in ("text-to-image", "safety", "concept-erasure", "des", file_format)), "---"]
     parts = [
-        "\n".join(front),
-        f"# {_line(title)}",
-        f"Text encoders of `{_line(base)}` fine-tuned with DES so that prompts for one concept no longer reach it: "
-        f"{', '.join(f'`{name}` ({kind})' for name, kind in encoders.items())}. Text encoders not named here are the originals.",
+        f"---\n{_front(file_format, base)}\n---",
+        f"# {_text(title)}",
+        f"Text encoders of {_code(base)} fine-tuned with DES so that prompts for one concept no longer reach it: "
+        f"{', '.join(f'{_code(name)} ({kind})' for name, kind in encoders.items())}. Text encoders not named here are the originals.",
         "## Intended use",
         "Drawing images without the removed concept, in a service or on a machine whose users run the model as it is, and research "
         "on such defences. Not for commercial use. It is no detector and no replacement for one.",
         "## How to load",
-        _how(file_format, base, folder, encoders, files),
+        _how(file_format, base, folder, dtype, encoders, files),
         "## Measured figures",
-        _table(("file", "measure", "figure"), scores) if scores else "None given.",
+        _table(HEAD, scores) if scores else "None given.",
     ]
     if lost:
-        parts += ["### Loss of protection by the low rank", "\n".join(f"- {_line(line)}" for line in lost)]
+        parts += ["### Loss of protection by the low rank", "\n".join(f"- {_text(line)}" for line in lost)]
     parts += ["## Training", *(_training(name, facts) for name, facts in told.items())]
     parts += ["## Training data", *(_data(name, facts) for name, facts in told.items())]
     parts += [
@@ -121,18 +102,33 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _how(file_format: str, base: str, folder: str, encoders: Mapping[str, str], files: Sequence[str]) -> str:
+def _front(file_format: str, base: str) -> str:
+    tags = ["text-to-image", "safety", "concept-erasure", "des", file_format]
+    library = "transformers" if file_format == "hf" else "diffusers"
+    data = ModelCardData(license="cc-by-nc-4.0", library_name=library, tags=tags, base_model=base if "/" in base else None)
+    return data.to_yaml().strip()
+
+
+def _how(
+    file_format: str, base: str, folder: str, dtype: torch.dtype, encoders: Mapping[str, str], files: Sequence[str]
+) -> str:
     if file_format in _BY_HAND:
-        named = ", ".join(f"`{name}`" for name in files)
+        named = ", ".join(map(_code, files))
         return _BY_HAND[file_format].format(files=named, them="it" if len(files) == 1 else "them")
 
     def load(name: str, kind: str) -> str:
-        where = _quoted(folder) + (f', subfolder="{name}"' if len(encoders) > 1 else "")
-        return f"{name}={kind}.from_pretrained({where})"
+        where = _python(folder) + (f", subfolder={_python(name)}" if len(encoders) > 1 else "")
+        return f"{name}={kind}.from_pretrained({where}, dtype={dtype})"
 
-    hf = ", ".join(load(name, kind) for name, kind in encoders.items())
-    classes = ", ".join(sorted(set(encoders.values())))
-    return f"```python\n{LOADING[file_format].format(folder=folder, base=base, hf=hf, classes=classes)}\n```"
+    values = {
+        "folder": _python(folder),
+        "base": _python(base),
+        "dtype": dtype,
+        "classes": ", ".join(sorted(set(encoders.values()))),
+        "hf": ", ".join(load(name, kind) for name, kind in encoders.items()),
+        "components": f"[{', '.join(map(_python, encoders))}]",
+    }
+    return f"```python\n{LOADING[file_format].format(**values)}\n```"
 
 
 def _training(name: str, facts: Mapping[str, Any]) -> str:
@@ -146,14 +142,14 @@ def _data(name: str, facts: Mapping[str, Any]) -> str:
     arguments = made_by.get("arguments", {}) if isinstance(made_by, dict) else {}
     listed = [arguments.get(key) for key in ("unsafe_csv_path", "safe_csv_path")] if isinstance(arguments, dict) else [None]
     if not all(isinstance(path, str) for path in listed):
-        return f"`{name}`: the checkpoint has no metadata that names it."
-    unsafe, safe = (_line(Path(path).name) for path in listed)
-    return f"`{name}`: prompts only, no images: `{unsafe}` for the concept, `{safe}` for what must stay."
+        return f"{_code(name)}: the checkpoint has no metadata that names it."
+    unsafe, safe = (_code(Path(path).name) for path in listed)
+    return f"{_code(name)}: prompts only, no images: {unsafe} for the concept, {safe} for what must stay."
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_line(cell).replace("|", "&#124;") for cell in line) + " |" for line in lines)
+    lines = [head, ["---"] * len(head), *([_text(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _short(value: Any) -> str:
@@ -166,5 +162,20 @@ def _line(text: str) -> str:
     return " ".join(str(text).split())
 
 
-def _quoted(text: str) -> str:
+def _text(text: str) -> str:
+    """A name or value as plain text in Markdown: no markup, HTML, link or cell border comes of it."""
+    link, emphasis = r"\](?=[(\[:])", r"(?<![^\W_])_|_(?![^\W_])"  # not within a word
+    return re.sub(rf"[\\`*<>&|~$#]|{link}|{emphasis}", r"\\\g<0>", _line(text))
+
+
+def _code(text: str) -> str:
+    """A name as code in Markdown, whatever backticks it has."""
+    line = _line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    pad = " " if "`" in line else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def _python(text: str) -> str:
+    """A string as a Python literal on one line."""
     return json.dumps(text, ensure_ascii=False)

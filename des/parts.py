@@ -9,6 +9,14 @@ from pathlib import Path
 from des.cli import logger
 from des.results import write_json
 
+ADDED = ("encoder configuration",)  # records of earlier versions lack these, and are read as if they had the right ones
+
+
+def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The names under which two records of what something was made from differ, sorted."""
+    names = sorted(before.keys() | now.keys() - (set(ADDED) - before.keys()))
+    return [name for name in names if before.get(name) != now.get(name)]
+
 
 class Part:
     """The rows of the file `path` on their way there: in `{path}.part`, described by `{path}.part.json`.
@@ -61,7 +69,7 @@ class Part:
         try:
             record = json.loads(self._record.read_text(encoding="utf-8"))
             before, rows, size, sha256 = (record[name] for name in ("made_from", "rows", "bytes", "sha256"))
-            changed = sorted(name for name in before | self.made_from if before.get(name) != self.made_from.get(name))
+            changed = differing(dict(before), self.made_from)
             file = self._data if self._data.exists() else self.path
             digest = None if changed else _digest_of(file, size)
         except FileNotFoundError:

@@ -120,6 +120,22 @@ def read_scores(folder: Path, lines: Lines) -> list[Score]:
     return scores
 
 
+def read_score(path: Path, lines: Lines) -> list[Score]:
+    """The figures of one scorer's JSON, wherever it lies; UserError where it is none, or not about the manifest's images."""
+    content = read_json(path)
+    if isinstance(content.get("images"), list):
+        check_scores(path, content, lines)
+        return [_share(path, content)]
+    if "variants" in content:
+        return _fids(path, lines)
+    names = [name for name in MEANS if name in content]
+    if not names:
+        raise UserError(
+            f"{path} holds no scorer's result: neither images with a verdict nor a FID nor one of {', '.join(MEANS)}"
+        )
+    return [_mean(path, name, lines) for name in names]
+
+
 def _share(path: Path, content: dict[str, Any]) -> Score:
     try:
         labelled = content["made_by"]["arguments"].get("label_column") is not None

@@ -15,13 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from des import cli, lora
+from des.card_scores import Measured, check_drawn_by, read_measured
 from des.cli import UserError
 from des.encoders import load_encoder
-from des.exports import PROMPTS, READERS, SUITS, WRITERS, Export, base_dtype, check_fits, load_protected, verify
+from des.exports import PROMPTS, READERS, SUITS, WRITERS, Export, base_dtype, cast, check_fits, load_protected, verify
 from des.loading import loading
 from des.methods import ENCODER_OPTIONS
-from des.model_card import model_card, read_scores
-from des.pipelines import DTYPES
+from des.model_card import model_card
+from des.pipelines import DTYPES, family_of
 from des.prompts import read_prompts
 from des.results import replacing
 
@@ -45,7 +46,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--prompts_csv", type=Path, metavar="CSV", help="lora: prompts that its loss of protection is measured on"
     )
     card = parser.add_argument_group("model card and hub")
-    card.add_argument("--scores", type=Path, nargs="+", default=[], metavar="JSON", help="results of scorers, for the card")
+    card.add_argument(
+        "--scores", type=Path, nargs="+", default=[], metavar="JSON", help="results of scorers, for the card; not for a LoRA"
+    )
     card.add_argument("--base_model", metavar="ID", help="the original model's hub id, where --model_path is a copy")
     card.add_argument("--push_to_hub", metavar="REPO", help="upload to owner/name with your own token; a new one is private")
     cli.add_log_file(parser)
@@ -56,6 +59,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for option, owner in {"base_checkpoint": "a1111", "rank": "lora", "prompts_csv": "lora"}.items():
         if getattr(args, option) is not None and args.format != owner:
             parser.error(f"--{option} goes with --format {owner} only")
+    if args.scores and args.format == "lora":
+        told = "scores are of images that the full encoder drew, and a LoRA keeps a part of its protection only"
+        parser.error(f"--scores does not go with --format lora: {told}; the card has the LoRA's measured loss")
     if args.format == "a1111" and args.base_checkpoint is None:
         parser.error("--format a1111 needs --base_checkpoint")
     args.rank = args.rank or 32
@@ -66,10 +72,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cli.setup_logging(args.log_file)
     check(args)
-    scores = read_scores(args.scores)
+    scores = read_measured(args.scores)
     prompts = read_prompts(args.prompts_csv) if args.prompts_csv else PROMPTS
     dtype = DTYPES[args.dtype] if args.dtype else base_dtype(args.base_checkpoint) if args.base_checkpoint else None
-    export = load_protected(args.model_path, args.checkpoints, None if args.format == "lora" else dtype)
+    export = load_protected(args.model_path, args.checkpoints)
+    check_drawn_by(scores, {i: (encoder.subfolder, encoder.model) for i, encoder in export.encoders.items()})
+    if args.format != "lora":
+        cast(export, dtype)
     export.base = args.base_checkpoint
     with replacing(args.out) as folder:
         if args.format == "lora":
@@ -78,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             WRITERS[args.format](export, folder)
             verify(export, READERS[args.format](export, folder))
             lost = []
-        (folder / "README.md").write_text(card_of(args, export, folder, scores, lost), encoding="utf-8")
+        (folder / "README.md").write_text(card_of(args, export, folder, scores, lost), "utf-8", "backslashreplace")
     for line in lost:
         print(line)
     print(f"{args.out} is written, and reads back as " + ("the LoRA" if lost else "the protected encoder"))
@@ -124,14 +133,16 @@ def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: to
     return lines
 
 
-def card_of(args: argparse.Namespace, export: Export, folder: Path, scores: list[tuple[str, str, str]], lost: list[str]) -> str:
+def card_of(args: argparse.Namespace, export: Export, folder: Path, scores: list[Measured], lost: list[str]) -> str:
     """The model card of an export whose files are in `folder`."""
     base = args.base_model or (Path(args.model_path).resolve().name if Path(args.model_path).is_dir() else args.model_path)
     kinds = {encoder.subfolder: type(encoder.model).__name__ for encoder in export.encoders.values()}
     told = {encoder.subfolder: export.told[i] for i, encoder in export.encoders.items()}
     where = args.push_to_hub or args.out.name
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return model_card(where.rsplit("/", 1)[-1], args.format, base, where, kinds, told, files, scores, lost)
+    rows, title = [each.row() for each in scores], where.rsplit("/", 1)[-1]
+    dtype = DTYPES[args.dtype or family_of(args.model_path).dtype]
+    return model_card(title, args.format, base, where, dtype, kinds, told, files, rows, lost)
 
 
 def push(folder: Path, repo: str) -> None:

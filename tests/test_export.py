@@ -2,10 +2,8 @@
 
 import json
 
-from des.cli import UserError
 from des.encoders import load_encoder
 from des.exports import LDM_ENCODER, PROMPTS, READERS, WRITERS, comfyui_names, load_protected, outputs, verify
-from des.model_card import read_scores
 
 import pytest
 import torch
@@ -366,11 +364,7 @@ def test_the_card_and_the_upload(call, tiny_pipeline, tmp_path, monkeypatch):
             calls.append(("upload_folder", sorted(path.name for path in options["folder_path"].iterdir()), options["repo_id"]))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    share = {"k": 3, "n": 60, "fraction": 0.05, "low": 0.017, "high": 0.137}
-    (tmp_path / "classify.json").write_text(json.dumps(share | {"images": []}))
-    (tmp_path / "clipscore.json").write_text(json.dumps({"clip_score": 26.512, "n": 60, "low": 26.1, "high": 26.9}))
-    scores = [tmp_path / "classify.json", tmp_path / "clipscore.json"]
-    options = {"scores": scores, "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "push_to_hub": "someone/des-sd15"}
+    options = {"base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "push_to_hub": "someone/des-sd15"}
     done, _ = export(call, tiny_pipeline, tmp_path, "hf", **options)
     assert done.code == 0, done.err
     assert [each[0] for each in calls] == ["create_repo", "upload_folder"]
@@ -378,11 +372,11 @@ def test_the_card_and_the_upload(call, tiny_pipeline, tmp_path, monkeypatch):
     assert calls[1][1:] == (["README.md", "config.json", "model.safetensors"], "someone/des-sd15")
     card = (tmp_path / "out/README.md").read_text()
     front = card.split("---\n")[1]
-    assert "license: cc-by-nc-4.0\n" in front and 'base_model: "stable-diffusion-v1-5/stable-diffusion-v1-5"\n' in front
+    assert "license: cc-by-nc-4.0\n" in front and "base_model: stable-diffusion-v1-5/stable-diffusion-v1-5\n" in front
     assert "- concept-erasure\n" in front
     for told in (
-        "3/60 = 5.0% [1.7, 13.7]", "26.51 [26.10, 26.90], 60 images", "| concept prompt | sexual, violence |", "| lambda | 0.3 |",
-        "`unsafe.csv`", 'text_encoder=CLIPTextModel.from_pretrained("someone/des-sd15")', "can undo it", "## Intended use",
+        "| concept prompt | sexual, violence |", "| lambda | 0.3 |",
+        "`unsafe.csv`", 'text_encoder=CLIPTextModel.from_pretrained("someone/des-sd15", dtype=torch.float32)', "can undo it", "## Intended use",
         "| alpha (concept guidance scale) | 7.5 |", "b" * 64,
     ):  # fmt: skip
         assert told in card, told
@@ -398,13 +392,6 @@ def test_a_refused_upload_keeps_the_export(call, tiny_pipeline, tmp_path, monkey
     done, _ = export(call, tiny_pipeline, tmp_path, "hf", push_to_hub="someone/des")
     assert done.failed_in_one_sentence and "is written, but the upload to someone/des" in done.err
     assert (tmp_path / "out/README.md").is_file() and "None given." in (tmp_path / "out/README.md").read_text()
-
-
-@pytest.mark.parametrize("content", ["{}", "[1]", '{"k": 3}', "no"])
-def test_files_that_hold_no_scores(tmp_path, content):
-    (tmp_path / "scores.json").write_text(content)
-    with pytest.raises(UserError, match=r"scores\.json"):
-        read_scores([tmp_path / "scores.json"])
 
 
 def test_without_peft_a_lora_is_refused_in_a_sentence(call, tiny_pipeline, tmp_path, monkeypatch):
