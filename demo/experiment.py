@@ -34,7 +34,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     files = parser.add_argument_group("what is done")
     files.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="gets everything; an earlier experiment in it is replaced"
+        "--out",
+        type=cli.output_folder,
+        required=True,
+        metavar="DIR",
+        help="gets everything; an earlier experiment in it is replaced",
     )
     files.add_argument("--concept", choices=EXPERIMENTS, default=CONCEPT, help="what DES is to remove")
     files.add_argument("--split", choices=("test", "val"), default="test", help="val is for choosing settings")

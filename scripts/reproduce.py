@@ -61,7 +61,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--baseline", nargs="*", default=[], metavar="METHOD=FILE", help="further rows: esd=esd.safetensors, advunlearn, …"
     )
     files = parser.add_argument_group("files")
-    files.add_argument("--out", type=Path, default=Path("results/tables"), metavar="DIR", help="gets tables, images and models")
+    files.add_argument(
+        "--out", type=cli.output_folder, default=Path("results/tables"), metavar="DIR", help="gets tables, images and models"
+    )
     files.add_argument("--prompts", nargs="*", default=[], metavar="SET=CSV", help="prompt lists that are not in datasets/")
     files.add_argument(
         "--coco_images", type=Path, metavar="DIR", help="reference images for FID (default: datasets/coco_images)"

@@ -255,7 +255,7 @@ def one_by_one(job, images, models):
             seen = clip.visual_projection(clip.vision_model(pixels).pooler_output)[0]
             scores.append((clip.logit_scale.exp() * (seen / seen.norm()) @ feature(prompt)).item())
         else:
-            tokens = blip.generate(**reader(images=image, return_tensors="pt"), max_length=20)[0]
+            tokens = blip.generate(**reader(images=image, return_tensors="pt"), max_length=50)[0]
             caption = reader.decode(tokens, skip_special_tokens=True)
             scores.append((feature(prompt) @ feature(caption.strip())).item())
     return scores
