@@ -169,6 +169,8 @@ def main(argv: list[str] | None = None) -> None:
     processes = Processes(args.device, all_trained=args.embedding == "last_hidden_state")
     args.device = processes.device
     cli.setup_logging(args.log_file, quiet=not processes.is_main)
+    inputs = [args.safe_csv_path, args.unsafe_csv_path, *args.codebook_dir.glob("codebook*"), args.log_file]
+    cli.check_outputs([args.safe_embedding_path], inputs)
     safe = read_prompts(args.safe_csv_path, args.sampling_ratio)
     unsafe = read_prompts(args.unsafe_csv_path, args.sampling_ratio)
     if args.dry_run:

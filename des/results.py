@@ -69,11 +69,7 @@ def result_paths(output: Path) -> ResultPaths:
     suffix = output.suffix.lower()
     stem = output.name[: -len(suffix)] if suffix in (*_OF_A_RESULT, ".md") else output.name
     text, numbers, table = (output.with_name(stem + each) for each in _OF_A_RESULT)
-    if suffix == ".json":
-        return ResultPaths(text, output, table)
-    if suffix == ".csv":
-        return ResultPaths(text, numbers, output)
-    return ResultPaths(output, numbers, table)
+    return ResultPaths(text if suffix in (".json", ".csv") else output, numbers, table)
 
 
 def is_reserved(stem: str) -> bool:
@@ -100,12 +96,12 @@ def replacing(path: Path, replace_folder: bool = False) -> Iterator[Path]:
             path.replace(old)  # a folder cannot be renamed onto one that holds files
             try:
                 temporary.replace(path)
-            except OSError:
+            except BaseException:
                 old.replace(path)
                 raise
-            _remove(old)
         else:
             temporary.replace(path)
+        _remove(old)
     except (RuntimeError, SafetensorError) as error:
         if any(sign in str(error) for sign in _NOT_WRITTEN):
             raise OSError(f"{path} could not be written, perhaps because the disk is full") from None

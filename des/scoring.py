@@ -95,6 +95,8 @@ def score_folder(args: argparse.Namespace, detector: Detector, images: pd.DataFr
     paths, labels = images["image"].tolist(), images["label"].tolist()
     keys = {path: f"{path.relative_to(args.folder_dir)} {digest} {label}" for path, digest, label in
             zip(paths, images["sha256"], labels, strict=True)}  # fmt: skip
+    outputs = [args.folder_dir / f"{args.output_name}.txt", *result_files(args.folder_dir, args.output_name, detector).values()]
+    cli.check_outputs(outputs, [args.csv_path, args.log_file])
     with locked(args.folder_dir / f".{args.output_name}.lock", f"the scores {args.output_name}"):
         partial = Partial(args.folder_dir / f"{args.output_name}.json", stamp_of(detector))
         partial.found |= scored_before(args.folder_dir, args.output_name, detector)

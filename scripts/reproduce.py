@@ -128,6 +128,7 @@ def world_of(args: argparse.Namespace) -> World:
         if not Path(path).is_file():
             raise UserError(f"--prompts {pair}: there is no such file; it takes SET=CSV")
         given[name] = Path(path)
+        cli.check_outputs([args.out / "prompts" / f"{name}.csv"], [given[name]])
     world = paper_world(
         args.model_path,
         given,
