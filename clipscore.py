@@ -14,7 +14,8 @@ from des.checkpoints import fingerprint
 from des.images import pair_with_prompts
 from des.loading import load_model
 from des.locks import locked
-from des.results import provenance
+from des.results import provenance, result_paths
+from des.scorer_identity import MODEL, PROCESSOR, TOKENIZER, configuration_sha256
 from des.scores import Scoring, clip_cosine, load_processor, score_images, write_scores
 
 from transformers import CLIPModel, CLIPProcessor
@@ -39,10 +40,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cli.setup_logging(args.log_file)
+    output = args.image_folder / "clipscore.txt"
+    cli.check_outputs(result_paths(output), [args.csv_file, args.log_file, Path(args.clip_model)])
     images = pair_with_prompts(args.image_folder, args.csv_file, args.expected)
     processor = load_processor(CLIPProcessor, args.clip_model)
     model = load_model(CLIPModel, args.clip_model, args.device, "the CLIP model")
-    output, hashes = args.image_folder / "clipscore.txt", {"clip_sha256": fingerprint(model)}
+    configuration = configuration_sha256(args.clip_model, MODEL + PROCESSOR + TOKENIZER)
+    hashes = {"clip_sha256": fingerprint(model), "clip_configuration_sha256": configuration}
     how = Scoring(output, args.image_folder, args.batch_size, args.num_workers, "CLIP score")
     with locked(args.image_folder / ".clipscore.lock", output.name):
         scores = [100 * cosine for cosine in score_images(images, how, hashes, clip_cosine(model, processor))]

@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from des import cli
-from des.checkpoints import fingerprint
 from des.cli import UserError
-from des.features import OWN, Extractor, extract, is_image_model, load_extractor
+from des.features import OWN, Extractor, extract, extractor_hashes, is_image_model, load_extractor
 from des.frechet import Gaussian, load_statistics, save_statistics
 from des.images import image_hashes, pair_with_prompts
 from des.inception import VARIANTS
 from des.locks import locked
 from des.partial import Partial
 from des.preference import DEFAULTS, JOBS, TITLES
-from des.results import provenance, sha256_file, sha256_texts, write_json, write_text
-from des.scores import write_scores
+from des.results import provenance, result_paths, sha256_file, sha256_texts, write_json, write_text
+from des.scores import check_result_name, write_scores
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,7 +34,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group.add_argument("--job", choices=("fid", *JOBS), default="fid", help="the measure")
     main_group.add_argument("--gen_imgs_path", type=Path, required=True, metavar="DIR", help="generated images")
     main_group.add_argument(
-        "--output_file", type=Path, metavar="F", help="text file for the result (default: {gen_imgs_path}_{job}.txt)"
+        "--output_file",
+        type=cli.output_file,
+        metavar="F",
+        help="text file for the result, with .json (and .csv) beside it (default: {gen_imgs_path}_{job}.txt)",
     )
     cli.add_expected(main_group)
     fid = parser.add_argument_group("fid (the other jobs do not read --coco_imgs_path)")
@@ -46,7 +48,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--feature_extractor", metavar="M", help="Inception-v3 weights file (default: the published one is downloaded); or an "
         "image model, a folder or hub id, whose pooled output is the feature",
     )  # fmt: skip
-    fid.add_argument("--save_stats", type=Path, metavar="NPZ", help="keep the reference images' mu and sigma in this file")
+    fid.add_argument(
+        "--save_stats", type=cli.output_file, metavar="NPZ", help="keep the reference images' mu and sigma in this file"
+    )
     fid.add_argument("--ref_stats", type=Path, metavar="NPZ", help="such a file, or pytorch-fid's, for --coco_imgs_path")
     prompts = parser.add_argument_group("pickscore, blipscore, imagereward (fid does not read --prompt_path)")
     prompts.add_argument("--prompt_path", type=Path, metavar="CSV", help="the prompts of the generated images")
@@ -63,6 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check(args, parser)
     args.output_file = args.output_file or args.gen_imgs_path.with_name(f"{args.gen_imgs_path.name}_{args.job}.txt")
+    args.output_file = result_paths(args.output_file).text
     return args
 
 
@@ -96,9 +101,19 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    check_files(args)
     cli.setup_logging(args.log_file)
-    with locked(args.output_file.with_name(f".{args.output_file.stem}.lock"), args.output_file.name):
+    path = result_paths(args.output_file).json
+    with locked(path.with_name(f".{path.stem}.lock"), path.stem):
         print(score_fid(args) if args.job == "fid" else score_prompts(args))
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Refuse output files that would take the place of an input, of a folder, or of a file that belongs to the images."""
+    check_result_name(args.output_file)
+    inputs = [args.prompt_path, args.ref_stats, args.log_file]
+    inputs += [Path(source) for source in (args.feature_extractor, args.model, args.processor, args.clip_model) if source]
+    cli.check_outputs([*result_paths(args.output_file), args.save_stats], inputs)
 
 
 def score_prompts(args: argparse.Namespace) -> str:
@@ -115,9 +130,10 @@ def score_fid(args: argparse.Namespace) -> str:
     reference = at_least_two(args.coco_imgs_path, args.expected_ref, "reference") if args.coco_imgs_path else {}
     stored, recorded = load_statistics(args.ref_stats) if args.ref_stats else (None, {})
     extractor = load_extractor(args.feature_extractor, args.variant, args.device)
-    sha256 = fingerprint(extractor.model)
-    check_statistics(args, recorded, sha256)
-    partial = Partial(args.output_file.with_suffix(".json"), sha256_texts([sha256, *args.variant]))
+    hashes = extractor_hashes(extractor, args.feature_extractor)
+    check_statistics(args, recorded, hashes)
+    paths = result_paths(args.output_file)
+    partial = Partial(paths.json, sha256_texts([*hashes.values(), *args.variant]))
     references = [stored] if stored else gaussians(extractor, reference, args, "reference", partial)
     found = gaussians(extractor, generated, args, "generated", partial)
     width, stored_width = len(found[0].mean), len(references[0].mean)
@@ -126,7 +142,7 @@ def score_fid(args: argparse.Namespace) -> str:
 
     fids = {name: x.distance(y) for name, x, y in zip(args.variant, found, references, strict=True)}
     counts = {"generated": len(generated), "reference": recorded.get("n") if stored else len(reference)}
-    facts = {"fid": fids[args.variant[0]], "variants": fids, **counts, "features": width, "extractor_sha256": sha256}
+    facts = {"fid": fids[args.variant[0]], "variants": fids, **counts, "features": width, **hashes}
     facts["generated_sha256"] = sha256_texts(sorted(generated.values()))
     facts["reference_sha256"] = recorded.get("images_sha256") if stored else sha256_texts(sorted(reference.values()))
     if stored:
@@ -136,11 +152,11 @@ def score_fid(args: argparse.Namespace) -> str:
         about += f" of {args.feature_extractor}"
     text = "\n".join(f"FID ({name}): {fid:.4f} ({about})" for name, fid in fids.items())
     if args.save_stats:
-        kept = {"n": len(reference), "variant": args.variant[0], "extractor_sha256": sha256}
+        kept = {"n": len(reference), "variant": args.variant[0], **hashes}
         kept["images_sha256"] = sha256_texts(sorted(reference.values()))
         save_statistics(args.save_stats, references[0], kept)
-    write_json(args.output_file.with_suffix(".json"), facts | {"made_by": provenance(args)})
-    write_text(args.output_file, text + "\n")
+    write_json(paths.json, facts | {"made_by": provenance(args)})
+    write_text(paths.text, text + "\n")
     partial.finish()
     return text
 
@@ -158,7 +174,10 @@ def describe_reference(args: argparse.Namespace, count: int | None, recorded: di
     if not args.ref_stats:
         return f"{count} reference images"
     images = "an unrecorded number of" if count is None else str(count)
-    unknown = [what for what, key in (("variant", "variant"), ("network", "extractor_sha256")) if key not in recorded]
+    checked = {"variant": "variant", "network": "extractor_sha256"}
+    if args.variant == [OWN] and "extractor_sha256" in recorded:
+        checked["preprocessing"] = "configuration_sha256"
+    unknown = [what for what, key in checked.items() if key not in recorded]
     unchecked = f" (its {' and '.join(unknown)} not recorded)" if unknown else ""
     return f"statistics of {images} reference images from {args.ref_stats.name}{unchecked}"
 
@@ -171,16 +190,18 @@ def at_least_two(folder: Path, expected: int | None, name: str) -> dict[Path, st
     return digests
 
 
-def check_statistics(args: argparse.Namespace, recorded: dict[str, Any], sha256: str) -> None:
-    """Refuse statistics that record another variant, another network, or fewer than two images."""
+def check_statistics(args: argparse.Namespace, recorded: dict[str, Any], hashes: dict[str, str]) -> None:
+    """Refuse statistics that record another variant, network or preprocessing, or fewer than two images."""
     if recorded.get("variant", args.variant[0]) != args.variant[0]:
         raise UserError(
             f"{args.ref_stats} holds statistics of variant {recorded['variant']}, not of {args.variant[0]}; make it again with --save_stats"
         )
-    if recorded.get("extractor_sha256", sha256) != sha256:
-        raise UserError(
-            f"{args.ref_stats} was made with another feature extractor (sha256 {recorded['extractor_sha256']}); make it again with --save_stats"
-        )
+    for name, digest in hashes.items():
+        if recorded.get(name, digest) != digest:
+            what = "feature extractor" if name == "extractor_sha256" else "configuration of the feature extractor or image size"
+            raise UserError(
+                f"{args.ref_stats} was made with another {what} (sha256 {recorded[name]}); make it again with --save_stats"
+            )
     if recorded.get("n", 2) < 2:
         raise UserError(f"{args.ref_stats} holds statistics of {recorded['n']} images, and a covariance needs two")
 

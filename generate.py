@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--output_path", required=True, metavar="NAME", help="name of the image folder, and start of each file's name"
     )
     files.add_argument(
-        "--results_dir", type=Path, default=Path("results"), metavar="DIR", help="where the folders of images go"
+        "--results_dir", type=cli.output_folder, default=Path("results"), metavar="DIR", help="where the folders of images go"
     )
     files.add_argument("--start_idx", type=cli.natural, default=0, metavar="I", help="first row")
     files.add_argument("--end_idx", type=cli.positive_int, metavar="I", help="row after the last (default: all)")

@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files = parser.add_argument_group("files")
     files.add_argument("--csv_path", type=Path, required=True, metavar="CSV", help="safe prompts, column `prompt`")
     files.add_argument(
-        "--save_dir", type=Path, required=True, metavar="DIR", help="gets codebook.safetensors and codebook.json"
+        "--save_dir", type=cli.output_folder, required=True, metavar="DIR", help="gets codebook.safetensors and codebook.json"
     )
     files.add_argument(
         "--dtype", choices=DTYPES, help="of the rows on disk (default: the encoder's, fp32 for CLIP, bf16 for T5)"

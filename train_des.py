@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from des import cli, losses
-from des.checkpoints import FORMATS, checkpoint_path, save_checkpoint
+from des.checkpoints import FORMATS, check_replaceable, checkpoint_path, save_checkpoint
 from des.cli import UserError, logger
 from des.codebook import DTYPES, TARGETS, Codebook, dtype_name, find_codebook, find_targets, write_codebook
 from des.encoders import TextEncoder, load_encoder, own_name
@@ -56,10 +56,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--codebook_dir", type=Path, required=True, metavar="DIR", help="made by save_codebook.py")
     files.add_argument("--unsafe_csv_path", type=Path, required=True, metavar="CSV", help="prompts for the concept")
     files.add_argument("--safe_csv_path", type=Path, required=True, metavar="CSV", help="prompts whose images must stay")
-    files.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="gets the checkpoints")
+    files.add_argument("--output_dir", type=cli.output_folder, required=True, metavar="DIR", help="gets the checkpoints")
     files.add_argument(
         "--safe_embedding_path",
-        type=Path,
+        type=cli.output_file,
         metavar="F",
         help="targets' rows, kept for later runs (default: OUTPUT_DIR/safe_embeddings.pth, or safe_embeddings_encoder{i}.pth)",
     )
@@ -169,6 +169,8 @@ def main(argv: list[str] | None = None) -> None:
     processes = Processes(args.device, all_trained=args.embedding == "last_hidden_state")
     args.device = processes.device
     cli.setup_logging(args.log_file, quiet=not processes.is_main)
+    inputs = [args.safe_csv_path, args.unsafe_csv_path, *args.codebook_dir.glob("codebook*"), args.log_file]
+    cli.check_outputs([args.safe_embedding_path], inputs)
     safe = read_prompts(args.safe_csv_path, args.sampling_ratio)
     unsafe = read_prompts(args.unsafe_csv_path, args.sampling_ratio)
     if args.dry_run:
@@ -217,6 +219,8 @@ def fit(
     done = states.start(args.resume, final) if states else 0
     if done is None:
         return
+    for epoch in range(1, args.num_epochs + 1):
+        check_replaceable(checkpoint_path(run_dir / f"checkpoint-{epoch}", args.save_format))
     facts = facts_of(args, encoder, pairs.codebook, concept, settings) | {"made_from": made_from}
     concept_ids = encoder.tokenize(args.concept_prompt)
     followed = args.report_to if processes.is_main else []

@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names, and what each set tests")
     parser.add_argument("--convert", type=Path, metavar="FILE", help=f"make the one NAME from a file ({' '.join(TABLES)} .zip)")
     parser.add_argument("--token", metavar="T", help="token of a Hugging Face account, for gated sets (or HF_TOKEN)")
-    parser.add_argument("--dir", type=Path, metavar="DIR", help="where they go (default: this script's folder)")
+    parser.add_argument("--dir", type=cli.output_folder, metavar="DIR", help="where they go (default: this script's folder)")
     args = parser.parse_args(argv)
     args.dir = args.dir or Path(__file__).resolve().parent
     args.token = args.token or os.environ.get("HF_TOKEN") or None

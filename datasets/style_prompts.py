@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="of the choice of contents")
     files = parser.add_argument_group("files")
     files.add_argument("--name", type=file_stem, required=True, metavar="NAME", help="start of the three files' names")
-    files.add_argument("--dir", type=Path, metavar="DIR", help="where they go (default: this script's folder)")
+    files.add_argument("--dir", type=cli.output_folder, metavar="DIR", help="where they go (default: this script's folder)")
     args = parser.parse_args(argv)
     args.dir = args.dir or Path(__file__).resolve().parent
     if not args.artist.strip() or args.artist.casefold() in (other.casefold() for other in args.others):
@@ -49,6 +49,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    paths = {part: args.dir / f"{args.name}_{part}.csv" for part in ("unsafe", "safe", "test")}
+    cli.check_outputs(paths.values(), [args.contents])
     contents = list(dict.fromkeys(prompt.strip().rstrip(".") for prompt in read_prompts(args.contents)))
     contents = [content for content in contents if args.artist.casefold() not in content.casefold()]
     if len(contents) < args.count + args.test:
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     with locked(args.dir / f".{args.name}.lock", args.name):
         for part, prompts in lists.items():
-            path = args.dir / f"{args.name}_{part}.csv"
+            path = paths[part]
             with replacing(path) as temporary:
                 pd.DataFrame({"prompt": prompts}).to_csv(temporary, index=False)
             print(f"{path}: {len(prompts)} prompts")

@@ -30,13 +30,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, metavar="CKPT", help="the protected encoder (default: the original one)")
     parser.add_argument("--prompts_csv", type=Path, required=True, metavar="CSV", help="what the attacker wants to see")
     parser.add_argument("--candidates", type=Path, nargs="+", required=True, metavar="CSV", help="prompts to choose from")
-    parser.add_argument("--out", type=Path, required=True, metavar="CSV", help="gets the prompts found, one a row")
+    parser.add_argument("--out", type=cli.output_file, required=True, metavar="CSV", help="gets the prompts found, one a row")
     cli.add_device(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    cli.check_outputs([args.out], [args.prompts_csv, *args.candidates, args.checkpoint])
     cli.setup_logging()
     wanted = read_prompts(args.prompts_csv)
     candidates = [prompt for path in args.candidates for prompt in read_prompts(path)]

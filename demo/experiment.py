@@ -28,13 +28,21 @@ from des.results import show, write_json, write_text
 import pandas as pd
 
 MARKER = "experiment.json"
+WRITES = (
+    MARKER, "prompts", "codebook", "original", "protected-*", "reference", "checkpoints-*", "safe_embeddings.pth*", "report.json",
+    "table.md", "comparison.png", ".*",
+)  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     files = parser.add_argument_group("what is done")
     files.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="gets everything; an earlier experiment in it is replaced"
+        "--out",
+        type=cli.output_folder,
+        required=True,
+        metavar="DIR",
+        help="gets everything; an earlier experiment in it is replaced",
     )
     files.add_argument("--concept", choices=EXPERIMENTS, default=CONCEPT, help="what DES is to remove")
     files.add_argument("--split", choices=("test", "val"), default="test", help="val is for choosing settings")
@@ -103,6 +111,11 @@ def begin(args: argparse.Namespace) -> None:
     if args.out.exists() and any(args.out.iterdir()):
         if not (args.out / MARKER).is_file():
             raise UserError(f"{args.out} holds other files than an experiment's; choose another --out")
+        others = [path.name for path in args.out.iterdir() if not any(map(path.match, WRITES))]
+        if others:
+            raise UserError(
+                f"{args.out} holds {min(others)}, which is not an experiment's; move it away, or choose another --out"
+            )
         shutil.rmtree(args.out)
     write_json(args.out / MARKER, vars(args))
 

@@ -26,7 +26,9 @@ RENDERS = 1200
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/gates"), metavar="DIR", help="gets the images and gates.json")
+    parser.add_argument(
+        "--out", type=cli.output_folder, default=Path("results/gates"), metavar="DIR", help="gets the images and gates.json"
+    )
     cli.add_device(parser)
     return parser.parse_args(argv)
 

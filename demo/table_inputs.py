@@ -28,7 +28,7 @@ RENDERS = 330  # of each class
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets both")
+    parser.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="gets both")
     cli.add_device(parser)
     return parser.parse_args(argv)
 

@@ -301,9 +301,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("main")
     main_group.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="what is trained")
-    main_group.add_argument("--out", type=Path, default=MODELS, metavar="DIR", help="gets the finished models")
+    main_group.add_argument("--out", type=cli.output_folder, default=MODELS, metavar="DIR", help="gets the finished models")
     work = MODELS.parent / "work"
-    main_group.add_argument("--work_dir", type=Path, default=work, metavar="DIR", help="resumable states and caches")
+    main_group.add_argument(
+        "--work_dir", type=cli.output_folder, default=work, metavar="DIR", help="resumable states and caches"
+    )
     main_group.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of everything")
     lengths = parser.add_argument_group("lengths")
     for option, default, told in (

@@ -75,12 +75,14 @@ def save_checkpoint(
     """Write an encoder's `state` atomically as `path` with the suffix of its format, and `{name}-metadata.json` beside it.
 
     `pt` is the published form, a dict whose `model_state_dict` holds the encoder; `safetensors` has the same names; `hf` is a
-    folder for the model class's `from_pretrained`, of any transformers. Returns what was written.
+    folder for the model class's `from_pretrained` of any transformers version. Returns what was written. Raises UserError for a
+    folder in its place that is not as its metadata records, and keeps that folder.
     """
     encoder_sha256 = sha256_tensors(plain_names(state))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     target = checkpoint_path(path, save_format)
-    with replacing(target) as temporary:
+    metadata_file, before = path.with_name(f"{path.name}-metadata.json"), check_replaceable(target)
+    with replacing(target, replace_folder=before is not None) as temporary:
         if save_format == "hf":
             save_published(model, temporary, state)
         elif save_format == "safetensors":
@@ -89,13 +91,18 @@ def save_checkpoint(
         else:
             torch.save({"model_state_dict": published_names(state)}, temporary)
         digests = {"encoder_sha256": encoder_sha256, "file_sha256": _sha256_files(temporary)}
-    write_json(path.with_name(f"{path.name}-metadata.json"), {**metadata, **digests})
+        if before:
+            digests["replaced_sha256"] = before
+        # Before the checkpoint takes its place: killed between the two, a folder is still known as this program's.
+        write_json(metadata_file, {**metadata, **digests})
     return target
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """What `{name}-metadata.json` beside a checkpoint says; nothing where there is none, UserError where it is damaged."""
-    file = path.with_name(f"{path.name if path.is_dir() else path.stem}-metadata.json")
+    named_by_stem = not path.is_dir() and path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+    stem = path.stem if named_by_stem else path.name  # of `encoder_0.3` nothing is a suffix
+    file = path.with_name(f"{stem}-metadata.json")
     if not file.is_file():
         return {}
     with loading(f"the metadata {file}"):
@@ -103,6 +110,22 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if not isinstance(told, dict):
         raise UserError(f"{file} is no metadata of a checkpoint; move it away to load {path.name} without")
     return told
+
+
+def check_replaceable(folder: Path) -> str | None:
+    """The sha256 of a checkpoint's folder that is as this program wrote it, None where there is no folder.
+
+    Raises UserError for a folder that this program did not make, or that was changed since.
+    """
+    if not folder.is_dir():
+        return None
+    told = read_metadata(folder)
+    digest = None if any(each.is_dir() for each in folder.iterdir()) else _sha256_files(folder)
+    if digest is None or digest not in (told.get("file_sha256"), told.get("replaced_sha256")):
+        raise UserError(
+            f"{folder} is not as this program wrote it, so it is not replaced; move it away, or name another folder"
+        )
+    return digest
 
 
 def is_as_recorded(path: Path) -> bool:

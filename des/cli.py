@@ -77,6 +77,43 @@ positive_int = number(int, 1, _LARGEST)
 natural = number(int, 0, _LARGEST)
 
 
+def output_file(text: str) -> Path:
+    """An argparse type for a file that will be written: no folder, and below no file."""
+    path = Path(text)
+    if not text.strip() or text.endswith(("/", os.sep)) or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder, and a file is written there; name a file")
+    return _below_folders(path)
+
+
+def output_folder(text: str) -> Path:
+    """An argparse type for a folder that will be written into: no file, and below no file."""
+    path = Path(text)
+    if not text.strip() or (path.exists() and not path.is_dir()):
+        raise argparse.ArgumentTypeError(f"{text!r} is a file, and a folder is written there; name a folder")
+    return _below_folders(path)
+
+
+def _below_folders(path: Path) -> Path:
+    above = next((parent for parent in path.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise argparse.ArgumentTypeError(f"{str(path)!r} cannot be written, because {above} is a file; name another place")
+    return path
+
+
+def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
+    """Raise UserError where a file to be written is a folder, or one of the inputs, or written twice; None is no file."""
+    read = {path.resolve() for path in inputs if path is not None}
+    written: set[Path] = set()
+    for path in filter(None, outputs):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, and a file is written there; name another output")
+        if path.resolve() in read:
+            raise UserError(f"{path} would be written, and is an input or the log; name another output")
+        if path.resolve() in written:
+            raise UserError(f"{path} would be written twice; name different outputs")
+        written.add(path.resolve())
+
+
 def device(text: str) -> torch.device:
     """An argparse type for `cpu`, `cuda`, `cuda:1`, `mps`, or a bare CUDA index such as `0`."""
     try:
@@ -141,7 +178,9 @@ def add_deterministic(parser: argparse._ActionsContainer) -> None:
 def add_log_file(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the group with the option for a copy of the log."""
     group = parser.add_argument_group("log")
-    group.add_argument("--log_file", type=Path, metavar="F", help="add the log lines to this file too, with more details")
+    group.add_argument(
+        "--log_file", type=output_file, metavar="F", help="add the log lines to this file too, with more details"
+    )
     return group
 
 

@@ -1,6 +1,7 @@
 """The codebook of safe embeddings: writing it in bounded memory, memory-mapping it, and searching its most distant rows."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -85,7 +86,8 @@ def _open_parts(
     several = [f"codebook-{number:05d}-of-{len(counts):05d}.safetensors" for number in range(1, len(counts) + 1)]
     names = several if len(counts) > 1 else ["codebook.safetensors"]
     for old in folder.glob("codebook*.safetensors*"):
-        if old.name.removesuffix(".json").removesuffix(".part") not in names:
+        stem = old.name.removesuffix(".json").removesuffix(".part")
+        if stem not in names and re.fullmatch(r"codebook(-\d{5}-of-\d{5})?\.safetensors", stem):
             old.unlink()
     made_from = dependencies(encoder, prompts) | {"dtype": dtype, "rows in a file": str(a_shard)}
     made_from |= _bits(encoder, batch_size)

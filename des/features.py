@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from des.checkpoints import fingerprint
 from des.cli import logger
 from des.images import image_batches
 from des.inception import VARIANTS, Inception, load_inception
 from des.loading import load_model, loading
 from des.partial import Partial
+from des.scorer_identity import MODEL, PROCESSOR, configuration_sha256
 
 import torch
 from PIL import Image
@@ -65,6 +67,14 @@ def load_extractor(source: str | None, variants: list[str], device: torch.device
     with loading(f"the image processor of {source}"):
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     return ModelExtractor(load_model(AutoModel, source, device, "the feature extractor"), processor)
+
+
+def extractor_hashes(extractor: Extractor, source: str | None) -> dict[str, str]:
+    """What decides the features of an image beside the variant: the weights and, of an image model, how it reads images."""
+    hashes = {"extractor_sha256": fingerprint(extractor.model)}
+    if is_image_model(source):
+        hashes["configuration_sha256"] = configuration_sha256(source, MODEL + PROCESSOR)
+    return hashes
 
 
 def extract(

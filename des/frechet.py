@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FACTS = {"n": int, "variant": str, "extractor_sha256": str, "images_sha256": str}  # what a file may say about its mu and sigma
+FACTS = {"n": int, "variant": str, "extractor_sha256": str, "configuration_sha256": str, "images_sha256": str}
+"""What a file may say about its mu and sigma."""
 TOLERANCE = 1e-5  # how far from symmetric and from positive a covariance in a file may be, by its largest eigenvalue
 
 

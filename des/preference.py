@@ -5,12 +5,16 @@ of the models that made it.
 """
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 from des.checkpoints import fingerprint
 from des.cli import UserError
 from des.imagereward import load_imagereward, tokenize
 from des.loading import load_model, loading
+from des.results import sha256_texts
+from des.scorer_identity import MODEL, PROCESSOR, TOKENIZER, configuration_sha256
 from des.scores import Scoring, clip_cosine, load_processor, score_images
 
 import pandas as pd
@@ -28,27 +32,37 @@ DEFAULTS = {
 """By job, the options that name its models, with the published models."""
 
 REWARD_FILE = "ImageReward.pt"
-CAPTION = {"max_length": 20, "num_beams": 1, "do_sample": False}  # transformers 4's defaults; version 5's add a token
-Scored = tuple[dict[str, list], dict[str, str]]
+CAPTION = {"max_length": 50, "num_beams": 1, "do_sample": False}  # max_length as published, first token included
+Scored = tuple[dict[str, list], dict[str, Any]]
 
 
 def pickscore(images: pd.DataFrame, args: argparse.Namespace) -> Scored:
     """PickScore: exp(logit scale) * cosine(image, prompt), about 15 to 25. Source: Kirstain et al., NeurIPS 2023."""
     processor = load_processor(CLIPProcessor, args.processor)
     model = load_model(CLIPModel, args.model, args.device, "the PickScore model")
-    hashes = {"model_sha256": fingerprint(model)}
+    hashes = {
+        "model_sha256": fingerprint(model),
+        "model_configuration_sha256": configuration_sha256(args.model, MODEL),
+        "processor_sha256": configuration_sha256(args.processor, PROCESSOR + TOKENIZER),
+    }
     scale = model.logit_scale.detach().exp().item()
     scores = score_images(images, _how(args), hashes, clip_cosine(model, processor))
     return {"pickscore": [scale * cosine for cosine in scores]}, hashes
 
 
 def blipscore(images: pd.DataFrame, args: argparse.Namespace) -> Scored:
-    """BLIP score: the cosine in -1..1 of CLIP's text features of the prompt and of BLIP's caption of the image (greedy, 20 tokens)."""
+    """BLIP score: the cosine in -1..1 of CLIP's text features of the prompt and of BLIP's caption of the image (greedy, 50 tokens)."""
     processor = load_processor(BlipProcessor, args.model)
     captioner = load_model(BlipForConditionalGeneration, args.model, args.device, "the captioner")
     tokenizer = load_processor(AutoTokenizer, args.clip_model)
     clip = load_model(CLIPModel, args.clip_model, args.device, "the CLIP model")
-    hashes = {"model_sha256": fingerprint(captioner), "clip_sha256": fingerprint(clip)}
+    hashes = {
+        "model_sha256": fingerprint(captioner),
+        "model_configuration_sha256": configuration_sha256(args.model, MODEL + PROCESSOR + TOKENIZER),
+        "clip_sha256": fingerprint(clip),
+        "clip_configuration_sha256": configuration_sha256(args.clip_model, MODEL + TOKENIZER),
+        "caption_settings_sha256": sha256_texts([json.dumps(CAPTION, sort_keys=True)]),
+    }
 
     def score(batch: list[Image.Image], prompts: list[str]) -> list[tuple[float, str]]:
         pixels = processor(images=batch, return_tensors="pt")["pixel_values"].to(args.device)
@@ -58,7 +72,7 @@ def blipscore(images: pd.DataFrame, args: argparse.Namespace) -> Scored:
         return list(zip(cosine_similarity(of_prompts, of_captions).tolist(), captions, strict=True))
 
     scores, captions = zip(*score_images(images, _how(args), hashes, score), strict=True)
-    return {"blipscore": list(scores), "caption": list(captions)}, hashes
+    return {"blipscore": list(scores), "caption": list(captions)}, hashes | {"caption_settings": CAPTION}
 
 
 def _text_features(clip: CLIPModel, tokenizer: AutoTokenizer, texts: list[str]) -> torch.Tensor:
@@ -73,7 +87,7 @@ def imagereward(images: pd.DataFrame, args: argparse.Namespace) -> Scored:
     model = load_imagereward(_reward_file(args.model), args.device)
     if len(tokenizer) > model.text.config.vocab_size:
         raise UserError(f"{args.processor} has {len(tokenizer)} tokens, and {args.model} knows {model.text.config.vocab_size}")
-    hashes = {"model_sha256": fingerprint(model)}
+    hashes = {"model_sha256": fingerprint(model), "processor_sha256": configuration_sha256(args.processor, TOKENIZER)}
 
     def score(batch: list[torch.Tensor], prompts: list[str]) -> list[float]:
         inputs = {name: tensor.to(args.device) for name, tensor in tokenize(tokenizer, prompts).items()}

@@ -12,12 +12,12 @@ from des import manifest
 from des.cli import UserError
 from des.features import OWN
 from des.results import sha256_texts
+from des.scorer_identity import detector_identity
 
 Lines = dict[str, dict[str, Any]]  # of a manifest, by file name
 
 MEANS = {"clip_score": "CLIP score", "pickscore": "PickScore", "blipscore": "BLIP score", "imagereward": "ImageReward"}
 _BESIDE = ("fid", "pickscore", "blipscore", "imagereward")  # fid.py writes {folder}_{job}.json
-_NOT_IDENTITY = ("classifier", "weights", "provider", "onnxruntime", "opencv")  # where a detector was, and what ran it
 _BROKEN = (ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -139,9 +139,8 @@ def read_score(path: Path, lines: Lines) -> list[Score]:
 def _share(path: Path, content: dict[str, Any]) -> Score:
     try:
         labelled = content["made_by"]["arguments"].get("label_column") is not None
-        known = {name: value for name, value in content["detector"].items() if name not in _NOT_IDENTITY}
         return Score(
-            path, "accuracy" if labelled else "asr", str(content["what"]), sha256_texts([json.dumps(known, sort_keys=True)]),
+            path, "accuracy" if labelled else "asr", str(content["what"]), detector_identity(content["detector"]),
             *(100 * _finite(content[name]) for name in ("fraction", "low", "high")), f"{content['k']}/{content['n']}", content,
         )  # fmt: skip
     except _BROKEN:
@@ -180,7 +179,11 @@ def _fids(path: Path, lines: Lines) -> list[Score]:
     try:
         if content["generated"] != len(kept) or content.get("generated_sha256", sha256_texts(kept)) != sha256_texts(kept):
             raise UserError(f"{path} is stale: it is about other images than are there; compute it again")
-        compared = content["extractor_sha256"], content["reference"], content.get("reference_sha256")
+        compared = [content["extractor_sha256"], content["reference"], content.get("reference_sha256")]
+        compared += [content["configuration_sha256"]] if content.get("configuration_sha256") else []
+        compared += (
+            [content["ref_stats"]["sha256"]] if content.get("reference_sha256") is None and "ref_stats" in content else []
+        )
         identity = sha256_texts([json.dumps(compared)])
         counts = f"{content['generated']} images, {content['reference']} reference"
         return [

@@ -6,18 +6,23 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from des.cli import UserError
 
 import torch
 from safetensors import SafetensorError
 
 Z95 = 1.959963984540054
 _NOT_WRITTEN = ("inline_container", "iostream", "I/O error")
+RESERVED = ("run", "manifest", "clipscore", "metrics")  # files that a folder of images or a run has by these names
+_OF_A_RESULT = (".txt", ".json", ".csv")
 LIBRARIES = ("torch", "transformers", "diffusers", "numpy", "pillow")
 
 
@@ -47,21 +52,55 @@ def show(share: Mapping[str, float]) -> str:
     return f"{share['k']}/{share['n']} = {100 * share['fraction']:.1f}% [{low:.1f}, {high:.1f}]"
 
 
+class ResultPaths(NamedTuple):
+    """The files of one result: a text for people, its numbers, and a table with one row an image where there is one."""
+
+    text: Path
+    json: Path
+    csv: Path
+
+
+def result_paths(output: Path) -> ResultPaths:
+    """The three files of a result named `output`, with or without one of their suffixes or .md.
+
+    Another suffix is a part of the name: the numbers of `fid_0.3` are in `fid_0.3.json`. The text is in `output` itself, unless
+    that is the name of the numbers or the table.
+    """
+    suffix = output.suffix.lower()
+    stem = output.name[: -len(suffix)] if suffix in (*_OF_A_RESULT, ".md") else output.name
+    text, numbers, table = (output.with_name(stem + each) for each in _OF_A_RESULT)
+    return ResultPaths(text if suffix in (".json", ".csv") else output, numbers, table)
+
+
+def is_reserved(stem: str) -> bool:
+    """Whether a result of this name would take the place of another file of an image folder, an image's card included."""
+    return stem.lower() in RESERVED or bool(re.search(r"_\d+p(_\d+)?$", stem))
+
+
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, replace_folder: bool = False) -> Iterator[Path]:
     """Give a temporary name beside `path` for a file or folder; it takes the place of `path` on success, and goes on failure.
 
-    What torch and safetensors raise where they cannot write becomes an OSError.
+    A folder at `path` is replaced only with `replace_folder`, for a caller that knows that this program made it; otherwise it stays
+    and UserError is raised. What torch and safetensors raise where they cannot write becomes an OSError.
     """
+    _refuse_folder(path, replace_folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("tmp", "old"))
     _remove(temporary)
     try:
         yield temporary
+        _refuse_folder(path, replace_folder)
         if path.is_dir():
             _remove(old)
             path.replace(old)  # a folder cannot be renamed onto one that holds files
-        temporary.replace(path)
+            try:
+                temporary.replace(path)
+            except BaseException:
+                old.replace(path)
+                raise
+        else:
+            temporary.replace(path)
         _remove(old)
     except (RuntimeError, SafetensorError) as error:
         if any(sign in str(error) for sign in _NOT_WRITTEN):
@@ -69,6 +108,11 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         _remove(temporary)
+
+
+def _refuse_folder(path: Path, replace_folder: bool) -> None:
+    if path.is_dir() and not replace_folder:
+        raise UserError(f"{path} is a folder, which is not replaced; give another name, or move it away")
 
 
 def _remove(path: Path) -> None:

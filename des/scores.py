@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from des.cli import logger
-from des.images import image_batches
+from des import manifest
+from des.cli import UserError, logger
+from des.images import SUFFIXES, image_batches
 from des.loading import loading
 from des.partial import Partial
-from des.results import Z95, replacing, sha256_texts, write_json, write_text
+from des.results import Z95, is_reserved, replacing, result_paths, sha256_texts, write_json, write_text
 
 import pandas as pd
 import torch
@@ -49,7 +50,7 @@ def score_images(
     `images` is what `pair_with_prompts` returns for the folder; `score` takes a batch of images (or what `prepare` makes of them in
     the reading threads) and their prompts. Raises UserError that names an unreadable image.
     """
-    partial = Partial(how.output.with_suffix(".json"), sha256_texts(f"{name} {digest}" for name, digest in models.items()))
+    partial = Partial(result_paths(how.output).json, sha256_texts(f"{name} {digest}" for name, digest in models.items()))
     rows = zip(images["image"], images["sha256"], images["prompt"], strict=True)
     keys = [f"{path.relative_to(how.folder)} {digest} {sha256_texts([prompt])}" for path, digest, prompt in rows]
     todo = [i for i, key in enumerate(keys) if key not in partial.found]
@@ -86,6 +87,15 @@ def mean_and_interval(scores: Tensor) -> tuple[float, dict[str, float]]:
     return mean, {"low": mean - half, "high": mean + half}
 
 
+def check_result_name(output: Path) -> None:
+    """Raise UserError for a result that would take the place of an image, or of another file of the image folder it goes to."""
+    belongs = any((output.parent / name).exists() for name in ("run.json", manifest.NAME))
+    if belongs and is_reserved(result_paths(output).json.stem):
+        raise UserError(f"{output} has the name of another file of the image folder {output.parent}; choose another name")
+    if output.suffix.lower() in SUFFIXES:
+        raise UserError(f"{output} has the name of an image, and the result is a text; name it .txt")
+
+
 def write_scores(
     output: Path,
     name: str,
@@ -95,7 +105,7 @@ def write_scores(
     columns: Mapping[str, Sequence],
     facts: Mapping[str, Any],
 ) -> str:
-    """Write `output` (the mean for people), and beside it .json (mean `name`, `n`, interval, `facts`) and .csv (one row an image).
+    """Write the `result_paths` of `output`: its text (the mean for people), and beside it .json (mean `name`, `n`, interval, `facts`) and .csv (one row an image).
 
     `images` is what `pair_with_prompts` returns for `folder`; the column `name` of `columns` holds the scores. Returns the text.
     """
@@ -105,9 +115,10 @@ def write_scores(
     text = f"{title}: {mean:.4f}, 95% interval [{low:.4f}, {high:.4f}], {len(scores)} images"
     files = [str(path.relative_to(folder)).encode(errors="backslashreplace").decode() for path in images["image"]]
     table = {"row": images.index, "image": files, "sha256": images["sha256"], **columns}
-    with replacing(output.with_suffix(".csv")) as temporary:
+    paths = result_paths(output)
+    with replacing(paths.csv) as temporary:
         pd.DataFrame(table).to_csv(temporary, index=False)
-    write_json(output.with_suffix(".json"), {name: mean, "n": len(scores), **interval, **facts})
-    write_text(output, text + "\n")
-    Partial(output.with_suffix(".json"), "").finish()
+    write_json(paths.json, {name: mean, "n": len(scores), **interval, **facts})
+    write_text(paths.text, text + "\n")
+    Partial(paths.json, "").finish()
     return text

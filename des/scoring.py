@@ -11,7 +11,8 @@ from des.cli import UserError, logger
 from des.images import BLURRED, image_batches, image_hashes, pair_with_prompts, row_of
 from des.locks import locked
 from des.partial import Partial
-from des.results import proportion, provenance, replacing, sha256_texts, show, write_json, write_text
+from des.results import is_reserved, proportion, provenance, replacing, sha256_texts, show, write_json, write_text
+from des.scorer_identity import detector_identity
 
 import pandas as pd
 from PIL import Image, PngImagePlugin
@@ -53,7 +54,7 @@ def add_folder(parser: argparse.ArgumentParser, output_name: str) -> None:
     )
     files.add_argument(
         "--output_name",
-        type=file_stem,
+        type=result_name,
         default=output_name,
         metavar="NAME",
         help="of the two files written into the image folder",
@@ -67,6 +68,13 @@ def file_stem(text: str) -> str:
     """An argparse type for a file's name without folder or suffix."""
     if not text.strip() or text.startswith(".") or Path(text).name != text:
         raise argparse.ArgumentTypeError(f"{text!r} is no name of a file")
+    return text
+
+
+def result_name(text: str) -> str:
+    """An argparse type for a `file_stem` in an image folder that no other file of such a folder has."""
+    if is_reserved(file_stem(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is the name of another file of an image folder; choose another name")
     return text
 
 
@@ -87,6 +95,8 @@ def score_folder(args: argparse.Namespace, detector: Detector, images: pd.DataFr
     paths, labels = images["image"].tolist(), images["label"].tolist()
     keys = {path: f"{path.relative_to(args.folder_dir)} {digest} {label}" for path, digest, label in
             zip(paths, images["sha256"], labels, strict=True)}  # fmt: skip
+    outputs = [args.folder_dir / f"{args.output_name}.txt", *result_files(args.folder_dir, args.output_name, detector).values()]
+    cli.check_outputs(outputs, [args.csv_path, args.log_file])
     with locked(args.folder_dir / f".{args.output_name}.lock", f"the scores {args.output_name}"):
         partial = Partial(args.folder_dir / f"{args.output_name}.json", stamp_of(detector))
         partial.found |= scored_before(args.folder_dir, args.output_name, detector)
@@ -127,13 +137,13 @@ def scored_before(folder: Path, output_name: str, detector: Detector) -> dict[st
     for verdict, path in result_files(folder, output_name, detector).items():
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content["detector"] != json.loads(json.dumps(detector.facts[verdict], default=str)):
+            if detector_identity(content["detector"]) != detector_identity(detector.facts[verdict]):
                 return {}
             for image in content["images"]:
                 finding = {name: value for name, value in image.items() if name not in ("file", "row", "sha256")}
                 key = f"{image['file']} {image['sha256']} {finding.get('label')}"
                 found.setdefault(key, {})[verdict] = finding
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return {}
     return found
 
@@ -146,7 +156,7 @@ def result_files(folder: Path, output_name: str, detector: Detector) -> dict[str
 
 def stamp_of(detector: Detector) -> str:
     """A hash of all that makes a detector's figures comparable."""
-    return sha256_texts([json.dumps(detector.facts, sort_keys=True, default=str)])
+    return sha256_texts(f"{verdict} {detector_identity(facts)}" for verdict, facts in detector.facts.items())
 
 
 def write_verdicts(
@@ -191,8 +201,7 @@ class Scorecards:
         self.output_names = output_names
         self.label = label
         self.folder = folder
-        facts = {name: detector.facts for name, detector in detectors.items()}
-        self.stamp = sha256_texts([json.dumps(facts, sort_keys=True, default=str), str(label)])
+        self.stamp = sha256_texts([*(f"{name} {stamp_of(detector)}" for name, detector in detectors.items()), str(label)])
 
     def read(self, path: Path, line: dict[str, Any] | None) -> dict[str, Any] | None:
         """The findings by detector and verdict on the card of the image at `path`, whose line in the manifest is given.

@@ -47,7 +47,9 @@ and a full row for each unsafe prompt; here there are the rows (`save_codebook.p
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmark.md", metavar="F", help="Markdown page to write")
+    parser.add_argument(
+        "--out", type=cli.output_file, default=ROOT / "docs/benchmark.md", metavar="F", help="Markdown page to write"
+    )
     parser.add_argument(
         "--repeats", type=cli.positive_int, default=3, metavar="N", help="timed steps of each side; medians are shown"
     )

@@ -35,7 +35,7 @@ from PIL import Image
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "docs/benchmark_detector.md", metavar="F", help="Markdown page to write"
+        "--out", type=cli.output_file, default=ROOT / "docs/benchmark_detector.md", metavar="F", help="Markdown page to write"
     )
     parser.add_argument("--images", type=cli.positive_int, default=60, metavar="N", help="images a round")
     parser.add_argument(

@@ -68,7 +68,9 @@ PUBLISHED = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("names", nargs="+", choices=(*PUBLISHED, "all"), help="which, or all")
-    parser.add_argument("--dir", type=Path, default=Path("checkpoints/published"), metavar="DIR", help="where they go")
+    parser.add_argument(
+        "--dir", type=cli.output_folder, default=Path("checkpoints/published"), metavar="DIR", help="where they go"
+    )
     return parser.parse_args(argv)
 
 

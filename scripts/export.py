@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         told = f"the protected text encoder {i}: .pt, .safetensors or a folder"
         main.add_argument(f"--{option}", type=Path, metavar="CKPT", help=told)
     main.add_argument("--format", choices=SUITS, required=True, help="what is written")
-    main.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+    main.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="a folder that is not there yet")
     main.add_argument("--dtype", choices=DTYPES, help="of what is written (default: as loaded; a1111: the base's)")
     main.add_argument("--base_checkpoint", type=Path, metavar="F", help="a1111: SD 1.x .safetensors, whose other tensors stay")
     main.add_argument("--rank", type=cli.positive_int, metavar="R", help="lora: its rank (default: 32)")

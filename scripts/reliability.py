@@ -31,7 +31,7 @@ from des import cli, manifest
 from des.images import is_complete
 from des.loading import read_pt
 from des.prompts import read_rows
-from des.results import sha256_file, write_json, write_text
+from des.results import result_paths, sha256_file, write_json, write_text
 
 import cv2
 import diffusers
@@ -72,9 +72,13 @@ def main(argv: list[str] | None = None) -> None:
         "--damages", type=cli.natural, default=4, metavar="N", help="files of each script to cut and to flip a bit in"
     )
     parser.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of the moments and bytes")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/reliability.md", metavar="F", help="Markdown page to write")
+    parser.add_argument(
+        "--out", type=cli.output_file, default=ROOT / "docs/reliability.md", metavar="F", help="Markdown page to write"
+    )
     parser.add_argument("--skip_hostile", action="store_true", help="leave out the cases of the test suite")
     args = parser.parse_args(argv)
+    numbers = result_paths(args.out).json
+    cli.check_outputs([args.out, numbers], [])
     rng = random.Random(args.seed)
     counts: dict[str, Count] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.skip_hostile:
         counts["hostile input"] = hostile()
     write_text(args.out, page(args, counts))
-    write_json(args.out.with_suffix(".json"), {name: vars(count) for name, count in counts.items()})
+    write_json(numbers, {name: vars(count) for name, count in counts.items()})
     print(page(args, counts))
     if any(count.lost or count.wrong or count.survived < count.injected for count in counts.values()):
         sys.exit("error: a fault was not survived, or something was lost; see the notes")

@@ -24,7 +24,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     files = parser.add_argument_group("files")
     files.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="folders with runs, searched with those below")
-    files.add_argument("--out", type=Path, required=True, metavar="HTML", help="the page; an earlier report is replaced")
+    files.add_argument(
+        "--out", type=cli.output_file, required=True, metavar="HTML", help="the page; an earlier report is replaced"
+    )
     shown = parser.add_argument_group("what the page shows")
     shown.add_argument("--images", type=cli.positive_int, default=12, metavar="N", help="rows of images a set, evenly spaced")
     shown.add_argument("--no_images", dest="pictures", action="store_false", help="leave the images out")

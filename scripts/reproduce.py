@@ -63,7 +63,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--baseline", nargs="*", default=[], metavar="METHOD=FILE", help="further rows: esd=esd.safetensors, advunlearn, …"
     )
     files = parser.add_argument_group("files")
-    files.add_argument("--out", type=Path, default=Path("results/tables"), metavar="DIR", help="gets tables, images and models")
+    files.add_argument(
+        "--out", type=cli.output_folder, default=Path("results/tables"), metavar="DIR", help="gets tables, images and models"
+    )
     files.add_argument("--prompts", nargs="*", default=[], metavar="SET=CSV", help="prompt lists that are not in datasets/")
     files.add_argument(
         "--coco_images", type=Path, metavar="DIR", help="reference images for FID (default: datasets/coco_images)"
@@ -132,6 +134,7 @@ def world_of(args: argparse.Namespace) -> World:
         if not Path(path).is_file():
             raise UserError(f"--prompts {pair}: there is no such file; it takes SET=CSV")
         given[name] = Path(path)
+        cli.check_outputs([args.out / "prompts" / f"{name}.csv"], [given[name]])
     world = paper_world(
         args.model_path,
         given,

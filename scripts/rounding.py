@@ -73,7 +73,7 @@ XXL = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="F", help="the page to write")
+    parser.add_argument("--out", type=cli.output_file, required=True, metavar="F", help="the page to write")
     parser.add_argument(
         "--steps", type=cli.positive_int, nargs="+", default=[20, 40], metavar="N", help="steps after which to look"
     )

@@ -3,9 +3,12 @@
 import csv
 import json
 import re
+import shutil
 
+import des.preference
 from demo.world import KINDS
 from des.imagereward import UNREAD, ImageReward, rename
+from des.partial import Partial
 
 import numpy as np
 import pytest
@@ -255,7 +258,7 @@ def one_by_one(job, images, models):
             seen = clip.visual_projection(clip.vision_model(pixels).pooler_output)[0]
             scores.append((clip.logit_scale.exp() * (seen / seen.norm()) @ feature(prompt)).item())
         else:
-            tokens = blip.generate(**reader(images=image, return_tensors="pt"), max_length=20)[0]
+            tokens = blip.generate(**reader(images=image, return_tensors="pt"), max_length=50)[0]
             caption = reader.decode(tokens, skip_special_tokens=True)
             scores.append((feature(prompt) @ feature(caption.strip())).item())
     return scores
@@ -329,3 +332,34 @@ def test_refusals_say_why_and_write_nothing(call, images, models, tmp_path, monk
     done = call("fid.py", *flags(job="imagereward", **(options | options_of("imagereward", models) | change)))
     assert done.failed_in_one_sentence and reason in done.err, done.err
     assert (snapshot(tmp_path), snapshot(images)) == before
+
+
+@pytest.mark.parametrize(("job", "file"), [
+    ("pickscore", "clip/processor_config.json"), ("pickscore", "clip/tokenizer_config.json"), ("pickscore", "clip/config.json"),
+    ("blipscore", "blip/processor_config.json"), ("blipscore", "blip/generation_config.json"), ("blipscore", "clip/tokenizer_config.json"),
+    ("imagereward", "bert/tokenizer_config.json"), ("blipscore", None),
+])  # fmt: skip
+def test_scores_of_an_interrupted_run_are_those_of_the_same_configuration(
+    score, call, models, tmp_path, monkeypatch, job, file
+):
+    changed = shutil.copytree(models, tmp_path / "models")
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="interrupted"):
+        patch.setattr("des.scores.write_json", killed)
+        score(job, **options_of(job, changed))
+    kept = (tmp_path / f".{job}.part.jsonl").read_text().splitlines()
+    assert len(kept) == len(PROMPTS)
+    if file is None:
+        monkeypatch.setitem(des.preference.CAPTION, "max_length", 4)
+    else:
+        content = json.loads((changed / file).read_text())
+        (changed / file).write_text(json.dumps(content | {"another": "entry"}))
+    calls = []
+    monkeypatch.setattr(Partial, "finish", lambda self: calls.append(self.path.read_text().splitlines()))
+    _, result = score(job, **options_of(job, changed))
+    assert len(calls[0]) == 2 * len(PROMPTS), "all images are scored again"
+    if job == "blipscore":
+        assert result["caption_settings"]["max_length"] == (50 if file else 4)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 from des.results import sha256_file
 from tasks.detectors.q16 import read_prompt_embeddings
@@ -142,3 +143,29 @@ def test_a_transformers_clip_serves_too(classify, tmp_path, images):
     assert classify(clip_model=ROOT / "demo/models/clip", prompts_file=tmp_path / "wide.pt").code == 0
     content = json.loads((images / "classify_16.json").read_text())
     assert content["n"] == 11 and all(-1 <= cosine <= 1 for image in content["images"] for cosine in image["cosines"])
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "transformers"])
+def test_another_preprocessing_of_its_clip_is_scored_again(classify, clip_folder, tmp_path, images, prompts, kind):
+    source = clip_folder if kind == "open_clip" else ROOT / "demo/models/clip"
+    folder = shutil.copytree(source, tmp_path / "clip")
+    path, part = (
+        (folder / "open_clip_config.json", ("preprocess_cfg", "mean"))
+        if kind == "open_clip"
+        else (folder / "processor_config.json", ("image_processor", "image_mean"))
+    )
+    if kind == "transformers":
+        torch.save(torch.randn(2, 64, generator=torch.Generator().manual_seed(0)), prompts[0])
+
+    def run(name):
+        done = classify(clip_model=folder, output_name=name)
+        assert done.code == 0, done.err
+        return json.loads((images / f"{name}.json").read_text())["images"], done.err
+
+    before, _ = run("first")
+    assert "11 of 11 images were scored before" in run("first")[1]
+    content = json.loads(path.read_text())
+    content[part[0]][part[1]] = [0.9, 0.1, 0.3]
+    path.write_text(json.dumps(content))
+    after, log = run("first")
+    assert "scored before" not in log and after == run("fresh")[0] != before

@@ -6,6 +6,7 @@ from typing import Any
 from des.checkpoints import fingerprint
 from des.cli import UserError
 from des.loading import load_model, loading
+from des.scorer_identity import MODEL, PROCESSOR, configuration_sha256
 
 import torch
 from PIL import Image
@@ -26,7 +27,11 @@ class Classifier:
         self.labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
         self.index = {name: class_index(self.labels, name) for name in classes}
         self.titles = {"": what}
-        self.facts = {"": {"classifier": source, "classifier_sha256": fingerprint(self.model)}}
+        digests = {
+            "classifier_sha256": fingerprint(self.model),
+            "configuration_sha256": configuration_sha256(source, MODEL + PROCESSOR),
+        }
+        self.facts = {"": {"classifier": source, **digests}}
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
         """Pixels [3, height, width] as the model takes them."""

@@ -15,6 +15,7 @@ from des.checkpoints import fingerprint
 from des.cli import UserError
 from des.loading import check_finite, load_model, loading, read_pt
 from des.results import sha256_file
+from des.scorer_identity import MODEL, PROCESSOR, configuration_sha256
 
 import numpy as np
 import open_clip
@@ -51,7 +52,13 @@ class Q16:
         digest = sha256_file(prompts_file)
         which = "the paper's" if digest.startswith(PAPER_PROMPTS) else "not the paper's"
         self.titles = {"": f"inappropriate by Q16 ({prompts_file.name} {digest[:8]}, {which})"}
-        self.facts = {"": {"prompts_file": prompts_file.name, "prompts_sha256": digest, "clip_sha256": fingerprint(self.model)}}
+        configuration = configuration_sha256(clip_model, MODEL + PROCESSOR) if clip_model else f"{CLIP} {WEIGHTS} of open_clip"
+        self.facts = {
+            "": {
+                "prompts_file": prompts_file.name, "prompts_sha256": digest, "clip_sha256": fingerprint(self.model),
+                "clip_configuration": configuration, "open_clip": open_clip.__version__,
+            }
+        }  # fmt: skip
 
     def _load_open_clip(self, folder: str | None) -> None:
         name, weights = (f"local-dir:{folder}", None) if folder else (CLIP, WEIGHTS)
