@@ -82,7 +82,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="DIR",
         help="image to image: an image for each row, named {row}.png or ..._{row}p.png",
     )
-    files.add_argument("--mask_images", type=Path, metavar="DIR", help="inpainting: white or opaque where --init_images changes")
+    files.add_argument(
+        "--mask_images", type=Path, metavar="DIR", help="inpainting: white or opaque where --init_images changes"
+    )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="row i is drawn with seed S + i")
     sampling.add_argument(

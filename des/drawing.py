@@ -198,7 +198,9 @@ def check_inputs(inputs: dict[str, dict[int, Path]], settings: list[RowSettings]
             told = " and ".join("{}x{}".format(*size) for size in sizes)
             raise UserError(f"{image} and its mask {mask} differ in size ({told} pixels); give a mask of the image's size")
         if fit(read, settings[row].width, settings[row].height).getextrema()[1] < WHITE:
-            raise UserError(f"the mask {mask} is black within the image, so nothing would be drawn; paint white what may change")
+            raise UserError(
+                f"the mask {mask} is black within the image, so nothing would be drawn; paint white what may change"
+            )
 
 
 def default_size(pipe: DiffusionPipeline) -> int:

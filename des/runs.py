@@ -16,14 +16,14 @@ from des.images import image_files
 from des.locks import locked
 from des.pipelines import component_identities, encoder_sha256s
 from des.prompts import never_drawn
+from des.records import FORMAT
 from des.results import provenance, replacing, sha256_file, sha256_texts, write_json
 from des.scoring import Scorecards, save_blurred
 
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-FORMAT = 2  # of run.json; records without a number are older, and lack what SINCE_2 names
-SINCE_2 = ("components", "scheduler_sha256")
+SINCE_2 = ("components", "scheduler_sha256")  # what records of the first format lack
 LABELS = ("model_path", "base_model_path", "refiner_path")  # where models lie; their components are compared instead
 
 
