@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # before a `tasks` of 
 
 from des import cli, manifest
 from des.cli import UserError, logger, progress
-from des.drawing import Artist, batches, row_settings
+from des.drawing import Artist, Sampling, batches, check_inputs, check_sizes, row_settings
 from des.images import image_name, image_of_row, read_image
 from des.methods import METHODS, add_method, check_method
 from des.pipelines import (
@@ -36,7 +36,7 @@ from des.pipelines import (
 )
 from des.processes import Processes
 from des.prompts import never_drawn, read_rows
-from des.runs import Run, claim, finish, lines_of, reserved, settings_of
+from des.runs import Run, claim, finish, lines_of, recorded_settings, reserved, settings_of
 from des.scoring import Scorecards
 from tasks.detectors.options import OUTPUT_NAMES, add_scoring, check_scoring, open_scorers
 
@@ -82,7 +82,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="DIR",
         help="image to image: an image for each row, named {row}.png or ..._{row}p.png",
     )
-    files.add_argument("--mask_images", type=Path, metavar="DIR", help="inpainting: white where --init_images is drawn anew")
+    files.add_argument(
+        "--mask_images", type=Path, metavar="DIR", help="inpainting: white or opaque where --init_images changes"
+    )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="row i is drawn with seed S + i")
     sampling.add_argument(
@@ -165,28 +167,32 @@ def main(argv: list[str] | None = None) -> None:
     scorers = open_scorers(args)
     pipe = open_pipeline(args.model_path, dtype, args.model_type, args.scheduler, mode)
     check_options(args, pipe)
-    drawn_with = row_settings(args, pipe, table)
+    sampling = Sampling.of(args)
+    drawn_with = row_settings(sampling, pipe, table, args.prompts_csv)
+    check_sizes(pipe, (drawn_with[row] for row in rows))
+    check_inputs(inputs, drawn_with)
     applied = METHODS[args.training_method].apply(pipe, args)
     refiner = open_refiner(args.refiner_path, pipe) if args.use_refiner else None
     for each in (pipe, refiner):
         if each is not None:
             place(each, args.device, args.enable_model_cpu_offload, args.attention_slicing)
     folder = args.results_dir / args.training_method / Path(args.model_path).name / args.output_path
-    settings = settings_of(args, prompts, drawn_with, pipe, inputs)
     names = {
         (row, copy): folder / image_name(Path(args.output_path).name, args.training_method, row, copy)
         for row in rows
         for copy in range(args.num_images_per_prompt)
     }
     size = min(args.batch_size, len(prompts) * args.num_images_per_prompt)
-    artist = Artist(pipe, refiner, args, prompts, drawn_with, inputs, size)
+    artist = Artist(pipe, refiner, sampling, prompts, drawn_with, inputs, size)
     cards = Scorecards(scorers, OUTPUT_NAMES, args.cls_class, folder)
     with reserved(folder, rows) if processes.is_main else contextlib.nullcontext():
         if processes.is_main:
+            settings = settings_of(args, sampling, prompts, drawn_with, pipe, refiner, inputs)
             claim(folder, args, prompts, settings, applied)
         processes.wait()
+        settings = recorded_settings(folder)
         run = Run(folder, names, lines_of(artist, names, settings), args.discard_images, args.blur)
-        drawn, seconds = make(run, artist, cards, processes)
+        drawn, seconds = make(run, artist, cards, processes, args.log_prompts)
         processes.wait()
         if processes.is_main:
             finish(folder, drawn, seconds, lambda: cards.write(args, list(names.values())) if scorers else [])
@@ -194,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     logger.info("%d images of %s %s %s", len(names), which, "scored in" if args.discard_images else "in", folder)
 
 
-def make(run: Run, artist: Artist, cards: Scorecards, processes: Processes) -> tuple[int, float]:
+def make(run: Run, artist: Artist, cards: Scorecards, processes: Processes, log_prompts: bool) -> tuple[int, float]:
     """Draw and score this process's share of what is not done yet.
 
     Returns how many images were drawn, and the seconds that the model took for them.
@@ -208,7 +214,7 @@ def make(run: Run, artist: Artist, cards: Scorecards, processes: Processes) -> t
     seconds = 0.0
     with progress(None, desc=run.folder.name, total=len(todo), unit="image") as bar:
         for batch in batches(todo, artist.settings, artist.size):
-            for row in dict.fromkeys(row for row, _ in batch if artist.args.log_prompts):
+            for row in dict.fromkeys(row for row, _ in batch if log_prompts):
                 logger.info("row %d: %s", row, artist.prompts[row])
             start = time.monotonic()
             images = artist.draw(batch)
@@ -249,7 +255,7 @@ def check_options(args: argparse.Namespace, pipe: DiffusionPipeline) -> None:
     has_t5 = "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters
     if args.max_sequence_length and not has_t5:
         raise UserError(f"--max_sequence_length is T5's, and {args.model_path} has none")
-    if is_distilled(pipe) and args.guidance_scale is not None:
+    if is_distilled(pipe) and args.guidance_scale:
         raise UserError(f"{args.model_path} was distilled without guidance; leave --guidance_scale out")
     if args.guidance_scale is None:
         args.guidance_scale = 0.0 if is_distilled(pipe) else family_of(args.model_path).guidance_scale

@@ -4,19 +4,20 @@ import argparse
 import inspect
 import math
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from des.cli import UserError
-from des.images import read_image
+from des.images import image_size, read_image, read_mask
 
 import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
+WHITE = 128  # of 255: pipelines draw where a mask is at least as bright
 COPY_SEED = 1_000_003  # between the seeds of a row's images
 ROW_COLUMNS = {  # of prompt sets that say how their images were drawn: I2P, UnlearnDiffAtk, COCO lists, the demo
     "seed": ("sd_seed", "evaluation_seed", "seed"),
@@ -24,6 +25,34 @@ ROW_COLUMNS = {  # of prompt sets that say how their images were drawn: I2P, Unl
     "width": ("sd_image_width", "width"),
     "height": ("sd_image_height", "height"),
 }
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The options that decide an image's pixels, beside its model, prompt, input images and row.
+
+    run.json holds them by these names, and a name that an older record lacks has its default here; so a further field needs one
+    that draws as before. Guidance and size are those of rows that bring none of their own.
+    """
+
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    height: int | None = None  # pixels; None for the model's
+    width: int | None = None
+    negative_prompt: str | None = None
+    strength: float | None = None
+    max_sequence_length: int | None = None
+    use_row_settings: bool = False
+    use_refiner: bool = False
+    high_noise_frac: float | None = None
+    dtype: str | None = None
+    deterministic: bool = False
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """The sampling that a command line asks for, once its defaults are filled in."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -36,25 +65,30 @@ class RowSettings:
     height: int
 
 
-def row_settings(args: argparse.Namespace, pipe: DiffusionPipeline, rows: pd.DataFrame) -> list[RowSettings]:
+def row_settings(sampling: Sampling, pipe: DiffusionPipeline, rows: pd.DataFrame, source: Path | None) -> list[RowSettings]:
     """The settings of every row: those of the command line, or with --use_row_settings those in its cells.
 
-    Raises UserError where no row has any of ROW_COLUMNS, and for a cell that is no such number.
+    `source` is the rows' file, for errors. Raises UserError where no row has any of ROW_COLUMNS, and for a cell that is no such
+    number.
     """
     size = default_size(pipe)
-    common = {"guidance_scale": args.guidance_scale, "width": args.width or size, "height": args.height or size}
-    if not args.use_row_settings:
-        return [RowSettings(args.seed + row, **common) for row in range(len(rows))]
+    common = {
+        "guidance_scale": sampling.guidance_scale,
+        "width": sampling.width or size,
+        "height": sampling.height or size,
+    }
+    if not sampling.use_row_settings:
+        return [RowSettings(sampling.seed + row, **common) for row in range(len(rows))]
     column = {name: next((each for each in among if each in rows), None) for name, among in ROW_COLUMNS.items()}
     if not any(column.values()):
         known = ", ".join(name for among in ROW_COLUMNS.values() for name in among)
-        raise UserError(f"--use_row_settings: {args.prompts_csv} has none of the columns {known}")
+        raise UserError(f"--use_row_settings: {source} has none of the columns {known}")
     settings = []
     for row, cells in rows.iterrows():
-        values: dict[str, Any] = {"seed": args.seed + row, **common}
+        values: dict[str, Any] = {"seed": sampling.seed + row, **common}
         for name, title in column.items():
             if title and cells[title].strip():
-                values[name] = _number(cells[title], name, f"{args.prompts_csv}, row {row}, column {title}")
+                values[name] = _number(cells[title], name, f"{source}, row {row}, column {title}")
         settings.append(RowSettings(**values))
     return settings
 
@@ -87,7 +121,7 @@ class Artist:
 
     pipe: DiffusionPipeline
     refiner: DiffusionPipeline | None
-    args: argparse.Namespace
+    sampling: Sampling
     prompts: list[str]
     settings: list[RowSettings]
     inputs: dict[str, dict[int, Path]]  # `init_image` and `mask_image` of each row, where there are any
@@ -99,31 +133,31 @@ class Artist:
         A batch is filled up to `size` by repeating its last one: arithmetic rounds differently at another batch size, and so
         each image is the same to the last bit whatever is drawn beside it, or was drawn before.
         """
-        args, filled = self.args, keys + keys[-1:] * (self.size - len(keys))
+        sampling, filled = self.sampling, keys + keys[-1:] * (self.size - len(keys))
         first = self.settings[keys[0][0]]
 
         def seeded() -> list[torch.Generator]:
             return [torch.Generator("cpu").manual_seed(self.settings[row].seed + copy * COPY_SEED) for row, copy in filled]
 
         common = {"prompt": [self.prompts[row] for row, _ in filled], "guidance_scale": first.guidance_scale}
-        common["num_inference_steps"] = args.num_inference_steps
-        if args.negative_prompt is not None:
-            common["negative_prompt"] = [args.negative_prompt] * self.size
+        common["num_inference_steps"] = sampling.num_inference_steps
+        if sampling.negative_prompt is not None:
+            common["negative_prompt"] = [sampling.negative_prompt] * self.size
         options: dict[str, Any] = {"generator": seeded()}
-        if args.max_sequence_length:
-            options["max_sequence_length"] = args.max_sequence_length
+        if sampling.max_sequence_length:
+            options["max_sequence_length"] = sampling.max_sequence_length
         if "height" in inspect.signature(type(self.pipe).__call__).parameters:
             options |= {"height": first.height, "width": first.width}
         options |= self._images(filled, first)
         if self.refiner:
-            options |= {"denoising_end": args.high_noise_frac, "output_type": "latent"}
+            options |= {"denoising_end": sampling.high_noise_frac, "output_type": "latent"}
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
                 images = self.pipe(**common, **options).images
                 if self.refiner:
                     images = self.refiner(
-                        **common, image=images, denoising_start=args.high_noise_frac, generator=seeded()
+                        **common, image=images, denoising_start=sampling.high_noise_frac, generator=seeded()
                     ).images
         except RuntimeWarning:  # NaN becomes a black pixel, and a black image counts as safe
             raise UserError("the model drew NaN: its weights are damaged, or overflow; use --dtype fp32 or bf16") from None
@@ -133,19 +167,40 @@ class Artist:
 
     def _images(self, filled: list[tuple[int, int]], size: RowSettings) -> dict[str, Any]:
         """The images that image to image and inpainting start from."""
-        fitted = {
-            name: [fit(read_image(paths[row]), size.width, size.height) for row, _ in filled]
-            for name, paths in self.inputs.items()
-        }
-        options: dict[str, Any] = {"image": fitted["init_image"], "strength": self.args.strength} if fitted else {}
-        if "mask_image" in fitted:
-            options["mask_image"] = [mask.convert("L") for mask in fitted["mask_image"]]
+        read = {"init_image": ("image", read_image), "mask_image": ("mask_image", read_mask)}
+        options: dict[str, Any] = {"strength": self.sampling.strength} if self.inputs else {}
+        for name, paths in self.inputs.items():
+            option, reader = read[name]
+            options[option] = [fit(reader(paths[row]), size.width, size.height) for row, _ in filled]
         return options
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     """Crop an image around its centre to width:height and scale it to that size (Lanczos)."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def check_sizes(pipe: DiffusionPipeline, settings: Iterable[RowSettings]) -> None:
+    """Raise UserError for a size that the pipeline would refuse or, from an image or with FLUX, round to another one."""
+    patch = getattr(pipe, "patch_size", None) or (2 if "Flux" in type(pipe).__name__ else 1)
+    step = max(8, pipe.vae_scale_factor * patch)
+    for name, value in ((name, getattr(each, name)) for each in settings for name in ("height", "width")):
+        if value % step:
+            raise UserError(f"the model cannot draw this: {name} {value} is not divisible by {step}")
+
+
+def check_inputs(inputs: dict[str, dict[int, Path]], settings: list[RowSettings]) -> None:
+    """Raise UserError for a mask under which nothing would change, and for one whose size is not its image's."""
+    for row, mask in inputs.get("mask_image", {}).items():
+        image, read = inputs["init_image"][row], read_mask(mask)
+        sizes = image_size(image), read.size
+        if sizes[0] != sizes[1]:
+            told = " and ".join("{}x{}".format(*size) for size in sizes)
+            raise UserError(f"{image} and its mask {mask} differ in size ({told} pixels); give a mask of the image's size")
+        if fit(read, settings[row].width, settings[row].height).getextrema()[1] < WHITE:
+            raise UserError(
+                f"the mask {mask} is black within the image, so nothing would be drawn; paint white what may change"
+            )
 
 
 def default_size(pipe: DiffusionPipeline) -> int:

@@ -28,6 +28,7 @@ FORMATS = (
 )  # nothing else is tried: for one of its formats Pillow starts Ghostscript
 LONGEST = 100  # times its shorter side; the models' processors enlarge the shorter side to hundreds of pixels
 WORKERS = 4
+_ONE_COLOUR = 8  # levels of 255 that compression may add to one grey
 BLURRED = ("des", "blurred")  # the mark in a PNG that is no image to score
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `read_image` makes it an error
 _ROW = re.compile(r"_(\d+)p(?:_(\d+))?\.[a-z]+$", re.IGNORECASE)
@@ -148,10 +149,29 @@ def read_image(path: Path) -> Image.Image:
     orientation marks are not followed. Raises UserError that names a file which is truncated, no image of FORMATS, animated,
     larger than Pillow's limit (89 megapixels), more than LONGEST times as long as wide, or without a known white.
     """
+    return _read(path, _rgb)
+
+
+def read_mask(path: Path) -> Image.Image:
+    """Read a whole image as an 8-bit grey mask: what is painted, in white or only in the alpha channel, is bright.
+
+    Where opaque pixels have one colour, the alpha channel holds the shape. Raises UserError as `read_image` does, and where
+    colours and alpha channel each hold a shape.
+    """
+    return _read(path, _mask)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels, from the file's header; UserError as `read_image` raises it for the header."""
+    return _read(path, lambda image: image.size)
+
+
+def _read(path: Path, convert: Callable[[Image.Image], Any]) -> Any:
+    """What `convert` makes of an opened image; UserError as `read_image` says."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             _check(image)
-            return _rgb(image)
+            return convert(image)
     except UnidentifiedImageError:
         reason = f"it is none of {', '.join(FORMATS)}"
     except Exception as error:  # damaged bytes raise errors of any class in Pillow
@@ -171,6 +191,21 @@ def _check(image: Image.Image) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview behind the picture
         raise ValueError(f"it has {frames} frames, and a score is about one")
+
+
+def _mask(image: Image.Image) -> Image.Image:
+    """Convert to grey by the rule of `read_mask`; ValueError where it does not say which shape is meant."""
+    grey = _rgb(image).convert("L")
+    if not image.has_transparency_data:
+        return grey
+    alpha = image.convert("RGBA").getchannel("A")
+    least, most = alpha.getextrema()
+    if least == most > 0:
+        return grey
+    opaque = np.asarray(grey)[np.asarray(alpha) == most]
+    if int(opaque.max()) - int(opaque.min()) > _ONE_COLOUR:
+        raise ValueError("its colours and its alpha channel each hold a shape; save the mask without transparency")
+    return alpha
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -9,11 +9,12 @@ from typing import Any
 from des.checkpoints import fingerprint, load_checkpoint
 from des.cli import UserError, logger
 from des.encoders import KINDS, PIPELINES, read_index, text_encoders
+from des.identity import component_sha256s, scheduler_sha256
 from des.loading import load_model, loading
 
 import diffusers
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline, SchedulerMixin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
@@ -29,6 +30,12 @@ DIFFUSION = {
     "heun": "HeunDiscreteScheduler",
     "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
+}
+LATENT_DIFFUSION = {  # as the published scheduler files of Stable Diffusion say; without them latents would be clipped to -1..1
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
 }
 FLOW = {"flow_euler": "FlowMatchEulerDiscreteScheduler", "flow_heun": "FlowMatchHeunDiscreteScheduler"}
 SCHEDULERS = (*DIFFUSION, *FLOW)
@@ -106,11 +113,23 @@ def open_pipeline(
     if scheduler:
         if scheduler not in family.schedulers:
             raise UserError(f"--scheduler {scheduler} does not suit a {actual}, which takes {', '.join(family.schedulers)}")
-        pipe.scheduler = getattr(diffusers, family.schedulers[scheduler]).from_config(pipe.scheduler.config)
+        pipe.scheduler = as_scheduler(pipe.scheduler, getattr(diffusers, family.schedulers[scheduler]))
     if MODES[mode]:
         pipe = MODES[mode].from_pipe(pipe, **family.options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def as_scheduler(source: SchedulerMixin, target: type[SchedulerMixin]) -> SchedulerMixin:
+    """A scheduler of class `target` for the model that `source` belongs to: the same noise schedule, prediction and steps.
+
+    `from_config` alone gives the target's defaults to whatever the model's file leaves out, also where the source's class or
+    the pipeline's own corrections (`clip_sample`, `steps_offset`) had settled it. Here the source's effective values count, so
+    a file and its complete form, as `save_pretrained` writes it, draw the same images. Options that the source's class does not
+    have are latent diffusion's, LATENT_DIFFUSION.
+    """
+    effective = {name: value for name, value in source.config.items() if name != "_use_default_values"}
+    return target.from_config(LATENT_DIFFUSION | effective if target.__name__ in DIFFUSION.values() else effective)
 
 
 def open_refiner(refiner_path: str, base: DiffusionPipeline) -> DiffusionPipeline:
@@ -211,3 +230,16 @@ def encoder_sha256s(pipe: DiffusionPipeline) -> dict[str, str]:
     """The fingerprints of the text encoders that the pipeline generates with, `text_encoder_sha256` and so on."""
     encoders = encoder_modules(pipe)
     return {f"text_encoder{'' if i == 1 else f'_{i}'}_sha256": fingerprint(encoder) for i, encoder in encoders.items()}
+
+
+def component_identities(
+    pipe: DiffusionPipeline, model_path: str, refiner: DiffusionPipeline | None = None, refiner_path: str | None = None
+) -> dict[str, str]:
+    """What identifies every component of an opened pipeline (`des.identity`), and the refiner's own as `refiner_unet` and so on."""
+    found = component_sha256s(pipe, model_path, _variant(model_path, pipe.dtype))
+    if refiner is not None:
+        shared = {name for name, part in refiner.components.items() if part is getattr(pipe, name, None)}
+        own = component_sha256s(refiner, refiner_path, _variant(refiner_path, refiner.dtype), without=shared)
+        found |= {f"refiner_{name}": digest for name, digest in own.items()}
+        found["refiner_scheduler"] = scheduler_sha256(refiner.scheduler)
+    return found

@@ -16,6 +16,7 @@ from des.scorer_identity import detector_identity
 
 Lines = dict[str, dict[str, Any]]  # of a manifest, by file name
 
+FORMAT = 2  # of run.json; records without a number are of the first, which names no components of the model
 MEANS = {"clip_score": "CLIP score", "pickscore": "PickScore", "blipscore": "BLIP score", "imagereward": "ImageReward"}
 _BESIDE = ("fid", "pickscore", "blipscore", "imagereward")  # fid.py writes {folder}_{job}.json
 _BROKEN = (ValueError, KeyError, TypeError, AttributeError)
@@ -58,10 +59,13 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Lines]:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         digest = sha256_texts([json.dumps(run["settings"], sort_keys=True)])
         run["made_by"]["arguments"].items()
+        version = int(run.get("format", 1))
     except FileNotFoundError:
         raise UserError(f"{folder} has no run.json, so nothing says how its images were made") from None
     except _BROKEN:
         raise UserError(f"{folder / 'run.json'} cannot be read") from None
+    if version > FORMAT:
+        raise UserError(f"{folder / 'run.json'} was written by a later version of this program")
     lines = manifest.read(folder)
     if not lines:
         raise UserError(f"{folder} has no {manifest.NAME}")

@@ -4,50 +4,55 @@ import argparse
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from des import manifest
 from des.cli import UserError
-from des.drawing import COPY_SEED, Artist, RowSettings
+from des.drawing import COPY_SEED, Artist, RowSettings, Sampling
+from des.identity import scheduler_sha256, sha256_of
 from des.images import image_files
 from des.locks import locked
-from des.pipelines import encoder_sha256s
+from des.pipelines import component_identities, encoder_sha256s
 from des.prompts import never_drawn
+from des.records import FORMAT
 from des.results import provenance, replacing, sha256_file, sha256_texts, write_json
 from des.scoring import Scorecards, save_blurred
 
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-NOT_SETTINGS = (
-    "prompts_csv", "prompt", "output_path", "results_dir", "start_idx", "end_idx", "device", "batch_size", "num_images_per_prompt",
-    "text_encoder_path", "text_encoder_2_path", "text_encoder_3_path", "unet_path", "adapter_path", "init_images", "mask_images",
-    "enable_model_cpu_offload", "attention_slicing", "model_type", "score_with", "blur", "profile", "detector_weights", "prompts_file",
-    "clip_model", "classifier", "cls_class", "log_prompts", "log_file",
-)  # fmt: skip
+SINCE_2 = ("components", "scheduler_sha256")  # what records of the first format lack
+LABELS = ("model_path", "base_model_path", "refiner_path")  # where models lie; their components are compared instead
 
 
 def settings_of(
     args: argparse.Namespace,
+    sampling: Sampling,
     prompts: list[str],
     drawn_with: list[RowSettings],
     pipe: DiffusionPipeline,
+    refiner: DiffusionPipeline | None,
     inputs: dict[str, dict[int, Path]],
 ) -> dict[str, Any]:
-    """All that decides what an image looks like: settings, and hashes of the prompts, text encoders and input images."""
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    if args.use_row_settings:
+    """All that decides what an image looks like: the sampling, and hashes of the model's parts, prompts and input images.
+
+    LABELS are for people. `discard_images` is not about pixels, but a folder has either images or only their scores.
+    """
+    settings = {"training_method": args.training_method, **{name: getattr(args, name) for name in LABELS}}
+    settings |= {"discard_images": args.discard_images, **asdict(sampling)}
+    if sampling.use_row_settings:
         settings["row_settings_sha256"] = sha256_texts(map(str, drawn_with))
     for option in ("unet_path", "adapter_path"):
         path = getattr(args, option)
-        settings[f"{option.removesuffix('_path')}_sha256"] = None if path is None else sha256_file(path)
+        settings[f"{option.removesuffix('_path')}_sha256"] = None if path is None else sha256_of(path)
     for name in inputs:
         found = sorted(image_files(getattr(args, f"{name}s")))
         settings[f"{name}s_sha256"] = sha256_texts(f"{path.name} {sha256_file(path)}" for path in found)
-    scheduler = type(pipe.scheduler).__name__
-    return settings | encoder_sha256s(pipe) | {"scheduler": scheduler, "prompts_sha256": sha256_texts(prompts)}
+    settings |= {"scheduler": type(pipe.scheduler).__name__, "scheduler_sha256": scheduler_sha256(pipe.scheduler)}
+    settings["components"] = component_identities(pipe, args.model_path, refiner, args.refiner_path)
+    return settings | encoder_sha256s(pipe) | {"prompts_sha256": sha256_texts(prompts)}
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,21 @@ def finish(folder: Path, drawn: int, seconds: float, write_scores: Callable[[], 
 
 
 def claim(folder: Path, args: argparse.Namespace, prompts: list[str], settings: dict[str, Any], applied: dict) -> None:
-    """Write run.json, or raise UserError when `folder` holds images that other settings made."""
+    """Write run.json, or raise UserError when `folder` holds images that other settings made.
+
+    A run that goes on keeps the settings as they were first recorded (`recorded_settings`), since the manifest's lines name their
+    hash: the same model may be found at another path now, and an older record knows less.
+    """
     with locked(folder / ".run.lock", "its record", wait=True):
         earlier = _earlier(folder, json.loads(json.dumps(settings, default=str)))
         facts = {"settings": settings, "protection": applied, "left_out": never_drawn(prompts), "made_by": provenance(args)}
-        write_json(folder / "run.json", {**facts, **({"last_drawn": earlier["last_drawn"]} if "last_drawn" in earlier else {})})
+        kept = {name: earlier[name] for name in ("format", "settings", "last_drawn") if name in earlier}
+        write_json(folder / "run.json", {"format": FORMAT, **facts} if not earlier else {**facts, **kept})
+
+
+def recorded_settings(folder: Path) -> dict[str, Any]:
+    """The settings in a folder's run.json, after `claim`."""
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
 
 
 def _earlier(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -134,15 +149,27 @@ def _earlier(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return {}
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        before = earlier["settings"]
-    except (ValueError, KeyError, TypeError):
+        before, version = dict(earlier["settings"]), int(earlier.get("format", 1))
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{path} cannot be read, so the images beside it are of unknown origin; choose another --output_path"
         ) from None
-    pairs = {name: (before.get(name), settings.get(name)) for name in before | settings}
-    changed = [f"{name} ({old}, now {new})" for name, (old, new) in pairs.items() if old != new and (old or new) is not False]
+    if version > FORMAT:
+        raise UserError(f"{path} was written by a later version of this program; choose another --output_path")
+    changed = _changes(before, settings, SINCE_2 if version < 2 else LABELS)
     if changed:
         raise UserError(
             f"{folder} holds images of another run, with another {', '.join(changed)}; choose another --output_path"
         )
     return earlier
+
+
+def _changes(before: dict[str, Any], settings: dict[str, Any], skipped: tuple[str, ...]) -> list[str]:
+    """The settings that differ, each with both values, but for those of no account; one that is absent has its default."""
+    defaults = {field.name: field.default for field in fields(Sampling)}
+    old, new = ({name: value for name, value in each.items() if name not in skipped} for each in (before, settings))
+    for each in (old, new):
+        for name, digest in (each.pop("components", None) or {}).items():
+            each[f"component {name}"] = digest[:12]
+    pairs = {name: (old.get(name, defaults.get(name)), new.get(name, defaults.get(name))) for name in old | new}
+    return [f"{name} ({a}, now {b})" for name, (a, b) in pairs.items() if a != b and (a or b) is not False]

@@ -1,6 +1,5 @@
 """What the app does, without its page: a prompt drawn by the original and the protected model, judged, and found on the map."""
 
-import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from des import drawing
 from des.cli import UserError
 from des.drawing import Artist, RowSettings, default_size
 from des.embedding_map import EmbeddingMap, draw_map, embed
@@ -31,12 +31,8 @@ MOST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(drawing.Sampling):
     """How an image is drawn; UserError for numbers that a server should not be asked to draw with."""
-
-    seed: int
-    num_inference_steps: int
-    guidance_scale: float
 
     def __post_init__(self):
         ranges = {
@@ -154,16 +150,13 @@ class Studio:
         return self.detector.titles[verdict].removeprefix("ASR of ")
 
     def _artists(self, prompts: list[str], sampling: Sampling) -> dict[str, Artist]:
-        args = argparse.Namespace(
-            num_inference_steps=sampling.num_inference_steps, negative_prompt=None, max_sequence_length=None
-        )
         artists = {}
         for side, pipe in self.pipes.items():
             pixels = default_size(pipe)
             settings = [
                 RowSettings(sampling.seed + row, sampling.guidance_scale, pixels, pixels) for row in range(len(prompts))
             ]
-            artists[side] = Artist(pipe, None, args, prompts, settings, {}, min(self.batch_size, len(prompts)))
+            artists[side] = Artist(pipe, None, sampling, prompts, settings, {}, min(self.batch_size, len(prompts)))
         return artists
 
     def _judge(self, image: Image.Image) -> Judged:

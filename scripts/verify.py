@@ -2,16 +2,19 @@
 
     python scripts/verify.py results/des/stable-diffusion-v1-5/t2i_sneaky --sample 4 --device cuda:0
 
-Compares every image with the manifest, the manifest with run.json, and every score file with the images that it is about. Then
-it draws a random sample again from the recorded command and compares pixels; where images were discarded, the scores. Run it where
-the command was run, with the same files in place. The exit code is 1 where anything differs.
+Compares every image with the manifest, the manifest with run.json, and every score file in and beside the folder with the images
+that it is about (FID, CLIP score, PickScore, BLIP score and ImageReward too). Then it draws a random sample again from the recorded
+command and compares pixels; where images were discarded, the scores. Run it where the command was run, with the same files in
+place. The exit code is 1 where anything differs.
 """
 
 import argparse
 import json
+import math
 import random
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,14 @@ from des import cli, manifest
 from des.cli import UserError
 from des.images import image_hashes, read_image
 from des.jobs import run_script
-from des.records import check_scores, read_json, read_run, score_files
+from des.records import MEANS, Score, read_run, read_scores
+from des.results import proportion
+from des.scores import mean_and_interval
+from tasks.detectors.options import add_scoring
 
 import numpy as np
-
-SCORING = {
-    "score_with", "discard_images", "blur", "profile", "detector_weights", "prompts_file", "clip_model", "classifier", "cls_class",
-}  # fmt: skip
-OTHERWISE = {"results_dir", "start_idx", "end_idx", "device", "batch_size", "log_prompts"}
+import pandas as pd
+import torch
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,8 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     if kept:
         image_hashes(args.folder)
     print(f"{len(kept)} images are what {manifest.NAME} says, {len(lines) - len(kept)} were scored and discarded")
-    for path in score_files(args.folder, lines):
-        check_scores(path, read_json(path), lines)
+    for path in dict.fromkeys(score.path for score in map(check_interval, read_scores(args.folder, lines))):
         print(f"{path.name} is about these images")
     sample = random.Random(args.seed).sample(sorted(lines), min(args.sample, len(lines)))
     for name in sample:
@@ -81,15 +83,50 @@ def redraw(args: argparse.Namespace, run: dict[str, Any], line: dict[str, Any]) 
 
 
 def command(arguments: dict[str, Any], line: dict[str, Any], keep_scoring: bool) -> list[str]:
-    """generate.py's options that drew one image, from the recorded ones."""
-    left_out = OTHERWISE if keep_scoring else OTHERWISE | SCORING
-    argv = ["--start_idx", str(line["row"]), "--end_idx", str(line["row"] + 1), "--batch_size", str(arguments["batch_size"])]
-    for name, value in arguments.items():
-        if name in left_out or value in (None, False, []) or (name == "guidance_scale" and not value):
+    """generate.py's options that drew one image, from the recorded ones; none that writes outside its folder of images.
+
+    Scores change no pixel, so their options are left out unless asked for.
+    """
+    row = {"start_idx": line["row"], "end_idx": line["row"] + 1}
+    here = {"results_dir": None, "device": None, "log_prompts": False}  # `redraw` gives its own folder and device
+    left_out = options_of(cli.add_log_file) | (set() if keep_scoring else options_of(add_scoring))
+    argv = []
+    for name, value in (arguments | row | here).items():
+        if name in left_out or value is None or value is False or value == []:  # 0 is a value, and equals False
             continue
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        argv += [f"--{name}", *map(str, values)]
+        if isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
+        else:
+            argv.append(f"--{name}" if value is True else f"--{name}={value}")  # a value may start with a dash
     return argv
+
+
+def options_of(add: Callable[[argparse.ArgumentParser], object]) -> set[str]:
+    """The names of the options that a function adds to a parser."""
+    parser = argparse.ArgumentParser()
+    add(parser)
+    return set(vars(parser.parse_args([])))
+
+
+def check_interval(score: Score) -> Score:
+    """Return a score that `read_scores` gave; UserError where its share or interval does not follow from its counts."""
+    if score.kind in ("asr", "accuracy"):
+        expected = proportion(score.content["k"], score.content["n"])
+        if any(not math.isclose(score.content[name], expected[name], abs_tol=1e-9) for name in ("fraction", "low", "high")):
+            raise UserError(f"{score.path} has a share or interval that its counts do not give; score the folder again")
+    if score.kind == "mean":
+        _check_mean(score)
+    return score
+
+
+def _check_mean(score: Score) -> None:
+    """Compare the interval of a mean with the one of the table beside it."""
+    rows = pd.read_csv(score.path.with_suffix(".csv"))
+    name = next(name for name, title in MEANS.items() if title == score.title)
+    _, interval = mean_and_interval(torch.as_tensor(rows[name].to_numpy(), dtype=torch.float64))
+    told = {"low": score.low, "high": score.high}
+    if any(not math.isclose(told[end] or 0.0, value, rel_tol=1e-6, abs_tol=1e-9) for end, value in interval.items()):
+        raise UserError(f"{score.path} has an interval that the scores beside it do not give; score the folder again")
 
 
 def _verdicts(findings: dict[str, Any]) -> dict[str, Any]:

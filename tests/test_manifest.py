@@ -173,6 +173,47 @@ def test_verify_redraws_and_finds_what_was_changed(folder, call, generate):
     assert "other settings than run.json" in verify().err
 
 
+def test_verify_repeats_zeros_and_writes_nothing_of_the_record(generate, call, tmp_path):
+    negative = {"negative_prompt=-a dog": []}  # a text that looks like an option
+    done = generate(seed=0, guidance_scale=0, log_file="made.log", **negative)
+    assert done.code == 0, done.err
+    (tmp_path / "made.log").unlink()
+    folder = tmp_path / "results/none/tiny-sd/t2i"
+    before = snapshot(tmp_path)
+    done = call("scripts/verify.py", folder, "--device", "cpu", "--sample", 1)
+    assert done.code == 0 and "the same pixels" in done.out, done.err
+    assert snapshot(tmp_path) == before
+
+
+def test_verify_reads_every_score_file(folder, generate, call, tmp_path):
+    models = ROOT / "demo/models"
+    scores = flags(image_folder=folder, csv_file="p.csv", device="cpu", clip_model=models / "clip")
+    assert call("clipscore.py", *scores).code == 0
+    (tmp_path / "x").mkdir()
+    for row in range(4):
+        Image.new("RGB", (16, 16), (60 * row, 0, 0)).save(tmp_path / f"x/{row}.png")
+    fid = flags(
+        gen_imgs_path=folder, coco_imgs_path=tmp_path / "x", device="cpu", feature_extractor=models / "classifier_object"
+    )
+    assert call("fid.py", *fid).code == 0
+    assert call("tasks/img_batch_classify.py", *flags(job="nudity", folder_dir=folder, devices="cpu")).code == 0
+    verify = lambda: call("scripts/verify.py", folder, "--device", "cpu", "--sample", 0)  # noqa: E731
+    done = verify()
+    names = ("classify.json", "clipscore.json", f"{folder.name}_fid.json")
+    assert done.code == 0 and all(f"{name} is about these images" in done.out for name in names), (done.out, done.err)
+    edits = [(folder / "clipscore.json", "clip_score"), (folder / "clipscore.json", "low"), (folder / "clipscore.json", "n"),
+             (folder / "classify.json", "fraction"), (folder / "classify.json", "high"),
+             (folder.with_name(f"{folder.name}_fid.json"), "generated")]  # fmt: skip
+    for path, key in edits:
+        text = path.read_text()
+        content = json.loads(text)
+        path.write_text(json.dumps(content | {key: content[key] + 1}))
+        done = verify()
+        assert done.failed_in_one_sentence and path.name in done.err, (path, key, done.err)
+        path.write_text(text)
+    assert verify().code == 0
+
+
 def test_verify_of_discarded_images_goes_by_their_verdicts(generate, call, tmp_path):
     options = {"score_with": "nudenet", "discard_images": [], "output_path": "gone"}
     assert generate(**options).code == 0

@@ -18,7 +18,7 @@ from des.records import Lines, Score, read_run, read_scores
 from des.results import sha256_texts
 
 ORIGINAL = "none"
-_OF_THE_MODEL = ("training_method", "model_path", "base_model_path", "unet_sha256", "adapter_sha256")
+_OF_THE_MODEL = ("training_method", "model_path", "base_model_path", "unet_sha256", "adapter_sha256", "components")
 _OF_NO_PIXEL = ("discard_images", "deterministic")
 _METADATA = "-metadata.json"
 Key = tuple[int, int]  # row and copy
