@@ -28,6 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     files.add_argument("--csv_file", type=Path, required=True, metavar="CSV", help="their prompts")
     cli.add_expected(files)
+    cli.add_other_prompts(files)
     performance = parser.add_argument_group("model and performance")
     performance.add_argument("--clip_model", default="openai/clip-vit-large-patch14", metavar="M", help="folder or hub id")
     cli.add_device(performance)
@@ -39,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cli.setup_logging(args.log_file)
-    images = pair_with_prompts(args.image_folder, args.csv_file, args.expected)
+    images = pair_with_prompts(args.image_folder, args.csv_file, args.expected, other_prompts=args.other_prompts)
     processor = load_processor(CLIPProcessor, args.clip_model)
     model = load_model(CLIPModel, args.clip_model, args.device, "the CLIP model")
     output, hashes = args.image_folder / "clipscore.txt", {"clip_sha256": fingerprint(model)}

@@ -17,6 +17,7 @@ from typing import Any
 
 from des import cli
 from des.checkpoints import fingerprint
+from des.claims import check_complete
 from des.cli import UserError
 from des.features import OWN, Extractor, extract, is_image_model, load_extractor
 from des.frechet import Gaussian, load_statistics, save_statistics
@@ -50,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     fid.add_argument("--ref_stats", type=Path, metavar="NPZ", help="such a file, or pytorch-fid's, for --coco_imgs_path")
     prompts = parser.add_argument_group("pickscore, blipscore, imagereward (fid does not read --prompt_path)")
     prompts.add_argument("--prompt_path", type=Path, metavar="CSV", help="the prompts of the generated images")
+    cli.add_other_prompts(prompts)
     for option, what in (
         ("model", "the scorer's own model: PickScore's CLIP, BLIP's captioner, or ImageReward.pt"),
         ("processor", "what reads the prompts for pickscore and imagereward"),
@@ -73,6 +75,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for option in (*of_fid, "model", "processor", "clip_model"):
         if getattr(args, option) is not None and option not in known:
             parser.error(f"--job {args.job} does not read --{option}")
+    if args.other_prompts and args.job == "fid":
+        parser.error("--job fid does not read --other_prompts")
     if args.job != "fid":
         if args.prompt_path is None:
             parser.error(f"--job {args.job} needs --prompt_path")
@@ -103,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def score_prompts(args: argparse.Namespace) -> str:
     """Score how well each image suits its prompt, write the results and return their text."""
-    images = pair_with_prompts(args.gen_imgs_path, args.prompt_path, args.expected)
+    images = pair_with_prompts(args.gen_imgs_path, args.prompt_path, args.expected, other_prompts=args.other_prompts)
     columns, hashes = JOBS[args.job](images, args)
     facts = hashes | {"made_by": provenance(args)}
     return write_scores(args.output_file, args.job, TITLES[args.job], images, args.gen_imgs_path, columns, facts)
@@ -166,6 +170,8 @@ def describe_reference(args: argparse.Namespace, count: int | None, recorded: di
 def at_least_two(folder: Path, expected: int | None, name: str) -> dict[Path, str]:
     """The images of a folder with their sha256; UserError for another number than expected, and for one that has no covariance."""
     digests = image_hashes(folder, expected)
+    if expected is None:
+        check_complete(folder, "--expected" if name == "generated" else "--expected_ref")
     if len(digests) < 2:
         raise UserError(f"FID needs at least two {name} images; {folder} holds one")
     return digests

@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     cards = Scorecards(scorers, OUTPUT_NAMES, args.cls_class, folder)
     with reserved(folder, rows) if processes.is_main else contextlib.nullcontext():
         if processes.is_main:
-            claim(folder, args, prompts, settings, applied)
+            claim(folder, args, prompts, settings, applied, names)
         processes.wait()
         run = Run(folder, names, lines_of(artist, names, settings), args.discard_images, args.blur)
         drawn, seconds = make(run, artist, cards, processes)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from des.cli import logger
-from des.images import image_batches
+from des.images import image_batches, pairing_notes
 from des.loading import loading
 from des.partial import Partial
 from des.results import Z95, replacing, sha256_texts, write_json, write_text
@@ -103,11 +103,12 @@ def write_scores(
     mean, interval = mean_and_interval(scores)
     low, high = interval.get("low", math.nan), interval.get("high", math.nan)
     text = f"{title}: {mean:.4f}, 95% interval [{low:.4f}, {high:.4f}], {len(scores)} images"
+    text = ", ".join([text, *pairing_notes(images.attrs)])
     files = [str(path.relative_to(folder)).encode(errors="backslashreplace").decode() for path in images["image"]]
     table = {"row": images.index, "image": files, "sha256": images["sha256"], **columns}
     with replacing(output.with_suffix(".csv")) as temporary:
         pd.DataFrame(table).to_csv(temporary, index=False)
-    write_json(output.with_suffix(".json"), {name: mean, "n": len(scores), **interval, **facts})
+    write_json(output.with_suffix(".json"), {name: mean, "n": len(scores), **interval, **images.attrs, **facts})
     write_text(output, text + "\n")
     Partial(output.with_suffix(".json"), "").finish()
     return text
