@@ -96,7 +96,9 @@ def check_scores(path: Path, content: Mapping[str, Any], lines: Lines) -> None:
     if claimed != (k, n):
         raise UserError(f"{path} says {claimed[0]} of {claimed[1]}, and its images say {k} of {n}")
     if content.get("findings_sha256", findings_sha256(content)) != findings_sha256(content):
-        raise UserError(f"{path} was edited since it was written: its findings differ from their checksum; score the folder again")
+        raise UserError(
+            f"{path} was edited since it was written: its findings differ from their checksum; score the folder again"
+        )
 
 
 def _refuse_stale(path: Path, scored: Mapping[str, str | None], lines: Lines, skipped: Iterable[str] = ()) -> None:
