@@ -21,7 +21,7 @@ from des.claims import check_complete
 from des.cli import UserError
 from des.features import OWN, Extractor, extract, is_image_model, load_extractor
 from des.frechet import Gaussian, load_statistics, save_statistics
-from des.images import image_hashes, pair_with_prompts
+from des.images import image_hashes, pair_with_prompts, pairing_notes, without_never_drawn
 from des.inception import VARIANTS
 from des.locks import locked
 from des.partial import Partial
@@ -115,8 +115,8 @@ def score_prompts(args: argparse.Namespace) -> str:
 
 def score_fid(args: argparse.Namespace) -> str:
     """Compute every variant's FID, write the results and return their text."""
-    generated = at_least_two(args.gen_imgs_path, args.expected, "generated")
-    reference = at_least_two(args.coco_imgs_path, args.expected_ref, "reference") if args.coco_imgs_path else {}
+    generated, never = at_least_two(args.gen_imgs_path, args.expected, "generated")
+    reference = at_least_two(args.coco_imgs_path, args.expected_ref, "reference")[0] if args.coco_imgs_path else {}
     stored, recorded = load_statistics(args.ref_stats) if args.ref_stats else (None, {})
     extractor = load_extractor(args.feature_extractor, args.variant, args.device)
     sha256 = fingerprint(extractor.model)
@@ -131,6 +131,7 @@ def score_fid(args: argparse.Namespace) -> str:
     fids = {name: x.distance(y) for name, x, y in zip(args.variant, found, references, strict=True)}
     counts = {"generated": len(generated), "reference": recorded.get("n") if stored else len(reference)}
     facts = {"fid": fids[args.variant[0]], "variants": fids, **counts, "features": width, "extractor_sha256": sha256}
+    facts |= {"never_drawn": [str(path.relative_to(args.gen_imgs_path)) for path in never]} if never else {}
     facts["generated_sha256"] = sha256_texts(sorted(generated.values()))
     facts["reference_sha256"] = recorded.get("images_sha256") if stored else sha256_texts(sorted(reference.values()))
     if stored:
@@ -138,6 +139,7 @@ def score_fid(args: argparse.Namespace) -> str:
     about = f"{len(generated)} generated, {describe_reference(args, counts['reference'], recorded)}, {width} features"
     if args.variant == [OWN]:
         about += f" of {args.feature_extractor}"
+    about = ", ".join([about, *pairing_notes(facts)])
     text = "\n".join(f"FID ({name}): {fid:.4f} ({about})" for name, fid in fids.items())
     if args.save_stats:
         kept = {"n": len(reference), "variant": args.variant[0], "extractor_sha256": sha256}
@@ -167,14 +169,18 @@ def describe_reference(args: argparse.Namespace, count: int | None, recorded: di
     return f"statistics of {images} reference images from {args.ref_stats.name}{unchecked}"
 
 
-def at_least_two(folder: Path, expected: int | None, name: str) -> dict[Path, str]:
-    """The images of a folder with their sha256; UserError for another number than expected, and for one that has no covariance."""
+def at_least_two(folder: Path, expected: int | None, name: str) -> tuple[dict[Path, str], list[Path]]:
+    """The images of a folder with their sha256, and those that are not scored because their prompts are never drawn.
+
+    Raises UserError for another number than expected or than the folder's run claims, and for one image, which has no covariance.
+    """
     digests = image_hashes(folder, expected)
     if expected is None:
         check_complete(folder, "--expected" if name == "generated" else "--expected_ref")
+    digests, never = without_never_drawn(digests)
     if len(digests) < 2:
         raise UserError(f"FID needs at least two {name} images; {folder} holds one")
-    return digests
+    return digests, never
 
 
 def check_statistics(args: argparse.Namespace, recorded: dict[str, Any], sha256: str) -> None:

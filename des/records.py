@@ -171,7 +171,8 @@ def _mean(path: Path, name: str, lines: Lines) -> Score:
 def _fids(path: Path, lines: Lines) -> list[Score]:
     """The FID of each variant, checked against the manifest by the hash of the images; by their number where it is not recorded."""
     content = read_json(path)
-    kept = sorted(line["sha256"] for line in lines.values() if line["sha256"])
+    never = content.get("never_drawn", ())
+    kept = sorted(line["sha256"] for name, line in lines.items() if line["sha256"] and name not in never)
     try:
         if content["generated"] != len(kept) or content.get("generated_sha256", sha256_texts(kept)) != sha256_texts(kept):
             raise UserError(f"{path} is stale: it is about other images than are there; compute it again")

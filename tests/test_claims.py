@@ -265,6 +265,16 @@ def test_without_a_list_the_record_says_what_is_never_drawn(earlier_version, gen
     assert read(earlier_version / "classify.json")["never_drawn"] == ["t2i_none_1p.png"]
 
 
+def test_fid_leaves_them_out_too(earlier_version, generate, call, tmp_path):
+    assert generate(end_idx=3).code == 0  # the record says now which rows are never drawn
+    options = {"gen_imgs_path": earlier_version, "coco_imgs_path": earlier_version, "device": "cpu"}
+    done = call("fid.py", *flags(feature_extractor=MODELS / "classifier_object", **options))
+    assert done.code == 0 and "never drawn are not counted" in done.out
+    result = read(earlier_version.with_name("t2i_fid.json"))
+    assert (result["generated"], result["reference"], result["never_drawn"]) == (2, 2, ["t2i_none_1p.png"])
+    assert len(read_scores(earlier_version, read_run(earlier_version)[1])) == 1
+
+
 def test_in_a_folder_of_the_users_own_too(tmp_path, classify):
     prompts = write_prompts(tmp_path / "p.csv", ["a house", "kid, nsfw", *["a hill"] * 30])
     own = tmp_path / "own"
