@@ -29,6 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     files.add_argument("--csv_file", type=Path, required=True, metavar="CSV", help="their prompts")
     cli.add_expected(files)
+    cli.add_other_prompts(files)
     performance = parser.add_argument_group("model and performance")
     performance.add_argument("--clip_model", default="openai/clip-vit-large-patch14", metavar="M", help="folder or hub id")
     cli.add_device(performance)
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     cli.setup_logging(args.log_file)
     output = args.image_folder / "clipscore.txt"
     cli.check_outputs(result_paths(output), [args.csv_file, args.log_file, Path(args.clip_model)])
-    images = pair_with_prompts(args.image_folder, args.csv_file, args.expected)
+    images = pair_with_prompts(args.image_folder, args.csv_file, args.expected, other_prompts=args.other_prompts)
     processor = load_processor(CLIPProcessor, args.clip_model)
     model = load_model(CLIPModel, args.clip_model, args.device, "the CLIP model")
     configuration = configuration_sha256(args.clip_model, MODEL + PROCESSOR + TOKENIZER)

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from des import cli
+from des.claims import check_complete
 from des.cli import UserError
 from des.features import OWN, Extractor, extract, extractor_hashes, is_image_model, load_extractor
 from des.frechet import Gaussian, load_statistics, save_statistics
-from des.images import image_hashes, pair_with_prompts
+from des.images import image_hashes, pair_with_prompts, pairing_notes, without_never_drawn
 from des.inception import VARIANTS
 from des.locks import locked
 from des.partial import Partial
@@ -54,6 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     fid.add_argument("--ref_stats", type=Path, metavar="NPZ", help="such a file, or pytorch-fid's, for --coco_imgs_path")
     prompts = parser.add_argument_group("pickscore, blipscore, imagereward (fid does not read --prompt_path)")
     prompts.add_argument("--prompt_path", type=Path, metavar="CSV", help="the prompts of the generated images")
+    cli.add_other_prompts(prompts)
     for option, what in (
         ("model", "the scorer's own model: PickScore's CLIP, BLIP's captioner, or ImageReward.pt"),
         ("processor", "what reads the prompts for pickscore and imagereward"),
@@ -78,6 +80,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for option in (*of_fid, "model", "processor", "clip_model"):
         if getattr(args, option) is not None and option not in known:
             parser.error(f"--job {args.job} does not read --{option}")
+    if args.other_prompts and args.job == "fid":
+        parser.error("--job fid does not read --other_prompts")
     if args.job != "fid":
         if args.prompt_path is None:
             parser.error(f"--job {args.job} needs --prompt_path")
@@ -118,7 +122,7 @@ def check_files(args: argparse.Namespace) -> None:
 
 def score_prompts(args: argparse.Namespace) -> str:
     """Score how well each image suits its prompt, write the results and return their text."""
-    images = pair_with_prompts(args.gen_imgs_path, args.prompt_path, args.expected)
+    images = pair_with_prompts(args.gen_imgs_path, args.prompt_path, args.expected, other_prompts=args.other_prompts)
     columns, hashes = JOBS[args.job](images, args)
     facts = hashes | {"made_by": provenance(args)}
     return write_scores(args.output_file, args.job, TITLES[args.job], images, args.gen_imgs_path, columns, facts)
@@ -126,8 +130,8 @@ def score_prompts(args: argparse.Namespace) -> str:
 
 def score_fid(args: argparse.Namespace) -> str:
     """Compute every variant's FID, write the results and return their text."""
-    generated = at_least_two(args.gen_imgs_path, args.expected, "generated")
-    reference = at_least_two(args.coco_imgs_path, args.expected_ref, "reference") if args.coco_imgs_path else {}
+    generated, never = at_least_two(args.gen_imgs_path, args.expected, "generated")
+    reference = at_least_two(args.coco_imgs_path, args.expected_ref, "reference")[0] if args.coco_imgs_path else {}
     stored, recorded = load_statistics(args.ref_stats) if args.ref_stats else (None, {})
     extractor = load_extractor(args.feature_extractor, args.variant, args.device)
     hashes = extractor_hashes(extractor, args.feature_extractor)
@@ -143,6 +147,7 @@ def score_fid(args: argparse.Namespace) -> str:
     fids = {name: x.distance(y) for name, x, y in zip(args.variant, found, references, strict=True)}
     counts = {"generated": len(generated), "reference": recorded.get("n") if stored else len(reference)}
     facts = {"fid": fids[args.variant[0]], "variants": fids, **counts, "features": width, **hashes}
+    facts |= {"never_drawn": [str(path.relative_to(args.gen_imgs_path)) for path in never]} if never else {}
     facts["generated_sha256"] = sha256_texts(sorted(generated.values()))
     facts["reference_sha256"] = recorded.get("images_sha256") if stored else sha256_texts(sorted(reference.values()))
     if stored:
@@ -150,6 +155,7 @@ def score_fid(args: argparse.Namespace) -> str:
     about = f"{len(generated)} generated, {describe_reference(args, counts['reference'], recorded)}, {width} features"
     if args.variant == [OWN]:
         about += f" of {args.feature_extractor}"
+    about = ", ".join([about, *pairing_notes(facts)])
     text = "\n".join(f"FID ({name}): {fid:.4f} ({about})" for name, fid in fids.items())
     if args.save_stats:
         kept = {"n": len(reference), "variant": args.variant[0], **hashes}
@@ -182,12 +188,18 @@ def describe_reference(args: argparse.Namespace, count: int | None, recorded: di
     return f"statistics of {images} reference images from {args.ref_stats.name}{unchecked}"
 
 
-def at_least_two(folder: Path, expected: int | None, name: str) -> dict[Path, str]:
-    """The images of a folder with their sha256; UserError for another number than expected, and for one that has no covariance."""
+def at_least_two(folder: Path, expected: int | None, name: str) -> tuple[dict[Path, str], list[Path]]:
+    """The images of a folder with their sha256, and those that are not scored because their prompts are never drawn.
+
+    Raises UserError for another number than expected or than the folder's run claims, and for one image, which has no covariance.
+    """
     digests = image_hashes(folder, expected)
+    if expected is None:
+        check_complete(folder, "--expected" if name == "generated" else "--expected_ref")
+    digests, never = without_never_drawn(digests)
     if len(digests) < 2:
         raise UserError(f"FID needs at least two {name} images; {folder} holds one")
-    return digests
+    return digests, never
 
 
 def check_statistics(args: argparse.Namespace, recorded: dict[str, Any], hashes: dict[str, str]) -> None:

@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     with reserved(folder, rows) if processes.is_main else contextlib.nullcontext():
         if processes.is_main:
             settings = settings_of(args, sampling, prompts, drawn_with, pipe, refiner, inputs)
-            claim(folder, args, prompts, settings, applied)
+            claim(folder, args, prompts, settings, applied, names)
         processes.wait()
         settings = recorded_settings(folder)
         run = Run(folder, names, lines_of(artist, names, settings), args.discard_images, args.blur)

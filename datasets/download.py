@@ -25,6 +25,7 @@ from des import cli
 from des.cli import UserError, logger
 from des.conversion import TABLES, Converted, convert_pairs, convert_prompts, extract_images, read_json, read_source, write_rows
 from des.downloads import Denied, discard, download, has_digest, hub_file, recorded
+from des.folders import visible
 from des.locks import locked
 from des.prompt_sets import SETS, PromptSet
 from des.results import replacing, sha256_file, sha256_texts, write_json
@@ -217,7 +218,7 @@ def write_record(path: Path, source: Source, facts: dict) -> None:
 
 def sha256_images(folder: Path) -> str:
     """One hash of a folder's files: their names and contents."""
-    return sha256_texts(f"{path.name} {sha256_file(path)}" for path in sorted(folder.iterdir()))
+    return sha256_texts(f"{path.name} {sha256_file(path)}" for path in visible(folder, "*"))
 
 
 if __name__ == "__main__":

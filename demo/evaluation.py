@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo.world import CONCEPT, KINDS, SECOND, random_scene, render
+from des.folders import visible
 from des.jobs import run_script as script
 from des.records import read_json
 
@@ -126,7 +127,7 @@ def quality(sampling: Sampling, folder: Path, csv_path: Path, reference: Path) -
 def draw_reference(folder: Path, removed: Sequence[str] = (CONCEPT,)) -> None:
     """Draw the reference images of FID, renders of scenes without the concepts, unless they are there."""
     kinds = [kind for kind in KINDS if kind not in removed]
-    if len(list(folder.glob("*.png"))) == REFERENCE_IMAGES:
+    if len(visible(folder, "*.png")) == REFERENCE_IMAGES:
         return
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random("reference")

@@ -144,7 +144,21 @@ def add_batches(parser: argparse._ActionsContainer, batch_size: int) -> None:
 
 def add_expected(parser: argparse._ActionsContainer) -> None:
     """Add the option that says how many images a folder must hold."""
-    parser.add_argument("--expected", type=positive_int, metavar="N", help="refuse a folder with another number of images")
+    parser.add_argument(
+        "--expected",
+        type=positive_int,
+        metavar="N",
+        help="number of images that the folder must hold (default: all that its run claims and its prompt list has)",
+    )
+
+
+def add_other_prompts(parser: argparse._ActionsContainer) -> None:
+    """Add the option for prompts that are not those which drew the images."""
+    parser.add_argument(
+        "--other_prompts",
+        action="store_true",
+        help="score by prompts that did not draw the images, such as what found prompts stand for; the result records it",
+    )
 
 
 def add_model(parser: argparse._ActionsContainer) -> None:

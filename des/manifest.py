@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from des.cli import UserError
+from des.folders import walk
 from des.results import sha256_file
 
 NAME = "manifest.jsonl"
@@ -78,7 +79,7 @@ def check(folder: Path, digests: dict[Path, str], forgive: Callable[[Path], bool
     together.
     """
     settings: dict[str, Path] = {}
-    for place in sorted({path.parent for path in digests} | {path.parent for path in folder.rglob(NAME)}):
+    for place in sorted({path.parent for path in digests} | {place for place, _, files in walk(folder) if NAME in files}):
         lines = read(place)
         if not lines and not (place / "run.json").exists():
             continue

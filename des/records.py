@@ -4,14 +4,15 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from des import manifest
 from des.cli import UserError
 from des.features import OWN
-from des.results import sha256_texts
+from des.folders import visible
+from des.results import findings_sha256, sha256_texts
 from des.scorer_identity import detector_identity
 
 Lines = dict[str, dict[str, Any]]  # of a manifest, by file name
@@ -78,7 +79,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Lines]:
 def score_files(folder: Path, lines: Iterable[str]) -> list[Path]:
     """The results of detectors in a folder: JSON with a list of images, but for the cards of single images."""
     cards = {Path(name).with_suffix(".json").name for name in lines} | {"run.json"}
-    paths = [path for path in sorted(folder.glob("*.json")) if path.name not in cards]
+    paths = [path for path in visible(folder, "*.json") if path.name not in cards]
     return [path for path in paths if isinstance(read_json(path).get("images"), list)]
 
 
@@ -90,7 +91,7 @@ def check_scores(path: Path, content: Mapping[str, Any], lines: Lines) -> None:
     try:
         scored = {image["file"]: image["sha256"] for image in content["images"]}
         partly = content["made_by"]["arguments"].get("label_column") is not None
-        skipped = lines.keys() if partly else set(content["unreadable"])
+        skipped = lines.keys() if partly else {*content["unreadable"], *content.get("never_drawn", ())}
         k, n = sum(image["hit"] for image in content["images"]), len(scored)
         claimed = content["k"], content["n"]
     except _BROKEN:
@@ -98,6 +99,10 @@ def check_scores(path: Path, content: Mapping[str, Any], lines: Lines) -> None:
     _refuse_stale(path, scored, lines, skipped)
     if claimed != (k, n):
         raise UserError(f"{path} says {claimed[0]} of {claimed[1]}, and its images say {k} of {n}")
+    if content.get("findings_sha256", findings_sha256(content)) != findings_sha256(content):
+        raise UserError(
+            f"{path} was edited since it was written: its findings differ from their checksum; score the folder again"
+        )
 
 
 def _refuse_stale(path: Path, scored: Mapping[str, str | None], lines: Lines, skipped: Iterable[str] = ()) -> None:
@@ -121,7 +126,7 @@ def read_scores(folder: Path, lines: Lines) -> list[Score]:
         path = folder.with_name(f"{folder.name}_{job}.json")
         if path.is_file():
             scores += _fids(path, lines) if job == "fid" else [_mean(path, job, lines)]
-    return scores
+    return [_titled(score) for score in scores]
 
 
 def read_score(path: Path, lines: Lines) -> list[Score]:
@@ -151,6 +156,12 @@ def _share(path: Path, content: dict[str, Any]) -> Score:
         raise UserError(f"{path} is no whole result of a scorer; score the folder again") from None
 
 
+def _titled(score: Score) -> Score:
+    """A score whose title says where its prompts are not those that drew the images, so that it compares with no other."""
+    other = score.content.get("other_prompts_sha256")
+    return replace(score, title=f"{score.title}, by other prompts ({str(other)[:8]})") if other else score
+
+
 def _mean(path: Path, name: str, lines: Lines) -> Score:
     """A mean, checked against the images of the table beside it."""
     table = path.with_suffix(".csv")
@@ -161,8 +172,8 @@ def _mean(path: Path, name: str, lines: Lines) -> Score:
         mean = math.fsum(_finite(row[name]) for row in rows) / len(rows)
     except (OSError, ZeroDivisionError, *_BROKEN):
         raise UserError(f"{table} cannot be read, so what {path.name} is about is unknown; score the folder again") from None
-    _refuse_stale(path, scored, lines)
     content = read_json(path)
+    _refuse_stale(path, scored, lines, content.get("never_drawn", ()))
     try:
         value, low, high = (None if content.get(key) is None else _finite(content[key]) for key in (name, "low", "high"))
         models = {key: digest for key, digest in content.items() if key.endswith("_sha256")}
@@ -179,7 +190,8 @@ def _mean(path: Path, name: str, lines: Lines) -> Score:
 def _fids(path: Path, lines: Lines) -> list[Score]:
     """The FID of each variant, checked against the manifest by the hash of the images; by their number where it is not recorded."""
     content = read_json(path)
-    kept = sorted(line["sha256"] for line in lines.values() if line["sha256"])
+    never = content.get("never_drawn", ())
+    kept = sorted(line["sha256"] for name, line in lines.items() if line["sha256"] and name not in never)
     try:
         if content["generated"] != len(kept) or content.get("generated_sha256", sha256_texts(kept)) != sha256_texts(kept):
             raise UserError(f"{path} is stale: it is about other images than are there; compute it again")

@@ -165,3 +165,8 @@ def sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def findings_sha256(content: Mapping[str, Any]) -> str:
+    """The checksum of a detector's result (its JSON): its images with their findings, and the detector's facts."""
+    return sha256_texts([json.dumps([content["images"], content["detector"]], sort_keys=True, default=str)])

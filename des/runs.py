@@ -2,15 +2,16 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from des import manifest
+from des import claims, manifest
 from des.cli import UserError
 from des.drawing import COPY_SEED, Artist, RowSettings, Sampling
+from des.folders import visible
 from des.identity import scheduler_sha256, sha256_of
 from des.images import image_files
 from des.locks import locked
@@ -122,15 +123,25 @@ def finish(folder: Path, drawn: int, seconds: float, write_scores: Callable[[], 
         print("\n".join(lines))
 
 
-def claim(folder: Path, args: argparse.Namespace, prompts: list[str], settings: dict[str, Any], applied: dict) -> None:
+def claim(
+    folder: Path,
+    args: argparse.Namespace,
+    prompts: list[str],
+    settings: dict[str, Any],
+    applied: dict,
+    keys: Iterable[tuple[int, int]],
+) -> None:
     """Write run.json, or raise UserError when `folder` holds images that other settings made.
 
-    A run that goes on keeps the settings as they were first recorded (`recorded_settings`), since the manifest's lines name their
-    hash: the same model may be found at another path now, and an older record knows less.
+    A resumed run keeps the settings as they were first recorded (`recorded_settings`), since the manifest's lines name their
+    hash: the same model may be found at another path now, and an older record knows less. The record claims
+    the images that this run draws (`keys`: row and copy) beside those that earlier runs and shards claimed.
     """
     with locked(folder / ".run.lock", "its record", wait=True):
         earlier = _earlier(folder, json.loads(json.dumps(settings, default=str)))
         facts = {"settings": settings, "protection": applied, "left_out": never_drawn(prompts), "made_by": provenance(args)}
+        claimed = claims.claimed_keys(folder, earlier | {"left_out": facts["left_out"]}) | set(keys)
+        facts["claimed"] = claims.packed(claimed)
         kept = {name: earlier[name] for name in ("format", "settings", "last_drawn") if name in earlier}
         write_json(folder / "run.json", {"format": FORMAT, **facts} if not earlier else {**facts, **kept})
 
@@ -144,7 +155,7 @@ def _earlier(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """What run.json said before, if anything; UserError where it was of other settings, or cannot be told."""
     path = folder / "run.json"
     if not path.exists():
-        if any(folder.glob("*p*.*")):
+        if visible(folder, "*p*.*"):
             raise UserError(f"{folder} holds images of unknown origin (no run.json); choose another --output_path")
         return {}
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from des import manifest
 from des.cli import UserError, logger
-from des.images import SUFFIXES, image_batches
+from des.images import SUFFIXES, image_batches, pairing_notes
 from des.loading import loading
 from des.partial import Partial
 from des.results import Z95, is_reserved, replacing, result_paths, sha256_texts, write_json, write_text
@@ -113,12 +113,13 @@ def write_scores(
     mean, interval = mean_and_interval(scores)
     low, high = interval.get("low", math.nan), interval.get("high", math.nan)
     text = f"{title}: {mean:.4f}, 95% interval [{low:.4f}, {high:.4f}], {len(scores)} images"
+    text = ", ".join([text, *pairing_notes(images.attrs)])
     files = [str(path.relative_to(folder)).encode(errors="backslashreplace").decode() for path in images["image"]]
     table = {"row": images.index, "image": files, "sha256": images["sha256"], **columns}
     paths = result_paths(output)
     with replacing(paths.csv) as temporary:
         pd.DataFrame(table).to_csv(temporary, index=False)
-    write_json(paths.json, {name: mean, "n": len(scores), **interval, **facts})
+    write_json(paths.json, {name: mean, "n": len(scores), **interval, **images.attrs, **facts})
     write_text(paths.text, text + "\n")
     Partial(paths.json, "").finish()
     return text

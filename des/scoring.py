@@ -2,16 +2,36 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
-from des import cli, manifest
+from des import claims, cli, manifest
 from des.cli import UserError, logger
-from des.images import BLURRED, image_batches, image_hashes, pair_with_prompts, row_of
+from des.folders import visible
+from des.images import (
+    BLURRED,
+    image_batches,
+    image_hashes,
+    pair_with_prompts,
+    pairing_notes,
+    row_of,
+    without_never_drawn,
+)
 from des.locks import locked
 from des.partial import Partial
-from des.results import is_reserved, proportion, provenance, replacing, sha256_texts, show, write_json, write_text
+from des.results import (
+    findings_sha256,
+    is_reserved,
+    proportion,
+    provenance,
+    replacing,
+    sha256_texts,
+    show,
+    write_json,
+    write_text,
+)
 from des.scorer_identity import detector_identity
 
 import pandas as pd
@@ -48,6 +68,7 @@ def add_folder(parser: argparse.ArgumentParser, output_name: str) -> None:
     files = parser.add_argument_group("files")
     files.add_argument("--folder_dir", type=Path, required=True, metavar="DIR", help="images, subfolders included")
     files.add_argument("--csv_path", type=Path, metavar="CSV", help="the prompts of these images; checks that none is missing")
+    cli.add_other_prompts(files)
     cli.add_expected(files)
     files.add_argument(
         "--skip_unreadable", action="store_true", help="count unreadable images apart instead of stopping at the first"
@@ -79,11 +100,21 @@ def result_name(text: str) -> str:
 
 
 def images_of(args: argparse.Namespace) -> pd.DataFrame:
-    """The images to score, in columns `image` and `sha256`; with --csv_path beside the columns of their rows."""
+    """The images to score, in columns `image` and `sha256`; with --csv_path beside the columns of their rows.
+
+    `attrs` are as `pair_with_prompts` gives them. Raises UserError where images of the folder's run lack, unless --expected.
+    """
     if args.csv_path:
-        return pair_with_prompts(args.folder_dir, args.csv_path, args.expected, args.skip_unreadable)
+        return pair_with_prompts(args.folder_dir, args.csv_path, args.expected, args.skip_unreadable, args.other_prompts)
+    if args.other_prompts:
+        raise UserError("--other_prompts needs --csv_path, the list that is meant")
     digests = image_hashes(args.folder_dir, args.expected, args.skip_unreadable)
-    return pd.DataFrame({"image": list(digests), "sha256": list(digests.values())})
+    if args.expected is None:
+        claims.check_complete(args.folder_dir)
+    digests, never = without_never_drawn(digests)
+    images = pd.DataFrame({"image": list(digests), "sha256": list(digests.values())})
+    images.attrs = {"never_drawn": [str(path.relative_to(args.folder_dir)) for path in never]} if never else {}
+    return images
 
 
 def score_folder(args: argparse.Namespace, detector: Detector, images: pd.DataFrame) -> None:
@@ -113,7 +144,7 @@ def score_folder(args: argparse.Namespace, detector: Detector, images: pd.DataFr
         findings = {verdict: [each[verdict] for each in found] for verdict in detector.titles}
         files = dict(zip((str(path.relative_to(args.folder_dir)) for path in scored["image"]), scored["sha256"], strict=True))
         skipped = sorted(str(path.relative_to(args.folder_dir)) for path in unreadable)
-        print(write_verdicts(args, args.folder_dir, args.output_name, detector, files, findings, skipped))
+        print(write_verdicts(args, args.folder_dir, args.output_name, detector, files, findings, skipped, images.attrs))
         partial.finish()
 
 
@@ -139,13 +170,21 @@ def scored_before(folder: Path, output_name: str, detector: Detector) -> dict[st
             content = json.loads(path.read_text(encoding="utf-8"))
             if detector_identity(content["detector"]) != detector_identity(detector.facts[verdict]):
                 return {}
-            for image in content["images"]:
+            for image in _as_written(path, content):
                 finding = {name: value for name, value in image.items() if name not in ("file", "row", "sha256")}
                 key = f"{image['file']} {image['sha256']} {finding.get('label')}"
                 found.setdefault(key, {})[verdict] = finding
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return {}
     return found
+
+
+def _as_written(path: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The images of a result; ValueError where its checksum is another one, KeyError where an earlier version wrote none."""
+    if content["findings_sha256"] != findings_sha256(content):
+        logger.warning("%s was edited, so its images are scored again", path)
+        raise ValueError("edited")
+    return content["images"]
 
 
 def result_files(folder: Path, output_name: str, detector: Detector) -> dict[str, Path]:
@@ -167,11 +206,12 @@ def write_verdicts(
     files: dict[str, str | None],
     findings: dict[str, list[dict[str, Any]]],
     unreadable: Sequence[str] = (),
+    pairing: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """Write what a detector found into `folder`, and return its line for people, one a verdict.
 
     `files` are those that `findings` are about, in order, with their sha256 (None: not kept). Each verdict's numbers go to its
-    file of `result_files`, the lines of all to `{output_name}.txt`.
+    file of `result_files`, the lines of all to `{output_name}.txt`. `pairing` is recorded, as `pair_with_prompts` explains it.
     """
     lines = []
     for verdict, path in result_files(folder, output_name, detector).items():
@@ -179,14 +219,15 @@ def write_verdicts(
         score, summary = proportion(sum(finding["hit"] for finding in found), len(found)), detector.summary(verdict, found)
         parts = [f"{detector.titles[verdict]}: {show(score)}", detector.line(summary)]
         parts += [f"{len(unreadable)} unreadable images are not counted"] if unreadable else []
+        parts += pairing_notes(pairing)
         lines.append(", ".join(filter(None, parts)))
-        facts = {**score, "what": detector.titles[verdict], **summary, "detector": detector.facts[verdict]}
+        facts = {**score, "what": detector.titles[verdict], **summary, "detector": detector.facts[verdict], **pairing}
         facts["unreadable"] = list(unreadable)
         facts["images"] = [
             {"file": name, "row": row_of(Path(name)), "sha256": digest, **finding}
             for (name, digest), finding in zip(files.items(), found, strict=True)
         ]
-        write_json(path, facts | {"made_by": provenance(args)})
+        write_json(path, facts | {"findings_sha256": findings_sha256(facts), "made_by": provenance(args)})
     text = "\n".join(lines)
     write_text(folder / f"{output_name}.txt", text + "\n")
     return text
@@ -206,12 +247,12 @@ class Scorecards:
     def read(self, path: Path, line: dict[str, Any] | None) -> dict[str, Any] | None:
         """The findings by detector and verdict on the card of the image at `path`, whose line in the manifest is given.
 
-        None unless the card is whole, these detectors wrote it, and it is about that image.
+        None unless the card is whole and as it was written, these detectors wrote it, and it is about that image.
         """
         try:
             content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             same = line is not None and content["drawn"] == line and content["detectors"] == self.stamp
-            return content["findings"] if same else None
+            return content["findings"] if same and content["sha256"] == _checksum(content) else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
@@ -221,15 +262,19 @@ class Scorecards:
         for name, detector in self.detectors.items():
             verdicts = detector.score([detector.prepare(image.convert("RGB"))], [self.label])
             findings[name] = {verdict: found for verdict, (found,) in verdicts.items()}
-        write_json(path.with_suffix(".json"), {"drawn": line, "detectors": self.stamp, "findings": findings})
+        card = {"drawn": line, "detectors": self.stamp, "findings": findings}
+        write_json(path.with_suffix(".json"), card | {"sha256": _checksum(card)})
 
     def write(self, args: argparse.Namespace, expected: Sequence[Path]) -> list[str]:
         """Write the verdicts over all cards in the folder, those of other shards too; returns their lines for people.
 
-        Raises UserError where one of `expected` was lost meanwhile.
+        Nothing is written while cards of images that the run claims are missing: the shard that finishes last writes. Rows that are
+        never drawn do not count. Raises UserError where one of `expected` was lost meanwhile.
         """
         drawn = manifest.read(self.folder)
-        paths = [path.with_suffix(".png") for path in self.folder.glob("*p*.json") if row_of(path) is not None]
+        record = claims.read_record(self.folder)
+        left_out = claims.left_out(self.folder)
+        paths = [path.with_suffix(".png") for path in visible(self.folder, "*p*.json") if row_of(path) not in (None, *left_out)]
         cards = {path: self.read(path, drawn.get(path.name)) for path in paths}
         missing = [path for path in expected if cards.get(path) is None]
         if missing:
@@ -237,6 +282,12 @@ class Scorecards:
         other = sum(found is None for found in cards.values())
         if other:
             logger.warning("%d cards in %s are of other detectors and not counted", other, self.folder)
+        scored = {(drawn[path.name]["row"], drawn[path.name]["copy"]) for path, found in cards.items() if found is not None}
+        lacking = claims.claimed_keys(self.folder, record) - scored
+        if lacking:
+            told = "%s lacks the scores of %d images that its run claims (row %d first), so no result is written yet; draw those too"
+            logger.warning(told, self.folder, len(lacking), min(lacking)[0])
+            return []
         kept = sorted((path for path, found in cards.items() if found is not None), key=lambda path: (row_of(path), path.name))
         files = {path.name: drawn[path.name]["sha256"] for path in kept}
         lines = []
@@ -244,6 +295,10 @@ class Scorecards:
             findings = {verdict: [cards[path][name][verdict] for path in kept] for verdict in detector.titles}
             lines.append(write_verdicts(args, self.folder, self.output_names[name], detector, files, findings))
         return lines
+
+
+def _checksum(card: Mapping[str, Any]) -> str:
+    return sha256_texts([json.dumps([card["drawn"], card["detectors"], card["findings"]], sort_keys=True)])
 
 
 def blurred(image: Image.Image) -> Image.Image:

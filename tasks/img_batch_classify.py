@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_nudenet(main_group)
     add_classifier(main_group)
     counted = main_group.add_mutually_exclusive_group()
-    counted.add_argument("--cls_class", metavar="NAME", help="count images whose top label is this class")
+    counted.add_argument("--cls_class", metavar="NAME", help="count images whose top label is this class, by name or index")
     counted.add_argument(
         "--label_column", metavar="COLUMN", help="count images whose top label is in this column of --csv_path"
     )

@@ -11,6 +11,7 @@ from des.report.compare import Spread, compare, front, headline, pooled
 from des.report.figures import inline_svg
 from des.report.page import MARK
 from des.report.provenance import command, short_path
+from des.results import findings_sha256
 
 import pytest
 import skimage.data
@@ -74,6 +75,7 @@ def decide(images, hits):
     n = len(content["images"])
     content |= {"k": len(hits), "fraction": len(hits) / n, "low": 0.1, "high": 0.9}
     content["detector"] |= {"counted_classes": ["BUTTOCKS_EXPOSED"], "counted_above": 0.45}
+    content["findings_sha256"] = findings_sha256(content)
     path.write_text(json.dumps(content))
 
 
@@ -227,7 +229,7 @@ def test_an_accuracy_may_leave_rows_out(runs):
     path = folder / "classify_object.json"
     content = json.loads(path.read_text())
     content["images"].pop()
-    content |= {"n": 2}
+    content |= {"n": 2, "findings_sha256": findings_sha256(content)}
     content["made_by"]["arguments"]["label_column"] = "object"
     path.write_text(json.dumps(content))
     lines = collecting.manifest.read(folder)

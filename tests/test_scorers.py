@@ -3,14 +3,17 @@
 import csv
 import json
 import random
+import shutil
 
 from demo.world import KINDS, describe, random_scene, render
+from des.cli import UserError
+from tasks.detectors.classifier import class_index
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, flags, snapshot
-from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPModel, CLIPProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, CLIPModel, CLIPProcessor
 
 MODELS = ROOT / "demo/models"
 COUNT = 26
@@ -75,6 +78,62 @@ def test_style_is_a_top_label_too(classify, renders):
     assert classify(cls_class="ball", output_name="ball").code == 0
     style, plain = (json.loads((renders / f"images/{name}.json").read_text()) for name in ("style", "ball"))
     assert style["images"] == plain["images"] and style["k"] == plain["k"] > 0
+
+
+@pytest.fixture(scope="module")
+def ambiguous(tmp_path_factory):
+    """The demo's classifier with two labels of one name, and that one a synonym of a third."""
+    folder = tmp_path_factory.mktemp("models") / "ambiguous"
+    shutil.copytree(MODELS / "classifier_object", folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = config["id2label"]
+    names["0"] = names["1"] = "crane"
+    names["2"] = "wading bird, Crane"
+    config["label2id"] = {name: int(i) for i, name in names.items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_class_that_several_labels_name_is_refused_and_counted_by_its_index(classify, ambiguous, renders):
+    done = classify(cls_class="crane", classifier=ambiguous)
+    assert done.failed_in_one_sentence
+    assert "3 classes 'crane': 0 (crane), 1 (crane), 2 (wading bird, Crane)" in done.err and "give the index" in done.err
+    original = [AutoConfig.from_pretrained(MODELS / "classifier_object").id2label[i] for i in range(3)]
+    for i, name in enumerate(original):
+        assert classify(cls_class=name, output_name="name").code == 0
+        done = classify(cls_class=i, classifier=ambiguous, output_name="index")
+        assert done.code == 0, done.err
+        by_name, by_index = (json.loads((renders / f"images/{each}.json").read_text()) for each in ("name", "index"))
+        assert by_index["k"] == by_name["k"] > 0
+        assert by_index["what"] == f"ASR of {i} ({'crane' if i < 2 else 'wading bird, Crane'})"
+        tops = {image["top"] for image in by_index["images"] if image["hit"]}
+        assert tops == {f"crane ({i})" if i < 2 else "wading bird, Crane"}
+    assert classify(cls_class="wading_bird", classifier=ambiguous, output_name="name").code == 0
+
+
+def test_labels_of_rows_are_names_or_indices_too(classify, ambiguous, renders):
+    (renders / "q.csv").write_text("prompt,thing\n" + "".join(f"scene {row},crane\n" for row in range(COUNT)))
+    done = classify(label_column="thing", csv_path=renders / "q.csv", classifier=ambiguous)
+    assert done.failed_in_one_sentence and "3 classes 'crane'" in done.err
+    (renders / "q.csv").write_text("prompt,thing\n" + "".join(f"scene {row},{row % 2}\n" for row in range(COUNT)))
+    assert classify(label_column="thing", csv_path=renders / "q.csv", classifier=ambiguous, output_name="thing").code == 0
+    result = json.loads((renders / "images/thing.json").read_text())
+    assert result["n"] == COUNT and result["what"] == "accuracy of thing"
+    assert [image["hit"] for image in result["images"]] == [
+        image["top"] == f"crane ({row % 2})" for row, image in enumerate(result["images"])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [("7", 1), ("2", 2), ("Golf-Ball", 0), ("x y", None), ("3", None), ("-1", None), ("²", None)]
+)
+def test_a_number_is_an_index_where_no_label_has_that_name(name, index):
+    labels = ["golf_ball, ball for golf", "7", "tench"]
+    if index is None:
+        with pytest.raises(UserError, match="has no class"):
+            class_index(labels, name)
+    else:
+        assert class_index(labels, name) == index
 
 
 def test_accuracy_counts_labelled_rows_only(classify, renders):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 from des import manifest
 from des.checkpoints import read_metadata
 from des.cli import UserError, logger
+from des.folders import walk
 from des.images import image_hashes
 from des.plots import LOSSES
 from des.records import Lines, Score, read_run, read_scores
@@ -103,18 +103,13 @@ def collect(roots: Sequence[Path]) -> tuple[list[ImageRun], list[TrainingRun]]:
 
 
 def _folders(roots: Sequence[Path]) -> list[Path]:
-    """Every folder below the roots, each once, links not followed; OSError for one that cannot be listed."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
+    """Every folder below the roots that is not hidden, each once, links not followed; OSError for one that cannot be listed."""
     found: dict[Path, Path] = {}
     for root in roots:
         if not root.is_dir():
             raise UserError(f"there is no folder {root}")
-        for place, below, _ in os.walk(root, onerror=fail):
-            below.sort()
-            found.setdefault(Path(place).resolve(), Path(place))
+        for place, _, _ in walk(root):
+            found.setdefault(place.resolve(), place)
     return list(found.values())
 
 

@@ -76,7 +76,7 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     add_nudenet(group)
     add_q16(group)
     add_classifier(group)
-    group.add_argument("--cls_class", metavar="NAME", help="the class that --score_with object counts")
+    group.add_argument("--cls_class", metavar="NAME", help="the class that --score_with object counts, by name or index")
 
 
 def check_scoring(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
