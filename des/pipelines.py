@@ -2,14 +2,16 @@
 
 import contextlib
 import copy
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from des.checkpoints import fingerprint, load_checkpoint
+from des.checkpoints import fingerprint
 from des.cli import UserError, logger
-from des.encoders import KINDS, PIPELINES, read_index, text_encoders
+from des.encoders import KINDS, PIPELINES, TextEncoder, read_index, text_encoders
 from des.loading import load_model, loading
+from des.shift import embedding_of, load_measured
 
 import diffusers
 import torch
@@ -171,18 +173,29 @@ def encoder_modules(pipe: DiffusionPipeline) -> dict[int, nn.Module]:
     return {i: getattr(pipe, name) for i, name in names.items() if getattr(pipe, name, None) is not None}
 
 
+def text_encoder(pipe: DiffusionPipeline, index: int, embedding: str = "last_hidden_state") -> TextEncoder:
+    """Text encoder `index` (1-based) of a pipeline with its tokenizer, as `load_encoder` loads one of its own."""
+    name = _encoder_name(index)
+    model, tokenizer = getattr(pipe, name), getattr(pipe, name.replace("text_encoder", "tokenizer"))
+    reading = KINDS[type(model).__name__].last_hidden_state
+    if embedding == "pipeline":
+        reading = PIPELINES[re.sub("Img2Img|Inpaint", "", type(pipe).__name__)][index]
+    length = reading.length or tokenizer.model_max_length
+    return TextEncoder(pipe.name_or_path, index, name, model, tokenizer, embedding, reading, length)
+
+
 def _encoder_name(index: int) -> str:
     return "text_encoder" if index == 1 else f"text_encoder_{index}"
 
 
 def protect(pipe: DiffusionPipeline, checkpoints: dict[int, Path]) -> dict[int, dict[str, Any]]:
-    """Put a checkpoint into each of the named text encoders, or raise UserError; returns what `load_checkpoint` says of each."""
+    """Put a checkpoint into each of the named text encoders, or raise UserError; returns what `load_measured` says of each."""
     encoders = encoder_modules(pipe)
     lacking = sorted(checkpoints.keys() - encoders.keys())
     if lacking:
         has = ", ".join(map(str, encoders))
         raise UserError(f"a checkpoint is given for text encoder {lacking[0]}, and the pipeline has only {has}")
-    told = {i: load_checkpoint(encoders[i], path) for i, path in checkpoints.items()}
+    told = {i: load_measured(text_encoder(pipe, i, embedding_of(path)), path) for i, path in checkpoints.items()}
     rest = [str(i) for i in encoders if i not in checkpoints]
     if rest:
         logger.warning("text encoder %s of the pipeline is the original, NOT protected", " and ".join(rest))

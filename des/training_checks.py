@@ -1,0 +1,66 @@
+"""What is looked at before training starts: mistakes in a command line that would train without an error, against something else."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from des.cli import logger
+from des.encoders import TextEncoder
+from des.truncation import truncated_rows
+
+_GUIDANCE = (0.1, 2.0)  # alpha / |n|; the paper's is about 0.8
+# Words that say nothing about a concept, as in `in the style of ...`
+_COMMON = {"a", "an", "and", "art", "at", "by", "for", "from", "in", "of", "on", "or", "photo", "style", "the", "to", "with"}
+
+
+def name_concept(concepts: Sequence[str], is_default: bool) -> str:
+    """The concept prompts in a line for people, which says whether they were given and how many they are."""
+    named = ", ".join(f'"{concept}"' for concept in concepts)
+    if is_default:
+        return f"training against the default concept {named}; --concept_prompt names another"
+    if len(concepts) == 1:
+        return f"training against the concept {named}"
+    return f"training against {len(concepts)} concepts: {named} (a concept of several words needs quotes around it)"
+
+
+def check_concept(concepts: Sequence[str], unsafe: Sequence[str]) -> None:
+    """Warn of concepts none of whose words starts a word of an unsafe prompt."""
+    text = "\n".join(unsafe).casefold()
+    for concept in concepts:
+        words = re.findall(r"\w+", concept.casefold())
+        telling = [word for word in words if word not in _COMMON] or words
+        if not any(_occurs(word, text) for word in telling):
+            told = 'no word of the concept "%s" occurs in the %d unsafe prompts; is it the concept that they are about?'
+            logger.warning(told, concept, len(unsafe))
+
+
+def _occurs(word: str, text: str) -> bool:
+    """Whether a word of `text` starts with `word`; in scripts without spaces, whether it is anywhere in it."""
+    return bool(re.search(r"\b" + re.escape(word), text)) if word.isascii() else word in text
+
+
+def check_guidance(alpha: float, norm: float) -> None:
+    """Warn of an alpha that is far from the paper's in relation to |n|; 0 switches the guidance off and is meant."""
+    ratio, (low, high) = alpha / norm, _GUIDANCE
+    if alpha and not low <= ratio <= high:
+        told = (
+            "alpha / |n| is %.3g, which is unusually %s: the paper's is 0.8; --concept_guidance_ratio sets it for any encoder"
+        )
+        logger.warning(told, ratio, "high" if ratio > high else "low")
+
+
+def check_lengths(encoder: TextEncoder, lists: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Count the prompts of each list that are longer than the encoder reads, and say so; `lists` has `unsafe` and `safe`.
+
+    Warns where an unsafe and a safe prompt become the same tokens: one embedding would be pushed away and kept at once. Returns
+    the counts for the metadata, and as `unsafe_equal_to_safe` the unsafe prompts whose tokens are those of a safe one.
+    """
+    counts = {name: len(truncated_rows(encoder.tokenizer, prompts, encoder.length)) for name, prompts in lists.items()}
+    told = ", ".join(f"{count} of {len(lists[name])} {name}" for name, count in counts.items())
+    logger.info("prompts longer than %d tokens, which are truncated: %s", encoder.length, told)
+    unsafe, safe = ([tuple(ids) for ids in encoder.tokenize(list(lists[name])).tolist()] for name in ("unsafe", "safe"))
+    rows_of_safe = {ids: row for row, ids in reversed(list(enumerate(safe)))}
+    equal = [(row, rows_of_safe[ids]) for row, ids in enumerate(unsafe) if ids in rows_of_safe]
+    if equal:
+        told = "%d unsafe prompts have the same tokens as a safe one, first unsafe row %d and safe row %d: their embedding is "
+        logger.warning(told + "pushed away and kept at once; shorten or remove one of each pair", len(equal), *equal[0])
+    return counts | {"unsafe_equal_to_safe": len(equal)}
