@@ -19,6 +19,7 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, Dif
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MODES = {"text": None, "image": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpainting}
@@ -182,6 +183,13 @@ def text_encoder(pipe: DiffusionPipeline, index: int, embedding: str = "last_hid
         reading = PIPELINES[re.sub("Img2Img|Inpaint", "", type(pipe).__name__)][index]
     length = reading.length or tokenizer.model_max_length
     return TextEncoder(pipe.name_or_path, index, name, model, tokenizer, embedding, reading, length)
+
+
+def readers(pipe: DiffusionPipeline, max_sequence_length: int | None = None) -> dict[str, tuple[PreTrainedTokenizerBase, int]]:
+    """The tokenizer of each text encoder that a pipeline draws with, and how many tokens of a prompt it reads."""
+    encoders = [text_encoder(pipe, i, "pipeline") for i in encoder_modules(pipe)]
+    of_t5 = [max_sequence_length if isinstance(each.model, T5EncoderModel) else None for each in encoders]
+    return {each.subfolder: (each.tokenizer, length or each.length) for each, length in zip(encoders, of_t5, strict=True)}
 
 
 def _encoder_name(index: int) -> str:

@@ -117,11 +117,14 @@ def finish(folder: Path, drawn: int, seconds: float, write_scores: Callable[[], 
         print("\n".join(lines))
 
 
-def claim(folder: Path, args: argparse.Namespace, prompts: list[str], settings: dict[str, Any], applied: dict) -> None:
+def claim(
+    folder: Path, args: argparse.Namespace, prompts: list[str], settings: dict[str, Any], applied: dict, truncated: dict
+) -> None:
     """Write run.json, or raise UserError when `folder` holds images that other settings made."""
     with locked(folder / ".run.lock", "its record", wait=True):
         earlier = _earlier(folder, json.loads(json.dumps(settings, default=str)))
-        facts = {"settings": settings, "protection": applied, "left_out": never_drawn(prompts), "made_by": provenance(args)}
+        facts = {"settings": settings, "protection": applied, "left_out": never_drawn(prompts)}
+        facts |= {"truncated_prompts": truncated, "made_by": provenance(args)}
         write_json(folder / "run.json", {**facts, **({"last_drawn": earlier["last_drawn"]} if "last_drawn" in earlier else {})})
 
 

@@ -11,6 +11,7 @@ from des.images import image_batches
 from des.loading import loading
 from des.partial import Partial
 from des.results import Z95, replacing, sha256_texts, write_json, write_text
+from des.truncation import truncated_counts
 
 import pandas as pd
 import torch
@@ -107,7 +108,10 @@ def write_scores(
     table = {"row": images.index, "image": files, "sha256": images["sha256"], **columns}
     with replacing(output.with_suffix(".csv")) as temporary:
         pd.DataFrame(table).to_csv(temporary, index=False)
-    write_json(output.with_suffix(".json"), {name: mean, "n": len(scores), **interval, **facts})
+    write_json(
+        output.with_suffix(".json"),
+        {name: mean, "n": len(scores), **interval, **truncated_counts(folder, images.index), **facts},
+    )
     write_text(output, text + "\n")
     Partial(output.with_suffix(".json"), "").finish()
     return text

@@ -12,6 +12,7 @@ from des.images import BLURRED, image_batches, image_hashes, pair_with_prompts, 
 from des.locks import locked
 from des.partial import Partial
 from des.results import proportion, provenance, replacing, sha256_texts, show, write_json, write_text
+from des.truncation import truncated_counts
 
 import pandas as pd
 from PIL import Image, PngImagePlugin
@@ -172,6 +173,7 @@ def write_verdicts(
         lines.append(", ".join(filter(None, parts)))
         facts = {**score, "what": detector.titles[verdict], **summary, "detector": detector.facts[verdict]}
         facts["unreadable"] = list(unreadable)
+        facts |= truncated_counts(folder, [row_of(Path(name)) for name in files])
         facts["images"] = [
             {"file": name, "row": row_of(Path(name)), "sha256": digest, **finding}
             for (name, digest), finding in zip(files.items(), found, strict=True)

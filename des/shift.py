@@ -93,21 +93,33 @@ def doubt(shift: Mapping[str, Any]) -> str | None:
     return None
 
 
-def load_measured(encoder: TextEncoder, path: Path, concepts: Sequence[str] | None = None) -> dict[str, Any]:
+def measure(encoder: TextEncoder, path: Path, concepts: Sequence[str] | None = None) -> dict[str, Any]:
     """Put a checkpoint into `encoder` in place, and measure what it does to embeddings.
 
-    The concept prompts are those of the checkpoint's metadata, else `concepts`. Warns where the encoder may not protect. Returns
-    what `load_checkpoint` says, with `shift`; raises as that does.
+    The concept prompts are those of the checkpoint's metadata, else `concepts`. Returns what `load_checkpoint` says, with `shift`,
+    and as `doubt` why the encoder may not protect, or None; raises as `load_checkpoint` does.
     """
     before = Before(encoder, concepts_of(read_metadata(path)) or concepts)
     told = load_checkpoint(encoder.model, path)
     shift = before.shift(encoder)
-    logger.info("%s: %s", path, describe(shift))
+    why = doubt(shift)
     if told.get("protects") is False:
-        logger.warning("%s does not protect: training ended with unsafe prompts whose embeddings hardly moved", path)
-    elif doubt(shift):
-        logger.warning("%s: %s", path, doubt(shift))
-    return {**told, "shift": shift}
+        why = "this encoder does not protect: training ended with unsafe prompts whose embeddings hardly moved"
+    return {**told, "shift": shift, "doubt": why}
+
+
+def load_measured(encoder: TextEncoder, path: Path) -> dict[str, Any]:
+    """`measure`, with its figures in the log, and a warning where the encoder may not protect."""
+    told = measure(encoder, path)
+    logger.info("%s: %s", path, describe(told["shift"]))
+    if told["doubt"]:
+        logger.warning("%s: %s", path, told["doubt"])
+    return told
+
+
+def in_doubt(applied: Mapping[Any, Any]) -> bool:
+    """Whether one of several encoders' `load_measured` warned that it may not protect."""
+    return any(isinstance(told, Mapping) and told.get("doubt") for told in applied.values())
 
 
 def concepts_of(metadata: Mapping[str, Any]) -> list[str]:

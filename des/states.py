@@ -142,7 +142,7 @@ def refuse_other_runs(run_dir: Path, made_from: Mapping[str, Any]) -> None:
         differs = changes(before, made_from) if isinstance(before, dict) else "origin, which is not recorded"
         if differs:
             advice = "name another --output_dir, or move them away"
-            raise UserError(f"{run_dir} holds checkpoints of a run with another {differs} ({name}); {advice}")
+            raise UserError(f"{run_dir} holds {name} of a run with another {differs}; {advice}")
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
