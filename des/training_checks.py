@@ -34,8 +34,9 @@ def check_concept(concepts: Sequence[str], unsafe: Sequence[str]) -> None:
 
 
 def _occurs(word: str, text: str) -> bool:
-    """Whether a word of `text` starts with `word`; in scripts without spaces, whether it is anywhere in it."""
-    return bool(re.search(r"\b" + re.escape(word), text)) if word.isascii() else word in text
+    """Whether a word of `text` starts with `word`, plural or not; in scripts without spaces, whether it is anywhere in it."""
+    stem = word.removesuffix("s") if len(word) > 3 else word
+    return bool(re.search(r"\b" + re.escape(stem), text)) if word.isascii() else word in text
 
 
 def check_guidance(alpha: float, norm: float) -> None:
