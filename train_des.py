@@ -31,18 +31,16 @@ from des.results import provenance, sha256_tensors
 from des.shift import describe as describe_shift
 from des.states import States, open_metrics, refuse_other_runs
 from des.trackers import TRACKERS, check_trackers, tracking
-from des.training import (
-    PRECISIONS,
-    Pairs,
-    Settings,
-    Summary,
-    all_that_decides,
-    make_trainable,
-    train,
-    trained_dtype,
+from des.training import PRECISIONS, Pairs, Settings, Summary, all_that_decides, make_trainable, train, trained_dtype
+from des.training_checks import (
+    check_concept,
+    check_guidance,
+    check_lengths,
+    name_concept,
+    refuse_untrained,
     unprotected,
+    warn_unprotected,
 )
-from des.training_checks import check_concept, check_guidance, check_lengths, name_concept
 
 import torch
 
@@ -364,15 +362,6 @@ def make_pairs(
     return Pairs(encoder.tokenize(unsafe), encoder.tokenize(safe), target_rows, safe_rows, codebook, originals)
 
 
-def refuse_untrained(state: dict[str, torch.Tensor], untrained: str, epoch: int) -> None:
-    """Raise UserError where training left every weight as it was: its updates were lost to rounding."""
-    if sha256_tensors(plain_names(state)) == untrained:
-        raise UserError(
-            f"training changed no weight in {epoch} epoch{'s' * (epoch > 1)}, so nothing would be protected and no checkpoint is "
-            "written; use a higher --learning_rate, or --precision fp32"
-        )
-
-
 def report(after: dict[str, Any], checkpoint: Path) -> None:
     """The final summary: where the embeddings went."""
     told = (
@@ -384,12 +373,6 @@ def report(after: dict[str, Any], checkpoint: Path) -> None:
     told = "all safe embeddings moved by %(safe_shift).3f of their norm, cosine to the concept %(safe_shift_along_concept).2f"
     logger.info(told + "; %(distinct_targets)d distinct targets", after)
     logger.info("%s encoder in %s", "trained" if unprotected(after) else "protected", checkpoint)
-
-
-def warn_unprotected(after: dict[str, Any] | None) -> None:
-    """Say last on the screen that the encoder does not protect, where its `Summary.after` shows that."""
-    if after and unprotected(after):
-        logger.warning(unprotected(after))
 
 
 if __name__ == "__main__":

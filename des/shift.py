@@ -34,10 +34,12 @@ _UNMOVED = 0.99999  # a mean cosine above it is rounding
 _LENGTH = 77  # tokens: a T5-XXL on a CPU reads its 512 in minutes, and these prompts have few
 
 
+@torch.no_grad()
 def embed(encoder: TextEncoder, prompts: Sequence[str]) -> Tensor:
-    """Embeddings [prompts, rows, hidden] in fp32 on the CPU, of at most 77 tokens."""
+    """Embeddings [prompts, rows, hidden] in fp32 on the CPU, of at most 77 tokens, in eval mode."""
+    encoder.model.eval()
     short = replace(encoder, length=min(encoder.length, _LENGTH))
-    return torch.cat([batch.float().cpu() for batch in short.encode(list(prompts), 16)])
+    return torch.cat([short(ids).float().cpu() for ids in short.tokenize(list(prompts)).split(16)])
 
 
 class Before:

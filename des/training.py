@@ -1,7 +1,7 @@
 """The DES training loop: pairs of prompts in, a protected encoder out."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -16,7 +16,7 @@ from des.encoders import TextEncoder, spread
 from des.optimizers import make_optimizer
 from des.processes import Processes
 from des.results import sha256_tensors
-from des.shift import UNPROTECTED, Before
+from des.shift import Before
 from des.states import Point, States
 
 import torch
@@ -261,14 +261,3 @@ class Summary:
             "distinct_targets": self.pairs.target_rows.unique().numel(),
             "shift": self.before.shift(encoder),
         }
-
-
-def unprotected(after: Mapping[str, Any]) -> str | None:
-    """Why an encoder with this `Summary.after` does not protect, in a sentence; None where its unsafe prompts moved."""
-    cosine = after["cos_unsafe_to_original"]
-    if cosine <= UNPROTECTED:
-        return None
-    return (
-        f"THIS ENCODER DOES NOT PROTECT: the embeddings of unsafe prompts hardly moved (mean cosine to their originals {cosine:.4f}, "
-        f"above {UNPROTECTED}); train with a higher --learning_rate or more --num_epochs"
-    )

@@ -1,11 +1,17 @@
-"""What is looked at before training starts: mistakes in a command line that would train without an error, against something else."""
+"""Checks of a training: that it is about the concept that is meant, before it starts, and that it protects, at its end."""
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from des.cli import logger
+from des.checkpoints import plain_names
+from des.cli import UserError, logger
 from des.encoders import TextEncoder
+from des.results import sha256_tensors
+from des.shift import UNPROTECTED
 from des.truncation import truncated_rows
+
+from torch import Tensor
 
 _GUIDANCE = (0.1, 2.0)  # alpha / |n|; the paper's is about 0.8
 # Words that say nothing about a concept, as in `in the style of ...`
@@ -65,3 +71,29 @@ def check_lengths(encoder: TextEncoder, lists: Mapping[str, Sequence[str]]) -> d
         told = "%d unsafe prompts have the same tokens as a safe one, first unsafe row %d and safe row %d: their embedding is "
         logger.warning(told + "pushed away and kept at once; shorten or remove one of each pair", len(equal), *equal[0])
     return counts | {"unsafe_equal_to_safe": len(equal)}
+
+
+def refuse_untrained(state: Mapping[str, Tensor], untrained: str, epoch: int) -> None:
+    """Raise UserError where training left every weight as it was, with the hash `untrained`: its updates were lost to rounding."""
+    if sha256_tensors(plain_names(state)) == untrained:
+        raise UserError(
+            f"training changed no weight in {epoch} epoch{'s' * (epoch > 1)}, so nothing would be protected and no checkpoint is "
+            "written; use a higher --learning_rate, or --precision fp32"
+        )
+
+
+def unprotected(after: Mapping[str, Any]) -> str | None:
+    """Why an encoder with this `Summary.after` does not protect, in a sentence; None where its unsafe prompts moved."""
+    cosine = after["cos_unsafe_to_original"]
+    if cosine <= UNPROTECTED:
+        return None
+    return (
+        f"THIS ENCODER DOES NOT PROTECT: the embeddings of unsafe prompts hardly moved (mean cosine to their originals {cosine:.4f}, "
+        f"above {UNPROTECTED}); train with a higher --learning_rate or more --num_epochs"
+    )
+
+
+def warn_unprotected(after: Mapping[str, Any] | None) -> None:
+    """Say that the encoder with this `Summary.after` does not protect, where that is so: to be the last line on the screen."""
+    if after and unprotected(after):
+        logger.warning(unprotected(after))
