@@ -39,6 +39,7 @@ OTHERWISE = {"results_dir", "start_idx", "end_idx", "device", "batch_size", "log
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="a folder with run.json and manifest.jsonl")
+    sampled = parser.add_argument_group("of a folder")
     of_checkpoint = parser.add_argument_group("instead of a folder")
     of_checkpoint.add_argument("--checkpoint", type=Path, metavar="CKPT", help="a protected text encoder")
     cli.add_model(of_checkpoint)
@@ -48,13 +49,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     of_checkpoint.add_argument(
         "--concept_prompt", nargs="+", metavar="TEXT", help="for a checkpoint whose metadata names no concept"
     )
-    parser.add_argument("--sample", type=cli.natural, default=4, metavar="N", help="images to draw again")
-    parser.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of the sample's choice")
-    parser.add_argument(
+    sampled.add_argument("--sample", type=cli.natural, default=4, metavar="N", help="images to draw again")
+    sampled.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of the sample's choice")
+    sampled.add_argument(
         "--tolerance", type=cli.natural, default=0, metavar="L",
         help="levels (of 255) that a pixel may differ by: 0 on the machine that drew the images, some on another",
     )  # fmt: skip
-    cli.add_device(parser)
+    cli.add_device(parser.add_argument_group("performance"))
     args = parser.parse_args(argv)
     if (args.folder is None) == (args.checkpoint is None):
         parser.error("name a folder of images, or --checkpoint CKPT, and not both")
