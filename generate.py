@@ -33,11 +33,14 @@ from des.pipelines import (
     open_pipeline,
     open_refiner,
     place,
+    readers,
 )
 from des.processes import Processes
 from des.prompts import never_drawn, read_rows
 from des.runs import Run, claim, finish, lines_of, recorded_settings, reserved, settings_of
 from des.scoring import Scorecards
+from des.shift import in_doubt
+from des.truncation import truncated_by_encoder
 from tasks.detectors.options import OUTPUT_NAMES, add_scoring, check_scoring, open_scorers
 
 import pandas as pd
@@ -183,12 +186,15 @@ def main(argv: list[str] | None = None) -> None:
         for copy in range(args.num_images_per_prompt)
     }
     size = min(args.batch_size, len(prompts) * args.num_images_per_prompt)
+    left_out = set(never_drawn(prompts))
+    drawable = [row for row in range(len(prompts)) if row not in left_out]  # of all shards
+    truncated = truncated_by_encoder(readers(pipe, args.max_sequence_length), prompts, drawable)
     artist = Artist(pipe, refiner, sampling, prompts, drawn_with, inputs, size)
     cards = Scorecards(scorers, OUTPUT_NAMES, args.cls_class, folder)
     with reserved(folder, rows) if processes.is_main else contextlib.nullcontext():
         if processes.is_main:
             settings = settings_of(args, sampling, prompts, drawn_with, pipe, refiner, inputs)
-            claim(folder, args, prompts, settings, applied, names)
+            claim(folder, args, prompts, settings, applied, names, truncated)
         processes.wait()
         settings = recorded_settings(folder)
         run = Run(folder, names, lines_of(artist, names, settings), args.discard_images, args.blur)
@@ -197,6 +203,8 @@ def main(argv: list[str] | None = None) -> None:
         if processes.is_main:
             finish(folder, drawn, seconds, lambda: cards.write(args, list(names.values())) if scorers else [])
     which = "the original model" if args.training_method == "none" else f"the model protected by {args.training_method}"
+    if in_doubt(applied):
+        which = f"the model with {args.training_method}, WHICH MAY NOT PROTECT IT (see the warning above),"
     logger.info("%d images of %s %s %s", len(names), which, "scored in" if args.discard_images else "in", folder)
 
 

@@ -12,15 +12,21 @@ An interrupted run goes on when its command line is repeated with --resume, to t
 """
 
 import argparse
-import json
-import os
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from des import cli, losses
-from des.checkpoints import FORMATS, check_replaceable, checkpoint_path, save_checkpoint
+from des.checkpoints import (
+    FORMATS,
+    base_sketch,
+    check_replaceable,
+    checkpoint_path,
+    plain_names,
+    read_metadata,
+    save_checkpoint,
+)
 from des.cli import UserError, logger
 from des.codebook import DTYPES, TARGETS, Codebook, dtype_name, find_codebook, find_targets, write_codebook
 from des.encoders import TextEncoder, load_encoder, own_name
@@ -29,12 +35,24 @@ from des.optimizers import OPTIMIZERS
 from des.plan import describe, make_plan
 from des.processes import Processes
 from des.prompts import read_prompts
-from des.results import provenance
-from des.states import States, open_metrics
+from des.results import provenance, sha256_tensors
+from des.shift import describe as describe_shift
+from des.states import States, open_metrics, refuse_other_runs
 from des.trackers import TRACKERS, check_trackers, tracking
-from des.training import PRECISIONS, Pairs, Settings, Summary, all_that_decides, make_trainable, train
+from des.training import PRECISIONS, Pairs, Settings, Summary, all_that_decides, make_trainable, train, trained_dtype
+from des.training_checks import (
+    check_concept,
+    check_guidance,
+    check_lengths,
+    name_concept,
+    refuse_untrained,
+    unprotected,
+    warn_unprotected,
+)
 
 import torch
+
+DEFAULT_CONCEPT = ["nudity"]  # the paper's
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group.add_argument(
         "--concept_prompt",
         nargs="+",
-        default=["nudity"],
+        default=DEFAULT_CONCEPT,
         metavar="TEXT",
         help="the concept to remove, in words; several, each in quotes, get a NEN term each and share the guidance",
     )
@@ -171,8 +189,11 @@ def main(argv: list[str] | None = None) -> None:
     cli.setup_logging(args.log_file, quiet=not processes.is_main)
     inputs = [args.safe_csv_path, args.unsafe_csv_path, *args.codebook_dir.glob("codebook*"), args.log_file]
     cli.check_outputs([args.safe_embedding_path], inputs)
+    concept_line = name_concept(args.concept_prompt, is_default=args.concept_prompt is DEFAULT_CONCEPT)
+    logger.info(concept_line)
     safe = read_prompts(args.safe_csv_path, args.sampling_ratio)
     unsafe = read_prompts(args.unsafe_csv_path, args.sampling_ratio)
+    check_concept(args.concept_prompt, unsafe)
     if args.dry_run:
         print(dry_run(args, processes, safe, unsafe))
         return
@@ -187,19 +208,22 @@ def main(argv: list[str] | None = None) -> None:
     codebook.check(encoder)
     concept = frozen_concept(encoder, args)
     pairs = make_pairs(args, processes, encoder, codebook, safe, unsafe)
-    summary = Summary(encoder, pairs, args.batch_size)
+    summary = Summary(encoder, pairs, args.batch_size, args.concept_prompt)
+    truncated = check_lengths(encoder, {"unsafe": unsafe, "safe": safe, "concept": args.concept_prompt})
 
     run_name = f"{args.learning_rate}_{args.lambda_safe}"
     run_dir = args.output_dir / own_name(args.model_path, encoder.index, run_name, "encoder{i}_" + run_name)
     with locked(run_dir / ".lock", "a training run") if processes.is_main else nullcontext():
         if processes.is_main:
             cli.setup_logging(args.log_file, run_dir / "train.log")
+            logger.debug(concept_line)
         norm = concept.n.norm().item()
         told = "%d unsafe and %d safe prompts; |n| = %.2f, alpha = %g, alpha / |n| = %.3f"
         logger.info(told, len(unsafe), len(safe), norm, concept.alpha, concept.alpha / norm)
+        check_guidance(concept.alpha, norm)
         how = encoder.embedding, encoder.index, settings.precision, settings.optimizer, processes
         logger.info("%s of encoder %d, trained in %s with %s by %s", *how)
-        fit(args, run_dir, encoder, pairs, concept, settings, processes, summary)
+        fit(args, run_dir, encoder, pairs, concept, settings, processes, summary, truncated)
 
 
 def fit(
@@ -211,27 +235,33 @@ def fit(
     settings: Settings,
     processes: Processes,
     summary: Summary,
+    truncated: dict[str, int],
 ) -> None:
     """Train, from the beginning or from where an interrupted run stands, and write checkpoints, losses and states into `run_dir`."""
     made_from = all_that_decides(encoder, pairs, concept, args.concept_prompt, settings, processes)
+    refuse_other_runs(run_dir, made_from)
     states = None if processes.sharded else States(run_dir / "state.pt", made_from, processes, args.save_every_steps)
     final = checkpoint_path(run_dir / f"checkpoint-{args.num_epochs}", args.save_format)
     done = states.start(args.resume, final) if states else 0
     if done is None:
+        warn_unprotected(read_metadata(final).get("embeddings"))
         return
     for epoch in range(1, args.num_epochs + 1):
         check_replaceable(checkpoint_path(run_dir / f"checkpoint-{epoch}", args.save_format))
     facts = facts_of(args, encoder, pairs.codebook, concept, settings) | {"made_from": made_from}
+    facts |= {"truncated_prompts": truncated, "base_sketch": base_sketch(encoder.model)}
+    untrained = sha256_tensors(plain_names(encoder.model.state_dict()), trained_dtype(settings))
     concept_ids = encoder.tokenize(args.concept_prompt)
     followed = args.report_to if processes.is_main else []
     with (
         tracking(followed, run_dir, made_from, done) as track,
-        open_metrics(run_dir / "metrics.jsonl", done) if processes.is_main else Path(os.devnull).open("w") as metrics,
+        open_metrics(run_dir / "metrics.jsonl", done) if processes.is_main else nullcontext(lambda step: None) as add_metrics,
     ):
 
         def log_step(step: dict) -> None:
-            metrics.write(json.dumps(step) + "\n")
-            metrics.flush()
+            if states:
+                states.begin()
+            add_metrics(step)
             track(step)
 
         def save(epoch: int, trained: TextEncoder) -> Path | None:
@@ -241,7 +271,8 @@ def fit(
             after, state = summary.after(trained, concept), processes.state_dict(trained.model)
             path = run_dir / f"checkpoint-{epoch}"
             if processes.is_main:
-                metadata = {"epoch": epoch, **facts, "embeddings": after}
+                refuse_untrained(state, untrained, epoch)
+                metadata = {"epoch": epoch, **facts, "protects": unprotected(after) is None, "embeddings": after}
                 save_checkpoint(path, encoder.model, state, metadata, args.save_format)
                 if last:
                     report(after, checkpoint_path(path, args.save_format))
@@ -251,6 +282,8 @@ def fit(
         train(encoder, pairs, concept, concept_ids, settings, processes, log_step, save, states)
     if states:
         states.remove()
+    if processes.is_main:
+        warn_unprotected(read_metadata(final).get("embeddings"))
 
 
 def load(args: argparse.Namespace, device_map: str | None = None, device: torch.device | str | None = None) -> TextEncoder:
@@ -341,16 +374,17 @@ def make_pairs(
     return Pairs(encoder.tokenize(unsafe), encoder.tokenize(safe), target_rows, safe_rows, codebook, originals)
 
 
-def report(after: dict[str, float], checkpoint: Path) -> None:
+def report(after: dict[str, Any], checkpoint: Path) -> None:
     """The final summary: where the embeddings went."""
     told = (
         "mean cosine: safe to original %(cos_safe_to_original).4f (%(safe_prompts)d prompts), unsafe to original "
         "%(cos_unsafe_to_original).4f, unsafe to target %(cos_unsafe_to_target).4f (%(unsafe_prompts)d prompts)"
     )
     logger.info(told, after)
+    logger.info(describe_shift(after["shift"]))
     told = "all safe embeddings moved by %(safe_shift).3f of their norm, cosine to the concept %(safe_shift_along_concept).2f"
     logger.info(told + "; %(distinct_targets)d distinct targets", after)
-    logger.info("protected encoder in %s", checkpoint)
+    logger.info("%s encoder in %s", "trained" if unprotected(after) else "protected", checkpoint)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 from des.checkpoints import read_tensors, refuse_integers
 from des.cli import UserError
 from des.results import sha256_file
+from des.weights import same_weights
 
 import torch
 from diffusers.models import Transformer2DModel
@@ -23,7 +24,7 @@ def load_unet_weights(unet: nn.Module, path: Path) -> dict[str, Any]:
     """Load a whole or partial UNet state dict (diffusers names) into `unet`, cast to its dtype.
 
     ESD and UCE publish the tensors they changed, FMN and SalUn all of them. Raises UserError, and changes nothing, where a
-    tensor is left over, of another shape or not finite, or where none differs from the UNet's own. Returns `{"file", "sha256",
+    tensor is left over, of another shape or not finite, or where none differs from the UNet's own by more than rounding. Returns `{"file", "sha256",
     "tensors"}`, the last how many were replaced.
     """
     loaded, own = read_tensors(path), unet.state_dict()
@@ -101,14 +102,14 @@ def _product(down: Tensor, up: Tensor, alpha: Tensor, weight: Tensor, what: str)
 
 @torch.no_grad()
 def _replace(unet: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    """Put tensors into the UNet's state, cast to its dtype; UserError where none differs from what is there."""
+    """Put tensors into the UNet's state, cast to its dtype; UserError where none differs from what is there but by rounding."""
     own = unet.state_dict()
     cast = {name: tensor.to(own[name]) for name, tensor in tensors.items()}
     broken = [name for name, tensor in cast.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(f"{path} does not fit into {own[broken[0]].dtype}: `{broken[0]}` overflows; use --dtype bf16 or fp32")
-    if all(torch.equal(tensor, own[name]) for name, tensor in cast.items()):
-        raise UserError(f"{path} does not change the UNet: its weights are the model's own")
+    if same_weights(own, tensors):
+        raise UserError(f"{path} does not change the UNet: its weights are the model's own, or those rounded to another type")
     unet.load_state_dict(own | cast, strict=True)
     arrived = unet.state_dict()
     if not all(torch.equal(arrived[name], tensor) for name, tensor in cast.items()):

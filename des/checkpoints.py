@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from des.cli import UserError
+from des.cli import UserError, logger
 from des.loading import check_finite, loading, read_pt
 from des.results import replacing, sha256_file, sha256_tensors, sha256_texts, write_json
+from des.weights import distance, same_weights, sketch
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +31,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.fl
 _FILES = (  # of a model's folder, in the order in which transformers looks for them
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
+_SAME_BASE = 0.003  # distance of two bases up to which they are the same weights, rounded differently
 _NESTS = ("model_state_dict", "state_dict", "unet")
 
 
@@ -72,7 +74,7 @@ def checkpoint_path(path: Path, save_format: str) -> Path:
 def save_checkpoint(
     path: Path, model: PreTrainedModel, state: Mapping[str, Tensor], metadata: Mapping[str, Any], save_format: str = "pt"
 ) -> Path:
-    """Write an encoder's `state` atomically as `path` with the suffix of its format, and `{name}-metadata.json` beside it.
+    """Write an encoder's `state` atomically as `path` with the suffix of its format, after `{name}-metadata.json` beside it.
 
     `pt` is the published form, a dict whose `model_state_dict` holds the encoder; `safetensors` has the same names; `hf` is a
     folder for the model class's `from_pretrained` of any transformers version. Returns what was written. Raises UserError for a
@@ -93,16 +95,32 @@ def save_checkpoint(
         digests = {"encoder_sha256": encoder_sha256, "file_sha256": _sha256_files(temporary)}
         if before:
             digests["replaced_sha256"] = before
-        # Before the checkpoint takes its place: killed between the two, a folder is still known as this program's.
+        # Before the checkpoint takes its name: a run that is killed here leaves no checkpoint or folder of unknown origin.
         write_json(metadata_file, {**metadata, **digests})
     return target
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What `{name}-metadata.json` beside a checkpoint says; nothing where there is none, UserError where it is damaged."""
+def metadata_path(path: Path) -> Path:
+    """Where the metadata of a checkpoint, a file or a folder, is."""
     named_by_stem = not path.is_dir() and path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
     stem = path.stem if named_by_stem else path.name  # of `encoder_0.3` nothing is a suffix
-    file = path.with_name(f"{stem}-metadata.json")
+    return path.with_name(f"{stem}-metadata.json")
+
+
+def base_sketch(encoder: nn.Module) -> str:
+    """The `des.weights.sketch` of an encoder that is to be trained, for its checkpoints' metadata."""
+    return sketch(_base_weights(encoder))
+
+
+def _base_weights(encoder: nn.Module) -> dict[str, Tensor]:
+    """The weights by which two bases are compared: without a projection, which one of them may lack, and T5's second name."""
+    state = plain_names(encoder.state_dict())
+    return {name: tensor for name, tensor in state.items() if name not in (PROJECTION, _TIED[1])}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `{name}-metadata.json` beside a checkpoint says; nothing where there is none, UserError where it is damaged."""
+    file = metadata_path(path)
     if not file.is_file():
         return {}
     with loading(f"the metadata {file}"):
@@ -140,7 +158,8 @@ def _sha256_files(path: Path) -> str:
     """The sha256 of a file, or of a folder's file names and contents."""
     if path.is_file():
         return sha256_file(path)
-    return sha256_texts(f"{each.name} {sha256_file(each)}" for each in sorted(path.iterdir()))
+    files = [each for each in sorted(path.iterdir()) if each.is_file() and not each.name.startswith(".")]
+    return sha256_texts(f"{each.name} {sha256_file(each)}" for each in files)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -212,9 +231,10 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     """Load a checkpoint into `encoder` in place, cast from any float to its dtype, or raise UserError and change nothing.
 
-    Every parameter must be there with its shape, none may be left over, and the weights must differ from the encoder's
-    own. Only `text_projection` may be lacking (the encoder's own stays) or be left over. Returns
-    `{"file", "encoder_sha256"}` and what `{name}-metadata.json` says.
+    Every parameter must be there with its shape, none may be left over, and the weights must differ from the encoder's own by
+    more than rounding. Only `text_projection` may be lacking (the encoder's own stays) or be left over. The metadata beside it,
+    if any, must be about this checkpoint; a warning says where it was trained from another base encoder. Returns `{"file",
+    "file_sha256", "encoder_sha256"}`, `base_distance` where it was measured, and what `{name}-metadata.json` says.
     """
     loaded, own, told = plain_names(read_tensors(path)), plain_names(encoder.state_dict()), read_metadata(path)
     refuse_integers(loaded, path)
@@ -229,20 +249,58 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     if missing or surplus:
         lacks = [f"lacks {_some(missing)}"] * bool(missing) + [f"has the unknown {_some(surplus)}"] * bool(surplus)
         raise UserError(f"{path} does not fit the model's text encoder: it {' and '.join(lacks)}")
-    cast = {name: tensor.to(own[name].dtype) for name, tensor in loaded.items()}
-    if all(torch.equal(own[name].cpu(), tensor) for name, tensor in cast.items() if name != PROJECTION):
+    file_sha256 = _check_metadata(path, loaded, told)
+    if same_weights(own, {name: tensor for name, tensor in loaded.items() if name != PROJECTION}):
         raise UserError(
-            f"this checkpoint does not change the encoder: the weights in {path} are the model's own, so nothing would be protected"
+            f"this checkpoint does not change the encoder: the weights in {path} are the model's own, or those rounded to "
+            "another type, so nothing would be protected"
         )
+    cast = {name: tensor.to(own[name].dtype) for name, tensor in loaded.items()}
     broken = [name for name, tensor in cast.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(f"{path} does not fit into {own[broken[0]].dtype}: {_some(broken)} overflows; use --dtype bf16 or fp32")
+    apart = _distance_of_bases(encoder, path, told)
     own_name = {name.removeprefix(_PREFIX): name for name in encoder.state_dict()}
     encoder.load_state_dict({own_name[name]: tensor for name, tensor in cast.items()}, strict=True)
     arrived = plain_names(encoder.state_dict())
     if not all(torch.equal(arrived[name].cpu(), tensor) for name, tensor in cast.items()):
         raise UserError(f"the weights of {path} did not arrive in the model's text encoder")
-    return {**told, "file": str(path), "encoder_sha256": fingerprint(encoder)}
+    measured = {} if apart is None else {"base_distance": apart}
+    facts = {"file": str(path), "file_sha256": file_sha256, "encoder_sha256": fingerprint(encoder)}
+    return {**told, **measured, **facts}
+
+
+def _check_metadata(path: Path, loaded: Mapping[str, Tensor], told: Mapping[str, Any]) -> str:
+    """The sha256 of a checkpoint's files. Raises UserError where the metadata beside them is about other weights.
+
+    The same weights in another format have the metadata's `encoder_sha256`. Metadata without hashes is believed.
+    """
+    digest = _sha256_files(path)
+    if told.get("file_sha256") not in (None, digest) and told.get("encoder_sha256") != sha256_tensors(loaded):
+        raise UserError(
+            f"{path} is not the checkpoint that {metadata_path(path)} describes; put them back together, or move the metadata "
+            "away to load the checkpoint without"
+        )
+    return digest
+
+
+def _distance_of_bases(encoder: nn.Module, path: Path, told: Mapping[str, Any]) -> float | None:
+    """How far `encoder`, the model's own, is from the one that a checkpoint was trained from; None where that is not recorded.
+
+    Warns where they are not the same weights. SD 1.5, SDXL, SD3 and FLUX share one CLIP-L, in different types.
+    """
+    apart = None
+    if isinstance(told.get("base_sketch"), str):
+        apart = distance(told["base_sketch"], _base_weights(encoder))
+        if apart is not None and apart > _SAME_BASE:
+            warning = "%s was trained from another base encoder than the model's: their weights differ by %.3g of their size"
+            logger.warning(warning + " (unrelated ones by about 1.4), so it may not protect this model", path, apart)
+    elif told.get("base_encoder_sha256"):  # of an earlier version; it is of CLIP in fp32, without the projection of SD3's
+        own = encoder.state_dict()
+        comparable = PROJECTION not in own and _TIED[0] not in own and all(t.dtype == torch.float32 for t in own.values())
+        if comparable and told["base_encoder_sha256"] != fingerprint(encoder):
+            logger.warning("%s was trained from another base encoder than the model's: their hashes differ", path)
+    return apart
 
 
 def _reconcile(loaded: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:

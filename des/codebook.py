@@ -12,6 +12,7 @@ from des.loading import read_pt
 from des.locks import locked
 from des.parts import Part, differing
 from des.results import replacing, sha256_file, sha256_tensors, sha256_texts, write_json
+from des.truncation import truncated_rows
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -72,9 +73,12 @@ def write_codebook(
         hashes = dependencies(encoder, prompts) | {"rows": sha256_texts(shard["sha256"] for shard in shards)}
         facts = {"model": encoder.model_path, "encoder": encoder.index, "subfolder": encoder.subfolder}
         facts |= {"dtype": dtype, "rows": len(prompts), "tokens": tokens, "hidden": hidden, "shards": shards}
+        facts["truncated_prompts"] = len(truncated_rows(encoder.tokenizer, prompts, encoder.length))
         write_json(folder / "codebook.json", {**facts, "hashes": hashes, "made_by": made_by, "prompts": prompts})
         for part in parts:
             part.forget()
+    told = "%d of %d prompts of the codebook are longer than %d tokens, and are truncated"
+    logger.info(told, facts["truncated_prompts"], len(prompts), encoder.length)
 
 
 def _open_parts(

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from des.checkpoints import PROJECTION, fingerprint, load_checkpoint, plain_names, published_names, read_tensors, save_published
+from des.checkpoints import PROJECTION, fingerprint, plain_names, published_names, read_tensors, save_published
 from des.cli import UserError, logger
 from des.encoders import TextEncoder, load_encoder, read_index, subfolder_of, text_encoders
 from des.loading import load_model, loading
+from des.shift import embedding_of, load_measured
 
 import torch
 from diffusers import DiffusionPipeline
@@ -51,14 +52,14 @@ class Export:
 
     model_path: str
     encoders: dict[int, TextEncoder]
-    told: dict[int, dict]  # what `load_checkpoint` says of each
+    told: dict[int, dict]  # what `load_measured` says of each
     base: Path | None = None  # a1111: the single file whose other tensors are kept
 
 
 def load_protected(model_path: str, checkpoints: Mapping[int, Path]) -> Export:
     """Load the encoders that have a checkpoint, and protect them; raises as `load_encoder` and `load_checkpoint` do."""
-    encoders = {i: load_encoder(model_path, i) for i in checkpoints}
-    told = {i: load_checkpoint(encoders[i].model, path) for i, path in checkpoints.items()}
+    encoders = {i: load_encoder(model_path, i, embedding=embedding_of(path)) for i, path in checkpoints.items()}
+    told = {i: load_measured(encoders[i], path) for i, path in checkpoints.items()}
     rest = [str(i) for i in text_encoders(model_path) if i not in checkpoints]
     if rest:
         logger.warning("text encoder %s of the model is the original, NOT protected", " and ".join(rest))

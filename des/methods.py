@@ -10,6 +10,7 @@ from des.baselines import load_unet_weights, merge_spm
 from des.cli import UserError
 from des.loading import loading
 from des.pipelines import protect
+from des.weights import same_weights
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -59,8 +60,10 @@ def _safegen(pipe: DiffusionPipeline, args: argparse.Namespace) -> dict[str, Any
     with loading(f"the UNet of --base_model_path {args.base_model_path}"):
         base = UNet2DConditionModel.from_pretrained(args.base_model_path, subfolder="unet", dtype=unet.dtype).state_dict()
     own = unet.state_dict()
-    if base.keys() == own.keys() and all(torch.equal(base[name], tensor) for name, tensor in own.items()):
-        raise UserError(f"{args.model_path} is no SafeGen: its UNet is the one of {args.base_model_path}")
+    same_shapes = base.keys() == own.keys() and all(base[name].shape == tensor.shape for name, tensor in own.items())
+    if same_shapes and same_weights(base, own):
+        told = f"its UNet is the one of {args.base_model_path}, or that one rounded to another type"
+        raise UserError(f"{args.model_path} is no SafeGen: {told}")
     return {"model": args.model_path, "differs_from": args.base_model_path}
 
 

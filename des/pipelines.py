@@ -2,15 +2,17 @@
 
 import contextlib
 import copy
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from des.checkpoints import fingerprint, load_checkpoint
+from des.checkpoints import fingerprint
 from des.cli import UserError, logger
-from des.encoders import KINDS, PIPELINES, read_index, text_encoders
+from des.encoders import KINDS, PIPELINES, TextEncoder, read_index, text_encoders
 from des.identity import component_sha256s, scheduler_sha256
 from des.loading import load_model, loading
+from des.shift import embedding_of, load_measured
 
 import diffusers
 import torch
@@ -18,6 +20,7 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, Dif
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MODES = {"text": None, "image": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpainting}
@@ -190,18 +193,36 @@ def encoder_modules(pipe: DiffusionPipeline) -> dict[int, nn.Module]:
     return {i: getattr(pipe, name) for i, name in names.items() if getattr(pipe, name, None) is not None}
 
 
+def text_encoder(pipe: DiffusionPipeline, index: int, embedding: str = "last_hidden_state") -> TextEncoder:
+    """Text encoder `index` (1-based) of a pipeline with its tokenizer, as `load_encoder` loads one of its own."""
+    name = _encoder_name(index)
+    model, tokenizer = getattr(pipe, name), getattr(pipe, name.replace("text_encoder", "tokenizer"))
+    reading = KINDS[type(model).__name__].last_hidden_state
+    if embedding == "pipeline":
+        reading = PIPELINES[re.sub("Img2Img|Inpaint", "", type(pipe).__name__)][index]
+    length = reading.length or tokenizer.model_max_length
+    return TextEncoder(pipe.name_or_path, index, name, model, tokenizer, embedding, reading, length)
+
+
+def readers(pipe: DiffusionPipeline, max_sequence_length: int | None = None) -> dict[str, tuple[PreTrainedTokenizerBase, int]]:
+    """The tokenizer of each text encoder that a pipeline draws with, and how many tokens of a prompt it reads."""
+    encoders = [text_encoder(pipe, i, "pipeline") for i in encoder_modules(pipe)]
+    of_t5 = [max_sequence_length if isinstance(each.model, T5EncoderModel) else None for each in encoders]
+    return {each.subfolder: (each.tokenizer, length or each.length) for each, length in zip(encoders, of_t5, strict=True)}
+
+
 def _encoder_name(index: int) -> str:
     return "text_encoder" if index == 1 else f"text_encoder_{index}"
 
 
 def protect(pipe: DiffusionPipeline, checkpoints: dict[int, Path]) -> dict[int, dict[str, Any]]:
-    """Put a checkpoint into each of the named text encoders, or raise UserError; returns what `load_checkpoint` says of each."""
+    """Put a checkpoint into each of the named text encoders, or raise UserError; returns what `load_measured` says of each."""
     encoders = encoder_modules(pipe)
     lacking = sorted(checkpoints.keys() - encoders.keys())
     if lacking:
         has = ", ".join(map(str, encoders))
         raise UserError(f"a checkpoint is given for text encoder {lacking[0]}, and the pipeline has only {has}")
-    told = {i: load_checkpoint(encoders[i], path) for i, path in checkpoints.items()}
+    told = {i: load_measured(text_encoder(pipe, i, embedding_of(path)), path) for i, path in checkpoints.items()}
     rest = [str(i) for i in encoders if i not in checkpoints]
     if rest:
         logger.warning("text encoder %s of the pipeline is the original, NOT protected", " and ".join(rest))

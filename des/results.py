@@ -158,10 +158,11 @@ def sha256_texts(texts: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts), ensure_ascii=True).encode()).hexdigest()
 
 
-def sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The sha256 of named tensors: names, types, shapes and values, whatever their order or device."""
+def sha256_tensors(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> str:
+    """The sha256 of named tensors, cast to `dtype` if given: names, types, shapes and values, whatever their order or device."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
+        tensor = tensor if dtype is None else tensor.to(dtype)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -130,6 +130,7 @@ def claim(
     settings: dict[str, Any],
     applied: dict,
     keys: Iterable[tuple[int, int]],
+    truncated: dict[str, Any],
 ) -> None:
     """Write run.json, or raise UserError when `folder` holds images that other settings made.
 
@@ -139,7 +140,8 @@ def claim(
     """
     with locked(folder / ".run.lock", "its record", wait=True):
         earlier = _earlier(folder, json.loads(json.dumps(settings, default=str)))
-        facts = {"settings": settings, "protection": applied, "left_out": never_drawn(prompts), "made_by": provenance(args)}
+        facts = {"settings": settings, "protection": applied, "left_out": never_drawn(prompts)}
+        facts |= {"truncated_prompts": truncated, "made_by": provenance(args)}
         claimed = claims.claimed_keys(folder, earlier | {"left_out": facts["left_out"]}) | set(keys)
         facts["claimed"] = claims.packed(claimed)
         kept = {name: earlier[name] for name in ("format", "settings", "last_drawn") if name in earlier}

@@ -12,6 +12,7 @@ from des.images import SUFFIXES, image_batches, pairing_notes
 from des.loading import loading
 from des.partial import Partial
 from des.results import Z95, is_reserved, replacing, result_paths, sha256_texts, write_json, write_text
+from des.truncation import truncated_counts
 
 import pandas as pd
 import torch
@@ -119,7 +120,8 @@ def write_scores(
     paths = result_paths(output)
     with replacing(paths.csv) as temporary:
         pd.DataFrame(table).to_csv(temporary, index=False)
-    write_json(paths.json, {name: mean, "n": len(scores), **interval, **images.attrs, **facts})
+    about = {**interval, **images.attrs, **truncated_counts(folder, images.index), **facts}
+    write_json(paths.json, {name: mean, "n": len(scores), **about})
     write_text(paths.text, text + "\n")
     Partial(paths.json, "").finish()
     return text

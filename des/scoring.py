@@ -33,6 +33,7 @@ from des.results import (
     write_text,
 )
 from des.scorer_identity import detector_identity
+from des.truncation import truncated_counts
 
 import pandas as pd
 from PIL import Image, PngImagePlugin
@@ -223,6 +224,7 @@ def write_verdicts(
         lines.append(", ".join(filter(None, parts)))
         facts = {**score, "what": detector.titles[verdict], **summary, "detector": detector.facts[verdict], **pairing}
         facts["unreadable"] = list(unreadable)
+        facts |= truncated_counts(folder, [row_of(Path(name)) for name in files])
         facts["images"] = [
             {"file": name, "row": row_of(Path(name)), "sha256": digest, **finding}
             for (name, digest), finding in zip(files.items(), found, strict=True)

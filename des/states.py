@@ -1,7 +1,8 @@
 """The state of a training run on disk, from which an interrupted run goes on to the same weights bit for bit."""
 
 import contextlib
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -47,19 +48,20 @@ class States:
         self.processes = processes
         self.every = every
         self._found: dict[str, Any] | None = None
+        self._given_up = False  # a state is there that this run does not go on from
 
     def start(self, resume: bool, final: Path) -> int | None:
         """The step after which training goes on, 0 for the beginning; None where `resume` finds the last checkpoint, `final`.
 
-        Reads the state for `restore`; without `resume` it goes. Raises UserError where `resume` finds the files of another run, or
-        a damaged state.
+        Reads the state for `restore`; without `resume` it goes after the first step. Raises UserError where `resume` finds the
+        files of another run, or a damaged state.
         """
         there = self.path.exists()
         if not resume:
             if there:
-                logger.warning("starting anew; %s, of an interrupted run, goes (--resume goes on from it)", self.path)
-                self.processes.wait()
-                self.remove()
+                told = "starting anew; %s, of an interrupted run, goes after the first step (--resume goes on from it)"
+                logger.warning(told, self.path)
+            self._given_up = there
             return 0
         if final.exists():
             before = read_metadata(final).get("made_from")
@@ -89,6 +91,12 @@ class States:
         optimizer.load_state_dict(found["optimizer"])
         _set_random_state(model, found["random"][self.processes.rank])
         return Point(**found["point"])
+
+    def begin(self) -> None:
+        """Remove the state of a run that is given up; to be called once a step is done, which replaces what that run did."""
+        if self._given_up:
+            self.remove()
+            self._given_up = False
 
     def due(self, at: Point) -> bool:
         """Whether a state is to be saved after this step."""
@@ -124,6 +132,19 @@ class States:
         return content
 
 
+def refuse_other_runs(run_dir: Path, made_from: Mapping[str, Any]) -> None:
+    """Raise UserError where `run_dir` holds a checkpoint of another run, which training would replace in part or leave beside its own."""
+    found = {path.name.removesuffix("-metadata.json").removesuffix(path.suffix if path.is_file() else "") for path in
+             run_dir.glob("checkpoint-*")}  # fmt: skip
+    for name in sorted(found):
+        told = read_metadata(run_dir / name)
+        before = told.get("made_from")
+        differs = changes(before, made_from) if isinstance(before, dict) else "origin, which is not recorded"
+        if differs:
+            advice = "name another --output_dir, or move them away"
+            raise UserError(f"{run_dir} holds {name} of a run with another {differs}; {advice}")
+
+
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Which items differ, in words, with both values where they are short; empty where none does."""
     differ = [name for name in before | now if before.get(name) != now.get(name)]
@@ -135,11 +156,25 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return " and another ".join(map(told, differ))
 
 
-def open_metrics(path: Path, done: int) -> TextIO:
-    """metrics.jsonl, to be continued after step `done`: lines of later steps go, because those steps are made again."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if done and path.exists() else []
-    write_text(path, "".join(lines[:done]))
-    return path.open("a", encoding="utf-8")
+@contextlib.contextmanager
+def open_metrics(path: Path, done: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Give a function that adds a step's losses to metrics.jsonl, after step `done`.
+
+    What is there stays until the first step. Then lines of later steps go, because those steps are made again; all lines where
+    `done` is 0.
+    """
+    with contextlib.ExitStack() as stack:
+        files: list[TextIO] = []
+
+        def add(step: Mapping[str, Any]) -> None:
+            if not files:
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if done and path.exists() else []
+                write_text(path, "".join(lines[:done]))
+                files.append(stack.enter_context(path.open("a", encoding="utf-8")))
+            files[0].write(json.dumps(step) + "\n")
+            files[0].flush()
+
+        yield add
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:

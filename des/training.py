@@ -16,6 +16,7 @@ from des.encoders import TextEncoder, spread
 from des.optimizers import make_optimizer
 from des.processes import Processes
 from des.results import sha256_tensors
+from des.shift import Before
 from des.states import Point, States
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16_weights")
 PARTS = ("sep", "sep_concept", "uen", "nen", "total")
+SEEDS = 2**64  # that a generator takes
 SUMMARY_PROMPTS = 256
 SUMMARY_BYTES = 256 * 2**20  # of fp32 embeddings, where those many prompts would need more
 
@@ -44,7 +46,8 @@ class Pairs:
 
     def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield rows (unsafe, safe) of each batch, shuffled by (seed, epoch); the last batch may be smaller."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+        generator = torch.Generator().manual_seed((seed * 100_003 + epoch) % SEEDS)
+        order = torch.randperm(len(self), generator=generator)
         for rows in order.split(batch_size):
             yield rows % len(self.unsafe_ids), rows % len(self.safe_ids)
 
@@ -99,9 +102,14 @@ def all_that_decides(
     }
 
 
+def trained_dtype(settings: Settings) -> torch.dtype:
+    """The dtype of the weights while they are trained."""
+    return torch.bfloat16 if settings.precision == "bf16_weights" else torch.float32
+
+
 def make_trainable(model: nn.Module, settings: Settings) -> list[nn.Parameter]:
     """Give `model` the dtype it is trained in, and return what is trained: everything but a projection."""
-    dtype = torch.bfloat16 if settings.precision == "bf16_weights" else torch.float32
+    dtype = trained_dtype(settings)
     if model.dtype != dtype:
         model.to(dtype)
     model.requires_grad_(True)
@@ -149,7 +157,7 @@ def train(
                 raise _diverged(f"the loss is {values['total']} in epoch {epoch}, step {step}", at)
             parts["total"].backward()
             at.add(values, len(unsafe))
-            with processes.alike(settings.seed * 1_000_003 + at.done):
+            with processes.alike((settings.seed * 1_000_003 + at.done) % SEEDS):
                 optimizer.step()
             optimizer.zero_grad()
             told = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
@@ -212,13 +220,14 @@ def _losses(
 class Summary:
     """What training did to the embeddings, on evenly spaced prompts whose original embeddings are kept meanwhile."""
 
-    def __init__(self, encoder: TextEncoder, pairs: Pairs, batch_size: int):
+    def __init__(self, encoder: TextEncoder, pairs: Pairs, batch_size: int, concept_prompts: Sequence[str]):
         rows, hidden = encoder.shape()
         at_most = max(1, min(SUMMARY_PROMPTS, SUMMARY_BYTES // (4 * rows * hidden)))
         self.unsafe = spread(len(pairs.unsafe_ids), at_most)
         self.safe = spread(len(pairs.safe_ids), at_most)
         self.batch_size = batch_size
         self.pairs = pairs
+        self.before = Before(encoder, concept_prompts)
         self.unsafe_before = torch.cat([batch.cpu() for batch in self._encode(encoder, pairs.unsafe_ids[self.unsafe])])
 
     @torch.no_grad()
@@ -227,8 +236,10 @@ class Summary:
         for batch in ids.split(self.batch_size):
             yield encoder(batch)
 
-    def after(self, encoder: TextEncoder, concept: losses.Concept) -> dict[str, float]:
+    def after(self, encoder: TextEncoder, concept: losses.Concept) -> dict[str, Any]:
         """Mean cosines now, how many codebook rows serve as targets, and the shift that all safe embeddings share.
+
+        `shift` is `des.shift`'s measure on the concept and neutral prompts.
 
         `safe_shift` is the norm of the mean of E~(s) - E(s) over the mean norm of E(s), `safe_shift_along_concept` its cosine
         to n^: SEP's concept term draws safe embeddings away from the concept, and a large shift costs benign images.
@@ -248,4 +259,5 @@ class Summary:
             "safe_prompts": len(self.safe),
             "unsafe_prompts": len(self.unsafe),
             "distinct_targets": self.pairs.target_rows.unique().numel(),
+            "shift": self.before.shift(encoder),
         }

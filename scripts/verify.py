@@ -1,11 +1,13 @@
-"""Check a folder of images that generate.py drew: its files, its scores, and a sample of images drawn again.
+"""Check a folder of images that generate.py drew: its files, its scores, and a sample of images drawn again. Or check a checkpoint.
 
     python scripts/verify.py results/des/stable-diffusion-v1-5/t2i_sneaky --sample 4 --device cuda:0
+    python scripts/verify.py --checkpoint checkpoints/des_sexual/1e-05_0.3/checkpoint-2.pt --device cuda:0
 
 Compares every image with the manifest, the manifest with run.json, and every score file in and beside the folder with the images
 that it is about (FID, CLIP score, PickScore, BLIP score and ImageReward too). Then it draws a random sample again from the recorded
 command and compares pixels; where images were discarded, the scores. Run it where the command was run, with the same files in
-place. The exit code is 1 where anything differs.
+place. Of a checkpoint it measures how far it moves the embeddings of its concept and of neutral prompts. The exit code is 1 where
+anything differs, and where a checkpoint may not protect.
 """
 
 import argparse
@@ -21,12 +23,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from des import cli, manifest
+from des.checkpoints import read_metadata
 from des.cli import UserError
+from des.encoders import load_encoder
 from des.images import image_hashes, read_image
 from des.jobs import run_script
 from des.records import MEANS, Score, read_run, read_scores
 from des.results import proportion
 from des.scores import mean_and_interval
+from des.shift import concepts_of, describe, embedding_of, measure
 from tasks.detectors.options import add_scoring
 
 import numpy as np
@@ -36,20 +41,38 @@ import torch
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder with run.json and manifest.jsonl")
-    parser.add_argument("--sample", type=cli.natural, default=4, metavar="N", help="images to draw again")
-    parser.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of the sample's choice")
-    parser.add_argument(
+    parser.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="a folder with run.json and manifest.jsonl")
+    sampled = parser.add_argument_group("of a folder")
+    of_checkpoint = parser.add_argument_group("instead of a folder")
+    of_checkpoint.add_argument("--checkpoint", type=Path, metavar="CKPT", help="a protected text encoder")
+    cli.add_model(of_checkpoint)
+    of_checkpoint.add_argument(
+        "--text_encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of the model's text encoders, from 1"
+    )
+    of_checkpoint.add_argument(
+        "--concept_prompt", nargs="+", metavar="TEXT", help="for a checkpoint whose metadata names no concept"
+    )
+    sampled.add_argument("--sample", type=cli.natural, default=4, metavar="N", help="images to draw again")
+    sampled.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of the sample's choice")
+    sampled.add_argument(
         "--tolerance", type=cli.natural, default=0, metavar="L",
         help="levels (of 255) that a pixel may differ by: 0 on the machine that drew the images, some on another",
     )  # fmt: skip
-    cli.add_device(parser)
-    return parser.parse_args(argv)
+    cli.add_device(parser.add_argument_group("performance"))
+    args = parser.parse_args(argv)
+    if (args.folder is None) == (args.checkpoint is None):
+        parser.error("name a folder of images, or --checkpoint CKPT, and not both")
+    if args.concept_prompt and args.checkpoint is None:
+        parser.error("--concept_prompt needs --checkpoint")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cli.setup_logging()
+    if args.checkpoint:
+        check_checkpoint(args)
+        return
     run, lines = read_run(args.folder)
     kept = {name: line for name, line in lines.items() if line["sha256"]}
     if kept:
@@ -60,6 +83,20 @@ def main(argv: list[str] | None = None) -> None:
     sample = random.Random(args.seed).sample(sorted(lines), min(args.sample, len(lines)))
     for name in sample:
         print(redraw(args, run, lines[name]))
+
+
+def check_checkpoint(args: argparse.Namespace) -> None:
+    """Print how far a checkpoint moves embeddings. Raises UserError where it may not protect, or that cannot be told."""
+    recorded = concepts_of(read_metadata(args.checkpoint))
+    if recorded and args.concept_prompt and recorded != args.concept_prompt:
+        raise UserError(f"the metadata of {args.checkpoint} names the concept itself; leave out --concept_prompt")
+    encoder = load_encoder(args.model_path, args.text_encoder_idx, args.device, embedding_of(args.checkpoint))
+    told = measure(encoder, args.checkpoint, args.concept_prompt)
+    print(describe(told["shift"]))
+    if told["doubt"]:
+        raise UserError(f"{args.checkpoint}: {told['doubt']}")
+    if told["shift"]["concept"] is None:
+        raise UserError(f"could not tell whether {args.checkpoint} protects: its concept is not known; pass --concept_prompt")
 
 
 def redraw(args: argparse.Namespace, run: dict[str, Any], line: dict[str, Any]) -> str:

@@ -177,12 +177,52 @@ def test_one_command_line_can_be_repeated(train, tmp_path, monkeypatch, whole):
 
 
 def test_without_resume_training_starts_anew_and_says_so(train, tmp_path, monkeypatch, whole):
-    stop_after(monkeypatch, 5)
-    train(seed=7)
+    stop_after(monkeypatch, 2)  # before any checkpoint
+    train(seed=7, save_every_steps=1)
     done = train()
     assert done.code == 0 and "starting anew" in done.err
-    ours, theirs = results(tmp_path / "out/0.001_0.3"), results(whole)
-    assert ours | {"epochs": theirs["epochs"]} == theirs  # the log has the other seed's epoch as well
+    stop_after(monkeypatch, 5)
+    train()
+    assert (tmp_path / "out/0.001_0.3/state.pt").exists()
+    done = train()
+    assert done.code == 0 and "starting anew" in done.err
+    assert results(tmp_path / "out/0.001_0.3") == results(whole)
+
+
+def test_a_folder_with_another_runs_checkpoints_is_refused_and_kept(train, tmp_path):
+    assert train(num_epochs=3).code == 0
+    run = tmp_path / "out/0.001_0.3"
+    before = {name: data for name, data in snapshot(run).items() if name != "train.log"}
+    for changes, named in {
+        "concept_prompt (nudity, now a bus)": {"concept_prompt": "a bus"},
+        "num_epochs (3, now 2) and another seed (42, now 7)": {"num_epochs": 2, "seed": 7},
+    }.items():
+        for resume in (None, []):
+            done = train(resume=resume, **{"num_epochs": 3} | named)
+            assert done.failed_in_one_sentence and f"another {changes}" in done.err, done.err
+            assert {name: data for name, data in snapshot(run).items() if name != "train.log"} == before
+    assert train(num_epochs=3).code == 0  # the same run may be made again
+    for path in run.glob("*-metadata.json"):
+        path.unlink()
+    done = train(num_epochs=3)
+    assert done.failed_in_one_sentence and "which is not recorded" in done.err
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_everything(train, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 5)
+    train()
+    run = tmp_path / "out/0.001_0.3"
+    before = {name: data for name, data in snapshot(run).items() if name != "train.log"}
+    assert {"state.pt", "metrics.jsonl"} <= before.keys()
+    stop_after(monkeypatch, 0)
+    assert train().code != 0
+    assert {name: data for name, data in snapshot(run).items() if name != "train.log"} == before
+
+
+def test_the_largest_seeds_train(train, tmp_path):
+    for seed in (2**50, 2**63 - 1):
+        done = train(f"out-{seed}", seed=seed, num_epochs=1)
+        assert done.code == 0, done.err
 
 
 def test_weights_that_are_not_finite_reach_no_checkpoint(train, tmp_path, monkeypatch):
