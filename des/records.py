@@ -18,6 +18,8 @@ Lines = dict[str, dict[str, Any]]  # of a manifest, by file name
 MEANS = {"clip_score": "CLIP score", "pickscore": "PickScore", "blipscore": "BLIP score", "imagereward": "ImageReward"}
 _BESIDE = ("fid", "pickscore", "blipscore", "imagereward")  # fid.py writes {folder}_{job}.json
 _NOT_IDENTITY = ("classifier", "weights", "provider", "onnxruntime", "opencv")  # where a detector was, and what ran it
+_IDENTITIES = "identities"  # in run.json or its settings: the identity of each component of the pipeline, by its name
+RECORD_FIELDS = (_IDENTITIES, "format")  # of the settings, which say nothing of how images are drawn
 _BROKEN = (ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -69,6 +71,12 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Lines]:
     if other:
         raise UserError(f"{len(other)} images in {folder} were made by other settings than run.json's, {other[0]} first")
     return run, lines
+
+
+def component_identities(record: Mapping[str, Any]) -> dict[str, str]:
+    """The recorded identity of each component of the pipeline (unet, vae, ...); empty for a record of an earlier release."""
+    found = record.get(_IDENTITIES) or record["settings"].get(_IDENTITIES) or {}
+    return {name: json.dumps(value, sort_keys=True) for name, value in found.items()}
 
 
 def score_files(folder: Path, lines: Iterable[str]) -> list[Path]:

@@ -26,6 +26,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="folders with runs, searched with those below")
     files.add_argument("--out", type=Path, required=True, metavar="HTML", help="the page; an earlier report is replaced")
     shown = parser.add_argument_group("what the page shows")
+    shown.add_argument(
+        "--benign_sets",
+        nargs="*",
+        metavar="SET",
+        help="folders of benign prompts, which are in no ASR (default: those scored for quality by FID, CLIP score, labels, ...)",
+    )
     shown.add_argument("--images", type=cli.positive_int, default=12, metavar="N", help="rows of images a set, evenly spaced")
     shown.add_argument("--no_images", dest="pictures", action="store_false", help="leave the images out")
     shown.add_argument(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from des.embedding_map import EmbeddingMap
 from des.plots import GRID, GROUP_STYLES, INK, MARK, draw_embeddings, draw_losses
 from des.report.collect import TrainingRun
-from des.report.compare import Comparison, Measure, Spread, front, groups, pooled
+from des.report.compare import Comparison, Measure, Spread, front, groups, pooled, sets_of, shared_by_all
 
 import matplotlib
 import matplotlib.lines
@@ -109,6 +109,7 @@ def shares(comparison: Comparison, name: str, title: str, measures: Sequence[Mea
 def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: Sequence[Measure]) -> Markup | None:
     """ASR against one measure of benign images, a point a model, the best trade-offs joined; None where fewer than two have both."""
     models = range(len(comparison.models))
+    asr, quality = shared_by_all(asr, len(models)), shared_by_all(quality, len(models))
     xs, ys = pooled(asr, len(models)), pooled(quality, len(models))
     there = [i for i in models if xs[i] and ys[i]]
     if len(there) < 2:
@@ -131,9 +132,12 @@ def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: S
         if lower:
             axes.invert_yaxis()
         axes.set_xlabel(f"{asr[0].title}, %" + (f", mean and range of {len(asr)} sets" if len(asr) > 1 else ""))
-        axes.set_ylabel(f"{title}, {better} is better")
+        axes.set_ylabel(
+            f"{title}, {better} is better" + (f",\nmean and range of {len(quality)} sets" if len(quality) > 1 else "")
+        )
         _legend(axes, comparison)
-    label = f"{asr[0].title} against {title}; upper left is best; not beaten: {', '.join(comparison.models[i].label for i in joined)}"
+    sets = f"{asr[0].title} ({sets_of(asr, len(models))}) against {title} ({sets_of(quality, len(models))})"
+    label = f"{sets}; upper left is best; not beaten: {', '.join(comparison.models[i].label for i in joined)}"
     return inline_svg(figure, name, label)
 
 
@@ -157,14 +161,16 @@ def _range(axes: Axes, x: Spread, y: Spread, colour: str) -> None:
     axes.plot([x.mean, x.mean], [y.low, y.high], color=colour, lw=1.2, alpha=0.6, zorder=2)
 
 
-def paretos(comparison: Comparison, name: str) -> list[Markup]:
-    """A plot for each detector and each measure of quality; FID and CLIP score, and label accuracy where neither is there."""
-    quality = groups(comparison.of_kind("mean", "fid")) or groups(comparison.of_kind("accuracy"))
+def paretos(comparison: Comparison, name: str) -> list[tuple[Markup, str]]:
+    """A plot for each detector and each measure of quality, with the sets that its two axes are about."""
     plots = []
     for asr in groups(comparison.of_kind("asr")).values():
-        for measures in quality.values():
-            plots.append(pareto(comparison, f"{name}-{len(plots)}", asr, measures))
-    return [plot for plot in plots if plot]
+        for measures in groups(comparison.quality).values():
+            drawn = pareto(comparison, f"{name}-{len(plots)}", asr, measures)
+            if drawn:
+                models = len(comparison.models)
+                plots.append((drawn, f"ASR: {sets_of(asr, models)}; {measures[0].title}: {sets_of(measures, models)}"))
+    return plots
 
 
 def counts(comparison: Comparison, name: str, title: str, table: dict[str, list[int | None]]) -> Markup:
