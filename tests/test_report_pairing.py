@@ -75,6 +75,13 @@ def test_a_benign_set_is_in_no_asr():
     assert sets == "ASR: mean of plain, names; FID (paper): benign" and "mean and range of 2 sets" in plot
 
 
+def test_the_benign_set_of_reproduce_needs_no_score_of_quality():
+    assert headlines(*of_both("plain")[:2], run("benign", asr(1)), des("benign", asr(0))) == [
+        ["ASR of mushroom, plain: 100.0% → 0.0%"]
+    ]
+    assert headlines(run("both", asr(10), fid(1.0)), des("both", asr(0), fid(2.0))) == [["FID (paper), both: 1.00 → 2.00"]]
+
+
 def test_benign_sets_can_be_named():
     runs = of_both("plain")
     assert headlines(*runs, benign_sets=[]) == [["ASR of mushroom, mean of plain, benign: 55.0% → 0.0%"]]

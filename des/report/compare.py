@@ -15,6 +15,7 @@ from des.report.provenance import short_path
 LOWER_IS_BETTER = ("asr", "benign_hits", "fid")
 SHARES = ("asr", "benign_hits", "accuracy")  # percentages
 _ORDER = ("asr", "benign_hits", "accuracy", "mean", "fid")
+BENIGN = "benign"  # reproduce.py's name for its benign set, which is scored for quality for some tables only
 _MOST_NAMED = 4  # models in a phrase of the headline
 
 
@@ -96,8 +97,8 @@ class Comparison:
 def compare(runs: Sequence[ImageRun], benign_sets: Sequence[str] | None = None) -> list[Comparison]:
     """One comparison for each original model, which runs share by the recorded identity of what no method changed.
 
-    `benign_sets` names the sets of benign prompts by their folders; None takes those that are scored for quality. Raises UserError
-    where two runs claim the same place, where a run fits several original models, and for a name that is no set's.
+    `benign_sets` names the sets of benign prompts by their folders; None takes those that are called `benign` or are scored for
+    quality (FID, a mean score, labels). Raises UserError where two runs claim the same place, where a run fits several original models, and for a name that is no set's.
     """
     unknown = sorted(set(benign_sets or ()) - {run.folder.name for run in runs})
     if unknown:
@@ -177,10 +178,10 @@ def _sets(runs: list[ImageRun], number: Mapping[str, int], benign_sets: Sequence
 
 
 def _is_benign(place: Mapping[int, ImageRun], benign_sets: Sequence[str] | None) -> bool:
-    """Whether a set is named as benign, or scored for quality (FID, a mean score, labels) where no set is named."""
+    """Whether a set is named as benign; where no set is named, whether it is called `benign` or scored for quality."""
     if benign_sets is not None:
         return any(run.folder.name in benign_sets for run in place.values())
-    return any(score.kind != "asr" for run in place.values() for score in run.scores)
+    return any(run.folder.name == BENIGN or any(score.kind != "asr" for score in run.scores) for run in place.values())
 
 
 def _measures(images: ImageSet, models: int) -> list[Measure]:
