@@ -18,8 +18,8 @@ Lines = dict[str, dict[str, Any]]  # of a manifest, by file name
 MEANS = {"clip_score": "CLIP score", "pickscore": "PickScore", "blipscore": "BLIP score", "imagereward": "ImageReward"}
 _BESIDE = ("fid", "pickscore", "blipscore", "imagereward")  # fid.py writes {folder}_{job}.json
 _NOT_IDENTITY = ("classifier", "weights", "provider", "onnxruntime", "opencv")  # where a detector was, and what ran it
-_IDENTITIES = "identities"  # in run.json or its settings: the identity of each component of the pipeline, by its name
-RECORD_FIELDS = (_IDENTITIES, "format")  # of the settings, which say nothing of how images are drawn
+_COMPONENTS = "components"  # of the settings in run.json: the identity of each component of the pipeline, by its name
+RECORD_FIELDS = (_COMPONENTS, "format")  # of the settings, which say nothing of how images are drawn
 _BROKEN = (ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -73,9 +73,9 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Lines]:
     return run, lines
 
 
-def component_identities(record: Mapping[str, Any]) -> dict[str, str]:
+def recorded_components(record: Mapping[str, Any]) -> dict[str, str]:
     """The recorded identity of each component of the pipeline (unet, vae, ...); empty for a record of an earlier release."""
-    found = record.get(_IDENTITIES) or record["settings"].get(_IDENTITIES) or {}
+    found = record["settings"].get(_COMPONENTS) or {}
     return {name: json.dumps(value, sort_keys=True) for name, value in found.items()}
 
 

@@ -1,7 +1,5 @@
 """Which runs the report compares, and which figures it averages; on runs made up of a record, a manifest and scores."""
 
-import dataclasses
-import json
 from pathlib import Path
 
 from des.cli import UserError
@@ -28,11 +26,10 @@ def fid(value: float) -> Score:
 def run(
     name: str, *scores: Score, model: str = "models/sd", method: str = "none", encoder: str = "original", **more
 ) -> ImageRun:
-    """A run of the prompt list `name` by a model; `more` goes into the settings, but for `protection` and `identities`."""
+    """A run of the prompt list `name` by a model; `more` goes into the settings, but for `protection`."""
     protection = more.pop("protection", {})
-    beside = {"identities": more.pop("identities")} if "identities" in more else {}
     settings = {"training_method": method, "model_path": model, "text_encoder_sha256": encoder, "prompts_sha256": name, **more}
-    record = {"settings": settings, "protection": protection, "made_by": {"arguments": {}}, **beside}
+    record = {"settings": settings, "protection": protection, "made_by": {"arguments": {}}}
     lines = {f"{i}p.png": {"file": f"{i}p.png", "row": i, "copy": 0, "seed": i, "sha256": None} for i in range(10)}
     return ImageRun(Path(f"{model}/{method}/{encoder}/{name}"), record, lines, scores)
 
@@ -143,10 +140,10 @@ PAIRS = {
     "another folder of that name": ({}, {"model": "elsewhere/sd"}, False),
     "another original encoder": ({"encoder": "a"}, {"protection": {"base_encoder_sha256": "b"}}, False),
     "that original encoder": ({"encoder": "a"}, {"protection": {"base_encoder_sha256": "a"}}, True),
-    "the same components, moved": ({"identities": IDENTITIES}, {"identities": IDENTITIES | {"text_encoder": "d"}, "model": "x/sd"}, True),
-    "another UNet in the folder": ({"identities": IDENTITIES}, {"identities": IDENTITIES | {"unet": "w"}}, False),
-    "a record without identities": ({"identities": IDENTITIES}, {}, True),
-    "a record without identities, elsewhere": ({"identities": IDENTITIES}, {"model": "x/sd"}, False),
+    "the same components, moved": ({"components": IDENTITIES}, {"components": IDENTITIES | {"text_encoder": "d"}, "model": "x/sd"}, True),
+    "another UNet in the folder": ({"components": IDENTITIES}, {"components": IDENTITIES | {"unet": "w"}}, False),
+    "a record without identities": ({"components": IDENTITIES}, {}, True),
+    "a record without identities, elsewhere": ({"components": IDENTITIES}, {"model": "x/sd"}, False),
 }  # fmt: skip
 
 
@@ -161,16 +158,16 @@ def test_runs_are_paired_by_what_no_method_changed(what, caplog):
 
 @pytest.mark.parametrize(("identity", "paired"), [({"unet": "w"}, True), ({"vae": "w"}, False), ({"text_encoder": "w"}, False)])
 def test_a_method_may_change_its_own_component_only(identity, paired):
-    esd = run("plain", asr(3), method="esd", unet_sha256="x", identities=IDENTITIES | identity)
-    assert len(compare([run("plain", asr(10), identities=IDENTITIES), esd])) == (1 if paired else 2)
+    esd = run("plain", asr(3), method="esd", unet_sha256="x", components=IDENTITIES | identity)
+    assert len(compare([run("plain", asr(10), components=IDENTITIES), esd])) == (1 if paired else 2)
 
 
 def test_a_run_that_fits_two_original_models_is_refused():
-    known = [run("plain", asr(10), encoder=name, identities=IDENTITIES | {"text_encoder": name}) for name in ("a", "b")]
+    known = [run("plain", asr(10), encoder=name, components=IDENTITIES | {"text_encoder": name}) for name in ("a", "b")]
     with pytest.raises(UserError, match=r"can be of the original model of .* make a report of each"):
-        compare([*known, des("plain", asr(0), identities=IDENTITIES)])
+        compare([*known, des("plain", asr(0), components=IDENTITIES)])
     told = {"base_encoder_sha256": "b"}
-    first, second = compare([*known, des("plain", asr(0), identities=IDENTITIES, protection=told)])
+    first, second = compare([*known, des("plain", asr(0), components=IDENTITIES, protection=told)])
     assert headline(first) == [] and headline(second) == ["ASR of mushroom, plain: 100.0% → 0.0%"]
 
 
@@ -179,10 +176,8 @@ def test_safegen_belongs_to_the_model_that_it_was_made_from():
     assert headlines(run("plain", asr(10)), safegen) == [["ASR of mushroom, plain: 100.0% → 30.0%"]]
 
 
-def test_where_identities_are_recorded_does_not_split_a_set():
-    inside = dataclasses.replace(des("plain", asr(0)))
-    inside.record["settings"] |= {"identities": IDENTITIES | {"text_encoder": "d"}, "format": 2}
-    original = run("plain", asr(10))
-    original.record["settings"] |= {"identities": IDENTITIES, "format": 2}
-    assert headlines(original, inside) == [["ASR of mushroom, plain: 100.0% → 0.0%"]]
-    assert json.dumps(original.conditions) == json.dumps(inside.conditions)
+def test_what_the_record_names_does_not_split_a_set():
+    original = run("plain", asr(10), components=IDENTITIES, format=2)
+    protected = des("plain", asr(0), components=IDENTITIES | {"text_encoder": "d"}, format=2)
+    assert headlines(original, protected) == [["ASR of mushroom, plain: 100.0% → 0.0%"]]
+    assert original.conditions == protected.conditions

@@ -15,7 +15,7 @@ from des.cli import UserError, logger
 from des.images import image_hashes
 from des.methods import METHODS
 from des.plots import LOSSES
-from des.records import RECORD_FIELDS, Lines, Score, component_identities, read_run, read_scores
+from des.records import RECORD_FIELDS, Lines, Score, read_run, read_scores, recorded_components
 from des.results import sha256_texts
 
 ORIGINAL = "none"
@@ -62,7 +62,7 @@ class ImageRun:
         changed = _changed_components(self.method)
         if changed is None:
             return {}
-        facts = {name: value for name, value in component_identities(self.record).items() if name not in changed}
+        facts = {name: value for name, value in recorded_components(self.record).items() if name not in changed}
         for name, value in self.settings.items():
             component = name.removesuffix("_sha256")
             if name.startswith("text_encoder") and component != name and component not in changed:
@@ -79,7 +79,7 @@ class ImageRun:
         own = {name: self.settings[name] for name in sorted(self.settings) if name.endswith("_sha256") and _of_model(name)}
         model = None
         if _changed_components(self.method) is None:
-            model = component_identities(self.record) or self.settings.get("model_path")
+            model = recorded_components(self.record) or self.settings.get("model_path")
         return sha256_texts([self.method, json.dumps(own, sort_keys=True), str(model)])
 
     @cached_property
@@ -108,7 +108,7 @@ def same_base(first: ImageRun, second: ImageRun) -> bool:
     shared = first.base_facts.keys() & second.base_facts.keys()
     if any(first.base_facts[name] != second.base_facts[name] for name in shared):
         return False
-    return any(name in shared for name in component_identities(first.record)) or _place(first) == _place(second)
+    return any(name in shared for name in recorded_components(first.record)) or _place(first) == _place(second)
 
 
 def _place(run: ImageRun) -> str:
