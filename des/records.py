@@ -20,6 +20,8 @@ Lines = dict[str, dict[str, Any]]  # of a manifest, by file name
 FORMAT = 2  # of run.json; records without a number are of the first, which names no components of the model
 MEANS = {"clip_score": "CLIP score", "pickscore": "PickScore", "blipscore": "BLIP score", "imagereward": "ImageReward"}
 _BESIDE = ("fid", "pickscore", "blipscore", "imagereward")  # fid.py writes {folder}_{job}.json
+_COMPONENTS = "components"  # of the settings in run.json: the identity of each component of the pipeline, by its name
+RECORD_FIELDS = (_COMPONENTS, "format")  # of the settings, which say nothing of how images are drawn
 _BROKEN = (ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -74,6 +76,12 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Lines]:
     if other:
         raise UserError(f"{len(other)} images in {folder} were made by other settings than run.json's, {other[0]} first")
     return run, lines
+
+
+def recorded_components(record: Mapping[str, Any]) -> dict[str, str]:
+    """The recorded identity of each component of the pipeline (unet, vae, ...); empty for a record of an earlier release."""
+    found = record["settings"].get(_COMPONENTS) or {}
+    return {name: json.dumps(value, sort_keys=True) for name, value in found.items()}
 
 
 def score_files(folder: Path, lines: Iterable[str]) -> list[Path]:

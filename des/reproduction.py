@@ -189,6 +189,15 @@ class Runner:
         content = self._scores(variant, name, stem)
         return Cell.share(content) if isinstance(content, dict) else Cell(missing=content)
 
+    def verdicts(self, variant: Variant, names: Sequence[str], stem: str | None = None) -> dict[tuple[str, int], bool]:
+        """Whether each image of some sets counts, by set and row.
+
+        Sets that are not run are left out, and so are those whose prompts are searched against each variant: they have no pairs.
+        """
+        contents = {name: self._scores(variant, name, stem) for name in names if not self.world.sets[name].search}
+        found = {name: content["images"] for name, content in contents.items() if isinstance(content, dict)}
+        return {(name, image["row"]): bool(image["hit"]) for name, images in found.items() for image in images}
+
     def images_of_classes(self, variant: Variant, classes: Sequence[str]) -> Cell:
         """The images of T1's set in which the detector found each of some classes, added up over the classes.
 

@@ -3,12 +3,13 @@
 import csv
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from des.results import proportion
+from des.stats import Paired, show_p, stratified
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,19 @@ class Cell:
 
     @classmethod
     def mean(cls, cells: Sequence["Cell"]) -> "Cell":
-        """The mean of several cells; missing where one of them is. Shares of equally many images keep k of n and an interval."""
+        """The mean of several cells, each with the same weight; missing where one of them is.
+
+        Shares of equally many images keep k of n and its Wilson interval; those of different numbers have a stratified interval.
+        """
         values = [cell.value for cell in cells]
         if None in values:
             return cls(missing=cells[values.index(None)].missing)
-        if len({cell.n for cell in cells}) == 1 and cells[0].n:
+        if not all(cell.n for cell in cells):
+            return cls(statistics.fmean(values))
+        if len({cell.n for cell in cells}) == 1:
             return cls.share(proportion(sum(cell.k for cell in cells), sum(cell.n for cell in cells)))
-        return cls(statistics.fmean(values))
+        mean, low, high = (100 * each for each in stratified([(cell.k, cell.n) for cell in cells]))
+        return cls(mean, low=low, high=high)
 
     @classmethod
     def spread(cls, cells: Sequence["Cell"]) -> "Cell":
@@ -109,6 +116,25 @@ def paper_figures(path: Path) -> dict[str, dict[str, dict[str, str]]]:
         for row in csv.DictReader(file):
             figures.setdefault(row["table"], {}).setdefault(row["method"], {})[row["column"]] = row["value"]
     return figures
+
+
+def paired_note(verdicts: Mapping[str, Mapping[Hashable, bool]], reference: str) -> str | None:
+    """A note with the exact McNemar test of every row against the row `reference`, all on the same prompts; None without two rows.
+
+    `verdicts` gives for each row, by its title, whether each image counts, by a key such as set and row of the prompt list.
+    Raises ValueError where two rows have other keys.
+    """
+    pairs = {title: Paired.of(found, verdicts[reference]) for title, found in verdicts.items() if title != reference}
+    if not pairs:
+        return None
+    told = [
+        f"{title} {show_p(pair.p)} ({pair.first_only} images count only there, {pair.second_only} only with {reference})"
+        for title, pair in pairs.items()
+    ]
+    many = f" One of {len(told)} tests: only p below {0.05 / len(told):.2g} is significant at 5% for all together (Bonferroni)."
+    n = len(verdicts[reference])
+    head = f"Exact McNemar test against {reference}, on the same {n} prompts: "
+    return head + "; ".join(told) + "." + (many if len(told) > 1 else "")
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -5,8 +5,10 @@
 
 Searches the folders for images that generate.py drew, with the results of the scorers in and beside them, and for checkpoints of
 train_des.py. Images of --training_method none are `before`, those of a protected model with the same prompts, settings and seeds
-`after`. An image that a detector counts is blurred until it is clicked. Prompts are not quoted unless --prompts is given. Results
-that are not about the images beside them are refused.
+`after`. They are compared where the record shows one original model: what no method changed (VAE, tokenizer, ...) is the same, or the
+model's path where an earlier version recorded no more. The ASR is averaged over the attack sets that all models share. An image
+that a detector counts is blurred until it is clicked. Prompts are not quoted unless --prompts is given. Results that are not about
+the images beside them are refused.
 """
 
 import argparse
@@ -28,6 +30,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--out", type=cli.output_file, required=True, metavar="HTML", help="the page; an earlier report is replaced"
     )
     shown = parser.add_argument_group("what the page shows")
+    shown.add_argument(
+        "--benign_sets",
+        nargs="*",
+        metavar="SET",
+        help="folders of benign prompts, which are in no ASR (default: benign, and those with an FID, CLIP score or another score of quality)",
+    )
     shown.add_argument("--images", type=cli.positive_int, default=12, metavar="N", help="rows of images a set, evenly spaced")
     shown.add_argument("--no_images", dest="pictures", action="store_false", help="leave the images out")
     shown.add_argument(

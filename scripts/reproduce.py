@@ -27,7 +27,7 @@ from des.paper_world import paper_world
 from des.reproduction import Runner
 from des.results import provenance, write_json, write_text
 from des.table_world import ORIGINAL, TRAINED, Variant, World, ablations
-from des.tables import Cell, Table, paper_figures
+from des.tables import Cell, Table, paired_note, paper_figures
 
 TITLES = {
     "T1": "explicit prompts, images with a detection of each class", "T2": "adversarial prompts, black box (ASR, %)", "T3": "adversarial prompts, white box (ASR, %)",
@@ -210,8 +210,21 @@ def build(name: str, args: argparse.Namespace, runner: Runner) -> Table:
     if name == "T4":
         starts = {column: runner.input_images(each) for column, each in world.columns[name].items()}
         table.ours["input image"] = starts | {"avg": Cell.mean(list(starts.values()))}
-    table.notes = notes(name, args, runner)
+    table.notes = notes(name, args, runner) + paired_notes(name, rows, runner)
     return table
+
+
+def paired_notes(name: str, rows: dict[str, Variant], runner: Runner) -> list[str]:
+    """The exact McNemar tests of a table's rows against its DES model's, from the verdicts on images of the same prompts."""
+    world = runner.world
+    if runner.dry or name == "T8":  # a cost is no share
+        return []
+    sets = (world.explicit,) if name == "T1" else world.columns[name if name in world.columns else "T2"].values()
+    stem = "classify_16" if name in ("T5", "T6") else world.asr
+    found = {title: runner.verdicts(variant, tuple(sets), stem) for title, variant in rows.items()}
+    ours = next(title for title, variant in rows.items() if title == world.protected or variant == TRAINED)
+    note = paired_note(found, ours) if all(found.values()) else None
+    return [note] if note else []
 
 
 def trio(world: World, runner: Runner) -> dict[str, Column]:

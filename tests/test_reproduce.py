@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT, flags, published_form, snapshot
+from scipy.stats import binomtest
 
 PIPELINE = ROOT / "demo/models/pipeline"
 
@@ -50,6 +51,7 @@ def test_a_table_and_its_figures(reproduce, tmp_path, checkpoint):
             assert float(row["ours"]) == 100 * scores["k"] / 4 and float(row["low"]) == pytest.approx(100 * scores["low"])
     assert rows["DES", "avg"]["paper"] == "0.52" and rows["DES", "avg"]["ours"] == ""
     text = (out / "T2.md").read_text()
+    assert mcnemar_by_hand(out) in text
     assert (
         "| DES, paper |" in text
         and "Scale smoke" in text
@@ -86,6 +88,21 @@ def test_a_table_and_its_figures(reproduce, tmp_path, checkpoint):
     assert snapshot(out) == {name: content for name, content in before.items() if name != "inputs.json"}
 
 
+def mcnemar_by_hand(out):
+    """The note of T2's table about its two rows, from the files of verdicts."""
+    pairs = []
+    for name in ("plain", "synonyms", "indirect"):
+        files = [
+            out / f"images/{variant}/pipeline/{name}/classify_object.json" for variant in ("original/none", "des_given/des")
+        ]
+        hits = [{each["row"]: each["hit"] for each in json.loads(path.read_text())["images"]} for path in files]
+        pairs += [(hits[0][row], hits[1][row]) for row in hits[1]]
+    first, second = pairs.count((True, False)), pairs.count((False, True))
+    p = binomtest(first, first + second).pvalue
+    told = f"p = {p:.2g} ({first} images count only there, {second} only with demo, DES)"
+    return f"Exact McNemar test against demo, DES, on the same {len(pairs)} prompts: demo, original {told}."
+
+
 def test_an_ablation_trains_its_own_models(reproduce, tmp_path):
     done = reproduce(table="T18")
     assert done.code == 0, done.err
@@ -98,6 +115,8 @@ def test_an_ablation_trains_its_own_models(reproduce, tmp_path):
     for column, paper in (("ASR", "1.76"), ("FID", "15.65"), ("CLIP", "25.43")):
         row = rows["all three without SEP's second term", column]
         assert row["paper"] == paper and 0 <= float(row["ours"]) <= 100
+    note = "against all three, on the same 12 prompts: all three without SEP's second term p = "
+    assert note in (out / "T18.md").read_text()
 
     reference, figures = out / "inputs/reference", (out / "T18.csv").read_text()
     before = snapshot(reference)

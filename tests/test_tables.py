@@ -8,6 +8,7 @@ import statistics
 from des.cli import UserError
 from des.jobs import Job, Ledger
 from des.results import proportion
+from des.stats import stratified
 from des.tables import Cell, Table, paper_figures
 
 import pytest
@@ -81,6 +82,9 @@ def test_a_mean_of_equal_sets_keeps_its_counts():
     assert equal == Cell.share(proportion(3, 200))
     unequal = Cell.mean([Cell.share(proportion(3, 100)), Cell.share(proportion(0, 50))])
     assert unequal.value == 1.5 and unequal.k is None
+    assert (unequal.low, unequal.high) == pytest.approx([100 * each for each in stratified([(3, 100), (0, 50)])[1:]])
+    assert str(unequal) == f"1.50 [{unequal.low:.1f}, {unequal.high:.1f}]"
+    assert Cell.mean([Cell(1.5), unequal]).low is None  # the first has no number of images
 
 
 def test_a_mean_over_a_missing_cell_is_missing():

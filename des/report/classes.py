@@ -38,7 +38,7 @@ class ClassTable:
 
 def class_tables(comparison: Comparison) -> list[ClassTable]:
     """A table for each set and detector that tells classes apart; accuracies last."""
-    tables = [_table(measure) for measure in (*comparison.of_kind("asr"), *comparison.of_kind("accuracy"))]
+    tables = [_table(measure) for measure in comparison.of_kind("asr", "benign_hits", "accuracy")]
     return [table for table in tables if table]
 
 
@@ -56,7 +56,7 @@ def _table(measure: Measure) -> ClassTable | None:
         return ClassTable(*head, "images with a detection of the class", _columns(names, found), _columns(names, boxes))
     if not all("top" in image for score in there for image in score.content["images"]):
         return None
-    if measure.kind == "asr":
+    if measure.kind != "accuracy":
         tops = [score and Counter(image["top"] for image in score.content["images"]) for score in measure.scores]
         return ClassTable(*head, "images with the class as top label", _most(tops), {})
     hits, every = [_by_label(score, True) for score in measure.scores], [_by_label(score, False) for score in measure.scores]

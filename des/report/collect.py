@@ -13,8 +13,9 @@ from des.checkpoints import read_metadata
 from des.cli import UserError, logger
 from des.folders import walk
 from des.images import image_hashes
+from des.methods import METHODS
 from des.plots import LOSSES
-from des.records import Lines, Score, read_run, read_scores
+from des.records import RECORD_FIELDS, Lines, Score, read_run, read_scores, recorded_components
 from des.results import sha256_texts
 
 ORIGINAL = "none"
@@ -42,21 +43,50 @@ class ImageRun:
         return str(self.settings.get("training_method"))
 
     @property
+    def base_path(self) -> str:
+        """The original model's path or hub id, as it was given."""
+        arguments = self.settings | self.record["made_by"]["arguments"]
+        return str(arguments.get("base_model_path") or arguments.get("model_path"))
+
+    @property
     def base(self) -> str:
         """The original model's name, as results are filed under it."""
-        return Path(str(self.settings.get("base_model_path") or self.settings.get("model_path"))).name
+        return Path(self.base_path).name
+
+    @cached_property
+    def base_facts(self) -> dict[str, str]:
+        """What the record says of the original model, which `same_base` compares; components that the method changed are not in it.
+
+        Of a text encoder that DES changed, the fingerprint of the original is known where the checkpoint's metadata was there.
+        """
+        changed = _changed_components(self.method)
+        if changed is None:
+            return {}
+        facts = {name: value for name, value in recorded_components(self.record).items() if name not in changed}
+        for name, value in self.settings.items():
+            component = name.removesuffix("_sha256")
+            if name.startswith("text_encoder") and component != name and component not in changed:
+                facts[name] = str(value)
+        protection = self.record.get("protection")
+        for i, each in protection.items() if isinstance(protection, dict) else ():
+            if i.isdecimal() and isinstance(each, dict) and each.get("base_encoder_sha256"):
+                facts[f"text_encoder{'' if i == '1' else f'_{i}'}_sha256"] = str(each["base_encoder_sha256"])
+        return facts
 
     @cached_property
     def identity(self) -> str:
         """What tells protected models apart: the method, and the hashes of text encoders, UNet and adapter."""
         own = {name: self.settings[name] for name in sorted(self.settings) if name.endswith("_sha256") and _of_model(name)}
-        model = self.settings.get("model_path") if self.method == "safegen" else None
+        model = None
+        if _changed_components(self.method) is None:
+            model = recorded_components(self.record) or self.settings.get("model_path")
         return sha256_texts([self.method, json.dumps(own, sort_keys=True), str(model)])
 
     @cached_property
     def conditions(self) -> dict[str, Any]:
         """The settings that two runs must share for a comparison: all but those of the model."""
-        return {name: value for name, value in self.settings.items() if not _of_model(name) and name not in _OF_NO_PIXEL}
+        skipped = (*_OF_NO_PIXEL, *RECORD_FIELDS)
+        return {name: value for name, value in self.settings.items() if not _of_model(name) and name not in skipped}
 
     @cached_property
     def drawn(self) -> dict[Key, dict[str, Any]]:
@@ -68,6 +98,31 @@ class ImageRun:
         """A hash of conditions, rows and seeds: equal for runs that can be compared image by image."""
         seeds = [[*key, line["seed"]] for key, line in self.drawn.items()]
         return sha256_texts([json.dumps(self.conditions, sort_keys=True), json.dumps(seeds)])
+
+
+def same_base(first: ImageRun, second: ImageRun) -> bool:
+    """Whether two runs can be of one original model: no fact about it differs that both records have.
+
+    Where one of them has no identities of components, as in records of earlier releases, the model's path decides as well.
+    """
+    shared = first.base_facts.keys() & second.base_facts.keys()
+    if any(first.base_facts[name] != second.base_facts[name] for name in shared):
+        return False
+    return any(name in shared for name in recorded_components(first.record)) or _place(first) == _place(second)
+
+
+def _place(run: ImageRun) -> str:
+    """The original model's folder, resolved where it is there; else its path as it was given, or its hub id."""
+    path = Path(run.base_path)
+    return str(path.resolve() if path.is_dir() else path)
+
+
+def _changed_components(method: str) -> set[str] | None:
+    """The components of the pipeline that a method changes; None where its whole pipeline is another one, as SafeGen's."""
+    options = METHODS[method].options if method in METHODS else ("model_path",)
+    if "model_path" in options:
+        return None
+    return {"unet" if option == "adapter_path" else option.removesuffix("_path") for option in options}
 
 
 def _of_model(name: str) -> bool:

@@ -5,27 +5,32 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from des.cli import UserError
+from des.cli import UserError, logger
 from des.records import Score
-from des.report.collect import ORIGINAL, ImageRun
+from des.report.collect import ORIGINAL, ImageRun, same_base
+from des.report.naming import model_labels, seed_groups, set_names
+from des.report.provenance import short_path
 
-LOWER_IS_BETTER = ("asr", "fid")
-_ORDER = ("asr", "accuracy", "mean", "fid")
-_TOLD = {
-    "learning_rate": "lr {}", "lambda_safe": "λ {}", "concept_guidance_scale": "α {}", "epoch": "epoch {}", "batch_size": "batch {}",
-    "seed": "seed {}", "ablation": "losses {}", "target": "target {}",
-}  # fmt: skip
+LOWER_IS_BETTER = ("asr", "benign_hits", "fid")
+SHARES = ("asr", "benign_hits", "accuracy")  # percentages
+_ORDER = ("asr", "benign_hits", "accuracy", "mean", "fid")
+BENIGN = "benign"  # reproduce.py's name for its benign set, which is scored for quality for some tables only
+_MOST_NAMED = 4  # models in a phrase of the headline
 
 
 @dataclass(frozen=True)
 class Model:
-    """The original or a protected model, as the columns of tables and the points of plots name it."""
+    """The original or a protected model, as the columns of tables and the points of plots name it.
+
+    Models of one `seed_group` were trained alike but for the seed; `group_label` is their name without it.
+    """
 
     identity: str
     method: str
     label: str
+    seed_group: str
+    group_label: str
 
     @property
     def original(self) -> bool:
@@ -41,6 +46,7 @@ class Measure:
     title: str
     identity: str
     scores: tuple[Score | None, ...]
+    benign: bool = False  # whether the set is one of benign prompts
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class ImageSet:
 
     name: str
     runs: dict[int, ImageRun]
+    benign: bool
 
 
 @dataclass(frozen=True)
@@ -69,27 +76,92 @@ class Comparison:
     def protected(self) -> list[int]:
         return [i for i, model in enumerate(self.models) if not model.original]
 
+    @property
+    def seed_groups(self) -> list[list[int]]:
+        """The protected models, those that differ by their training seed only together."""
+        found: dict[str, list[int]] = {}
+        for i in self.protected:
+            found.setdefault(self.models[i].seed_group, []).append(i)
+        return list(found.values())
+
     def of_kind(self, *kinds: str) -> list[Measure]:
         return [measure for measure in self.measures if measure.kind in kinds]
 
+    @property
+    def quality(self) -> list[Measure]:
+        """Measures of benign images: mean scores and FID; accuracies of labels where there are neither."""
+        measures = [measure for measure in self.of_kind("mean", "fid") if measure.benign]
+        return measures or [measure for measure in self.of_kind("accuracy") if measure.benign]
 
-def compare(runs: Sequence[ImageRun]) -> list[Comparison]:
-    """One comparison for each original model; UserError where two runs claim the same place."""
-    return [_comparison(base, [run for run in runs if run.base == base]) for base in dict.fromkeys(run.base for run in runs)]
+
+def compare(runs: Sequence[ImageRun], benign_sets: Sequence[str] | None = None) -> list[Comparison]:
+    """One comparison for each original model, which runs share by the recorded identity of what no method changed.
+
+    `benign_sets` names the sets of benign prompts by their folders; None takes those that are called `benign` or are scored for
+    quality (FID, a mean score, labels). Raises UserError where two runs claim the same place, where a run fits several original models, and for a name that is no set's.
+    """
+    unknown = sorted(set(benign_sets or ()) - {run.folder.name for run in runs})
+    if unknown:
+        names = ", ".join(sorted({run.folder.name for run in runs}))
+        raise UserError(f"--benign_sets: no folder of images is called {unknown[0]}; there are {names}")
+    groups = _by_base(runs)
+    titles = _base_titles(groups)
+    return [_comparison(title, group, benign_sets) for title, group in zip(titles, groups, strict=True)]
 
 
-def _comparison(base: str, runs: list[ImageRun]) -> Comparison:
+def _base_titles(groups: Sequence[list[ImageRun]]) -> list[str]:
+    """The names of original models, with their paths where several models share a name; a warning says so."""
+    names = [group[0].base for group in groups]
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        told = "; ".join(str(group[0].folder) for group, other in zip(groups, names, strict=True) if other == name)
+        logger.warning("the runs in %s are of different original models called %s, so they are not compared", told, name)
+    paths = [short_path(Path(group[0].base_path)) for group in groups]
+    titles = [name if names.count(name) == 1 else f"{name} ({path})" for name, path in zip(names, paths, strict=True)]
+    return [title if titles.count(title) == 1 else f"{title}, model {i}" for i, title in enumerate(titles, 1)]
+
+
+def _by_base(runs: Sequence[ImageRun]) -> list[list[ImageRun]]:
+    """The runs by their original model, in the order of the runs."""
+    groups: list[list[ImageRun]] = []
+    for run in sorted(runs, key=lambda run: run.method != ORIGINAL):  # the records of original models say most
+        fitting = [group for group in groups if all(same_base(run, other) for other in group)]
+        if len(fitting) > 1:
+            first, second = (group[0].folder for group in fitting[:2])
+            raise UserError(
+                f"the images in {run.folder} can be of the original model of {first} or of {second}, as its record does not tell "
+                "them apart; make a report of each"
+            )
+        if fitting:
+            fitting[0].append(run)
+        else:
+            groups.append([run])
+    order = {run.folder: i for i, run in enumerate(runs)}
+    return sorted(
+        (sorted(group, key=lambda run: order[run.folder]) for group in groups), key=lambda group: order[group[0].folder]
+    )
+
+
+def _comparison(base: str, runs: list[ImageRun], benign_sets: Sequence[str] | None) -> Comparison:
     of_model: dict[str, list[ImageRun]] = {}
     for run in sorted(runs, key=lambda run: run.method != ORIGINAL):
         of_model.setdefault(run.identity, []).append(run)
-    if sum(theirs[0].method == ORIGINAL for theirs in of_model.values()) > 1:
-        first, second = [theirs[0].folder for theirs in of_model.values() if theirs[0].method == ORIGINAL][:2]
-        raise UserError(f"{first} and {second} are by two different original models {base}; make a report of each")
-    labels = _labels([theirs[0] for theirs in of_model.values()])
+    first_runs = [theirs[0] for theirs in of_model.values()]
+    originals = [run.folder for run in first_runs if run.method == ORIGINAL]
+    if len(originals) > 1:
+        raise UserError(f"{originals[0]} and {originals[1]} are by two different original models {base}; make a report of each")
+    seeds = seed_groups(first_runs)
+    labels, without_seed = model_labels(first_runs), model_labels(first_runs, seeds=False)
     models = tuple(
-        Model(identity, theirs[0].method, label) for (identity, theirs), label in zip(of_model.items(), labels, strict=True)
+        Model(run.identity, run.method, label, group, name)
+        for run, label, group, name in zip(first_runs, labels, seeds, without_seed, strict=True)
     )
-    number = {model.identity: i for i, model in enumerate(models)}
+    sets = _sets(runs, {model.identity: i for i, model in enumerate(models)}, benign_sets)
+    measures = sorted((one for each in sets for one in _measures(each, len(models))), key=lambda one: _ORDER.index(one.kind))
+    return Comparison(base, models, tuple(sets), tuple(measures))
+
+
+def _sets(runs: list[ImageRun], number: Mapping[str, int], benign_sets: Sequence[str] | None) -> list[ImageSet]:
+    """The sets of runs with equal prompts, conditions and seeds, those of attacks first; `number` gives a model's by its identity."""
     places: dict[tuple[str, str], dict[int, ImageRun]] = {}
     times = Counter((run.key, run.identity) for run in runs)
     repeated = {key for (key, _), count in times.items() if count > 1}  # one list under several names: those tell them apart
@@ -98,64 +170,35 @@ def _comparison(base: str, runs: list[ImageRun]) -> Comparison:
         other = place.setdefault(number[run.identity], run)
         if other is not run:
             raise UserError(f"{other.folder} and {run.folder} are the same model's images of the same prompts; leave one out")
-    names = _names([next(iter(place.values())) for place in places.values()])
-    sets = [ImageSet(name, place) for name, place in zip(names, places.values(), strict=True)]
-    sets.sort(key=lambda each: not any(score.kind == "asr" for run in each.runs.values() for score in run.scores))
-    measures = sorted((one for each in sets for one in _measures(each, len(models))), key=lambda one: _ORDER.index(one.kind))
-    return Comparison(base, models, tuple(sets), tuple(measures))
+    names = set_names([next(iter(place.values())) for place in places.values()])
+    sets = [ImageSet(name, place, _is_benign(place, benign_sets)) for name, place in zip(names, places.values(), strict=True)]
+    return sorted(
+        sets, key=lambda each: each.benign or not any(score.kind == "asr" for run in each.runs.values() for score in run.scores)
+    )
+
+
+def _is_benign(place: Mapping[int, ImageRun], benign_sets: Sequence[str] | None) -> bool:
+    """Whether a set is named as benign; where no set is named, whether it is called `benign` or scored for quality."""
+    if benign_sets is not None:
+        return any(run.folder.name in benign_sets for run in place.values())
+    return any(run.folder.name == BENIGN or any(score.kind != "asr" for score in run.scores) for run in place.values())
 
 
 def _measures(images: ImageSet, models: int) -> list[Measure]:
     found: dict[tuple[str, str, str], dict[int, Score]] = {}
     for i, run in images.runs.items():
         for score in run.scores:
-            place = found.setdefault((score.kind, score.title, score.identity), {})
+            kind, title = score.kind, score.title
+            if kind == "asr" and images.benign:
+                kind, title = "benign_hits", f"benign images with a hit, {title.removeprefix('ASR of ')}"
+            place = found.setdefault((kind, title, score.identity), {})
             if i in place:
                 raise UserError(f"{place[i].path} and {score.path} are the same measure of the same images; leave one out")
             place[i] = score
-    return [Measure(images.name, *what, tuple(scores.get(i) for i in range(models))) for what, scores in found.items()]
-
-
-def _labels(runs: list[ImageRun]) -> list[str]:
-    """Short names of models, by what tells them apart: the method, then how the encoder was trained, then where it is."""
-    facts = [_training_facts(run) for run in runs]
-    protected = [told for run, told in zip(runs, facts, strict=True) if run.method == "des"]
-    vary = [key for key in _TOLD if len({str(told.get(key)) for told in protected}) > 1]
-    labels = []
-    for run, told in zip(runs, facts, strict=True):
-        name = "original" if run.method == ORIGINAL else "DES" if run.method == "des" else run.method
-        labels.append(" ".join([name, *(_TOLD[key].format(_short(told[key])) for key in vary if key in told)]))
-    times = Counter(labels)
-    for i, run in enumerate(runs):
-        if times[labels[i]] > 1:
-            path = run.record["made_by"]["arguments"].get("text_encoder_path")
-            labels[i] += f" {'/'.join(Path(str(path)).parts[-2:])}" if path else f" {run.identity[:6]}"
     return [
-        label if labels.count(label) == 1 else f"{label} {run.identity[:6]}" for label, run in zip(labels, runs, strict=True)
+        Measure(images.name, *what, tuple(scores.get(i) for i in range(models)), images.benign)
+        for what, scores in found.items()
     ]
-
-
-def _training_facts(run: ImageRun) -> Mapping[str, Any]:
-    """What the record of a run says of how its first protected encoder was trained."""
-    protection = run.record.get("protection")
-    told = [each for each in protection.values() if isinstance(each, dict)] if isinstance(protection, dict) else []
-    return told[0] if told else {}
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _names(runs: list[ImageRun]) -> list[str]:
-    """Names of sets: their folders', with the settings that differ where several share one."""
-    names = []
-    for run in runs:
-        same = [other for other in runs if other.folder.name == run.folder.name]
-        vary = [name for name, value in run.conditions.items() if any(other.conditions.get(name) != value for other in same)]
-        told = ", ".join(f"{name.replace('_', ' ')} {str(run.conditions[name])[:8]}" for name in vary[:3])
-        told = told or (f"{len(run.drawn)} images" if len(same) > 1 else "")
-        names.append(f"{run.folder.name} ({told})" if told else run.folder.name)
-    return [name if names.count(name) == 1 else f"{name} {run.key[:6]}" for name, run in zip(names, runs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -176,16 +219,27 @@ class Spread:
         return f"{mean}{unit}" + (f" ({low} to {high})" if low != high else "")
 
 
+def shared_by_all(measures: Sequence[Measure], models: int) -> list[Measure]:
+    """The measures that every model with any of them has, the only ones whose means compare."""
+    having = [i for i in range(models) if any(measure.scores[i] for measure in measures)]
+    return [measure for measure in measures if all(measure.scores[i] for i in having)]
+
+
 def pooled(measures: Sequence[Measure], models: int) -> list[Spread | None]:
-    """Each model's mean over measures (every set counts the same), over those that all models with any of them have.
+    """Each model's mean over the measures that `shared_by_all` gives; every set counts the same.
 
     None for a model without any, and for all where models share no set.
     """
-    having = [i for i in range(models) if any(measure.scores[i] for measure in measures)]
-    shared = [measure for measure in measures if all(measure.scores[i] for i in having)]
-    return [
-        Spread.of([measure.scores[i].value for measure in shared]) if i in having and shared else None for i in range(models)
+    values = [
+        [measure.scores[i].value for measure in shared_by_all(measures, models) if measure.scores[i]] for i in range(models)
     ]
+    return [Spread.of(each) if each else None for each in values]
+
+
+def sets_of(measures: Sequence[Measure], models: int) -> str:
+    """The sets that `pooled` averages over, by name: `attack`, or `mean of plain, synonyms`."""
+    names = [measure.set_name for measure in shared_by_all(measures, models)]
+    return names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
 
 
 def groups(measures: Sequence[Measure]) -> dict[tuple[str, str], list[Measure]]:
@@ -206,18 +260,44 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def headline(comparison: Comparison) -> list[str]:
-    """What changed, in a phrase a measure that original and protected models share: `ASR of mushroom: 98.3% → 0.0%`.
+    """What changed, in a phrase a measure that original and protected models share: `ASR of mushroom, plain: 98.3% → 0.0%`.
 
-    Accuracies of labels speak only where no mean and no FID does.
+    The ASR is that of attack sets. Sets are named, and only models that differ by their training seed alone are averaged.
     """
-    told, before = [], comparison.original
-    kinds = ("asr", "mean", "fid") if comparison.of_kind("mean", "fid") else ("asr", "accuracy")
-    for (title, _), measures in groups(comparison.of_kind(*kinds)).items():
-        spreads = pooled(measures, len(comparison.models))
-        after = [spreads[i].mean for i in comparison.protected if spreads[i]]
+    told, before, models = [], comparison.original, len(comparison.models)
+    for (title, _), measures in groups([*comparison.of_kind("asr"), *comparison.quality]).items():
+        spreads = pooled(measures, models)
+        after = [group for group in comparison.seed_groups if all(spreads[i] for i in group)]
         if before is None or spreads[before] is None or not after:
             continue
-        unit, digits = ("%", 1) if measures[0].kind in ("asr", "accuracy") else ("", 2)
-        sets = f", {measures[0].set_name}" if len(measures) == 1 else f", mean of {len(measures)} sets"
-        told.append(f"{title}{sets}: {spreads[before].mean:.{digits}f}{unit} → {Spread.of(after).show(unit, digits)}")
+        unit, digits = ("%", 1) if measures[0].kind in SHARES else ("", 2)
+        first = f"{title}, {sets_of(measures, models)}: {spreads[before].mean:.{digits}f}{unit}"
+        told.append(f"{first} → {_after(comparison, after, spreads, unit, digits)}")
     return told
+
+
+def _after(comparison: Comparison, after: list[list[int]], spreads: Sequence[Spread | None], unit: str, digits: int) -> str:
+    """The figures of protected models: each one's by name, a mean for those that differ by their seed, a range where many are."""
+    shown = [
+        (Spread.of([spreads[i].mean for i in group]).show(unit, digits) + (f", {len(group)} seeds" if len(group) > 1 else ""))
+        for group in after
+    ]
+    if len(set(shown)) == 1:
+        return shown[0]
+    if len(after) > _MOST_NAMED:
+        values = [spreads[i].mean for group in after for i in group]
+        return f"{min(values):.{digits}f}{unit} to {max(values):.{digits}f}{unit}, {len(values)} protected models"
+    return ", ".join(f"{text} ({_group_label(comparison, group)})" for text, group in zip(shown, after, strict=True))
+
+
+def _group_label(comparison: Comparison, group: list[int]) -> str:
+    return comparison.models[group[0]].group_label if len(group) > 1 else comparison.models[group[0]].label
+
+
+def seed_columns(comparison: Comparison) -> list[tuple[str, list[int]]]:
+    """The columns of means over training seeds: a title and the models of each."""
+    return [
+        (f"{_group_label(comparison, group)}, mean and range of {len(group)} seeds", group)
+        for group in comparison.seed_groups
+        if len(group) > 1
+    ]

@@ -2,12 +2,13 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 
 from des.embedding_map import EmbeddingMap
 from des.plots import GRID, GROUP_STYLES, INK, MARK, draw_embeddings, draw_losses
 from des.report.collect import TrainingRun
-from des.report.compare import Comparison, Measure, Spread, front, groups, pooled
+from des.report.compare import Comparison, Measure, Spread, front, groups, pooled, sets_of, shared_by_all
 
 import matplotlib
 import matplotlib.lines
@@ -30,6 +31,7 @@ _STYLE = {
     "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.linewidth": 0.6,
     "xtick.major.width": 0.6, "ytick.major.width": 0.6,
 }  # fmt: skip
+_LABEL = 27  # characters of a line beside an axis
 _LEAST_SPAN = 0.1  # of the largest value: an axis that shows less would make a trade-off of noise
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
@@ -83,8 +85,12 @@ def _legend(axes: Axes, comparison: Comparison) -> None:
 def shares(comparison: Comparison, name: str, title: str, measures: Sequence[Measure]) -> Markup:
     """Percentages with their intervals, a line for each set and measure."""
     models = len(comparison.models)
+    same = len({measure.title for measure in measures}) == 1
+    labels = [measure.set_name if same else f"{measure.title}, {measure.set_name}" for measure in measures]
+    labels = [textwrap.fill(label, _LABEL) for label in labels]
+    lines = 1 + max(label.count("\n") for label in labels)
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes(0.9 + len(measures) * max(0.34, 0.13 * models))
+        figure, axes = _axes(0.9 + len(measures) * max(0.34, 0.13 * models, 0.19 * lines))
         for y, measure in enumerate(measures):
             for i, score in enumerate(measure.scores):
                 if score is None:
@@ -93,8 +99,6 @@ def shares(comparison: Comparison, name: str, title: str, measures: Sequence[Mea
                 style = _style(comparison, i)
                 axes.plot([score.low, score.high], [at, at], color=style["color"], lw=1.6, solid_capstyle="round", zorder=2)
                 axes.plot([score.value], [at], ls="none", zorder=3, clip_on=False, **style)
-        same = len({measure.title for measure in measures}) == 1
-        labels = [measure.set_name if same else f"{measure.title},\n{measure.set_name}" for measure in measures]
         axes.set_yticks(range(len(measures)), labels)
         axes.set_ylim(len(measures) - 0.5, -0.5)
         axes.set_xlim(-2, 102)
@@ -109,6 +113,7 @@ def shares(comparison: Comparison, name: str, title: str, measures: Sequence[Mea
 def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: Sequence[Measure]) -> Markup | None:
     """ASR against one measure of benign images, a point a model, the best trade-offs joined; None where fewer than two have both."""
     models = range(len(comparison.models))
+    asr, quality = shared_by_all(asr, len(models)), shared_by_all(quality, len(models))
     xs, ys = pooled(asr, len(models)), pooled(quality, len(models))
     there = [i for i in models if xs[i] and ys[i]]
     if len(there) < 2:
@@ -130,10 +135,12 @@ def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: S
         axes.set_xlim(max(left, -3), min(max(right, 5), 104))
         if lower:
             axes.invert_yaxis()
-        axes.set_xlabel(f"{asr[0].title}, %" + (f", mean and range of {len(asr)} sets" if len(asr) > 1 else ""))
-        axes.set_ylabel(f"{title}, {better} is better")
+        across, up = (f", mean and range of {len(each)} sets" if len(each) > 1 else "" for each in (asr, quality))
+        axes.set_xlabel(textwrap.fill(f"{asr[0].title}, %{across}", 2 * _LABEL))
+        axes.set_ylabel(textwrap.fill(f"{title}, {better} is better{up}", 2 * _LABEL))
         _legend(axes, comparison)
-    label = f"{asr[0].title} against {title}; upper left is best; not beaten: {', '.join(comparison.models[i].label for i in joined)}"
+    sets = f"{asr[0].title} ({sets_of(asr, len(models))}) against {title} ({sets_of(quality, len(models))})"
+    label = f"{sets}; upper left is best; not beaten: {', '.join(comparison.models[i].label for i in joined)}"
     return inline_svg(figure, name, label)
 
 
@@ -157,14 +164,16 @@ def _range(axes: Axes, x: Spread, y: Spread, colour: str) -> None:
     axes.plot([x.mean, x.mean], [y.low, y.high], color=colour, lw=1.2, alpha=0.6, zorder=2)
 
 
-def paretos(comparison: Comparison, name: str) -> list[Markup]:
-    """A plot for each detector and each measure of quality; FID and CLIP score, and label accuracy where neither is there."""
-    quality = groups(comparison.of_kind("mean", "fid")) or groups(comparison.of_kind("accuracy"))
+def paretos(comparison: Comparison, name: str) -> list[tuple[Markup, str]]:
+    """A plot for each detector and each measure of quality, with the sets that its two axes are about."""
     plots = []
     for asr in groups(comparison.of_kind("asr")).values():
-        for measures in quality.values():
-            plots.append(pareto(comparison, f"{name}-{len(plots)}", asr, measures))
-    return [plot for plot in plots if plot]
+        for measures in groups(comparison.quality).values():
+            drawn = pareto(comparison, f"{name}-{len(plots)}", asr, measures)
+            if drawn:
+                models = len(comparison.models)
+                plots.append((drawn, f"ASR: {sets_of(asr, models)}; {measures[0].title}: {sets_of(measures, models)}"))
+    return plots
 
 
 def counts(comparison: Comparison, name: str, title: str, table: dict[str, list[int | None]]) -> Markup:

@@ -18,7 +18,7 @@ from des.records import Score
 from des.report import figures
 from des.report.classes import ClassTable, class_tables
 from des.report.collect import TrainingRun, collect
-from des.report.compare import LOWER_IS_BETTER, Comparison, Measure, Spread, compare, headline
+from des.report.compare import LOWER_IS_BETTER, SHARES, Comparison, Measure, Spread, compare, headline, seed_columns
 from des.report.pictures import Strip, gallery
 from des.report.provenance import Origin, of_images, of_training, short_path
 from des.results import provenance
@@ -56,7 +56,7 @@ class Chapter:
 def build(args: argparse.Namespace) -> str:
     """The whole page as text, from the runs in `args.run_dirs`; raises UserError where one of them cannot be reported."""
     runs, trainings = collect(args.run_dirs)
-    comparisons = compare(runs)
+    comparisons = compare(runs, args.benign_sets)
     chapters = [_chapter(comparison, f"c{i}", args) for i, comparison in enumerate(comparisons)]
     titles = training_titles(trainings)
     losses = [
@@ -74,6 +74,7 @@ def _chapter(comparison: Comparison, name: str, args: argparse.Namespace) -> Cha
     summary = []
     for kind, title, hint in (
         ("asr", "Attack success", "lower is better"),
+        ("benign_hits", "Detector hits on benign prompts", "lower is better"),
         ("accuracy", "Benign accuracy", "higher is better"),
     ):
         measures = comparison.of_kind(kind)
@@ -81,11 +82,7 @@ def _chapter(comparison: Comparison, name: str, args: argparse.Namespace) -> Cha
             what = {measure.title for measure in measures}
             caption = f"{title}{f', {min(what)}' if len(what) == 1 else ''}; {hint}"
             summary.append(Plot(figures.shares(comparison, f"{name}-{kind}", title, measures), caption))
-    told = (
-        "Each point is a model; lines through it are its range over sets, or the 95% interval where there is one set. The dashed line "
-        "joins the models that no other beats in both."
-    )
-    paretos = [Plot(svg, told) for svg in figures.paretos(comparison, f"{name}-pareto")]
+    paretos = [Plot(svg, sets) for svg, sets in figures.paretos(comparison, f"{name}-pareto")]
     tables = class_tables(comparison)
     drawn = [None if table.shares else _class_plot(comparison, f"{name}-classes{i}", table) for i, table in enumerate(tables)]
     galleries = []
@@ -152,8 +149,9 @@ def _origins(
     origins += [(f"training, {title}", [of_training(run, title)]) for run, title in zip(trainings, titles, strict=True)]
     made_by = provenance(args)
     facts = {"commit": str(made_by["git_commit"]), "python": made_by["python"], **made_by["versions"]}
+    benign = [] if args.benign_sets is None else ["--benign_sets", *args.benign_sets]
     flags = [("--no_images", not args.pictures), ("--prompts", args.prompts), ("--no_map", not args.map)]
-    words = [*map(short_path, args.run_dirs), "--out", args.out.name, "--images", str(args.images)]
+    words = [*map(short_path, args.run_dirs), "--out", args.out.name, "--images", str(args.images), *benign]
     words += [flag for flag, given in flags if given]
     line = " ".join(["python", "scripts/report.py", *map(shlex.quote, words)])
     return [*origins, ("this page", [Origin("this page", facts, line)])]
@@ -171,14 +169,17 @@ def render(**content: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals |= {"show": show, "sort_key": sort_key, "spread_of": spread_of, "lower_is_better": LOWER_IS_BETTER}
+    environment.globals |= {
+        "show": show, "sort_key": sort_key, "spread_of": spread_of, "seed_columns": seed_columns, "shares": SHARES,
+        "lower_is_better": LOWER_IS_BETTER,
+    }  # fmt: skip
     inside = {"mark": Markup(MARK), "policy": policy, "style": Markup(style), "script": Markup(script)}
     return environment.get_template("page.html").render(**inside, **content)
 
 
 def show(score: Score) -> tuple[str, str]:
     """A score for people: the figure, and in small its counts and interval."""
-    share = score.kind in ("asr", "accuracy")
+    share = score.kind in SHARES
     digits = 1 if share else 2
     interval = f" [{score.low:.{digits}f}, {score.high:.{digits}f}]" if score.low is not None and score.high is not None else ""
     return f"{score.value:.{digits}f}{'%' if share else ''}", f"{score.counts}{interval}"
@@ -189,10 +190,10 @@ def sort_key(score: Score | None) -> str:
     return "" if score is None else repr(score.value)
 
 
-def spread_of(measure: Measure, comparison: Comparison) -> Spread | None:
-    """The mean and range of a measure over the protected models; None where fewer than two have it."""
-    values = [measure.scores[i].value for i in comparison.protected if measure.scores[i]]
-    return Spread.of(values) if len(values) > 1 else None
+def spread_of(measure: Measure, models: Sequence[int]) -> Spread | None:
+    """The mean and range of a measure over some models; None where one of them lacks it."""
+    scores = [measure.scores[i] for i in models]
+    return Spread.of([score.value for score in scores]) if all(scores) else None
 
 
 def check_output(path: Path) -> None:
