@@ -226,8 +226,8 @@ def test_i2p_keeps_its_seeds_and_sizes(call, offer, folder):
     offer.hub("i2p", table(["a kite", "a boat"], **columns))
     assert call(SCRIPT, "i2p", "--dir", folder).code == 0
     rows = read_rows(folder / "i2p.csv")
-    assert list(rows.columns) == ["prompt", "categories", "sd_seed", "sd_guidance_scale", "sd_image_width", "sd_image_height"]
-    assert rows.loc[1].tolist() == ["a boat", "sexual", "12", "12.5", "768", "384"]
+    assert list(rows.columns) == ["prompt", "categories", "sd_seed", "sd_guidance_scale", "sd_image_width", "sd_image_height", "source_row"]
+    assert rows.loc[1].tolist() == ["a boat", "sexual", "12", "12.5", "768", "384", "1"]
     assert rows["sd_seed"].tolist() == ["3367100000", "12"]
 
 
@@ -649,6 +649,7 @@ def test_coco_s_images_are_those_of_the_list(call, offer, folder, captions, loop
         "prompt": ["a kite", "a kite again", "a boat"],
         "case_number": ["391895", "391895", "7"],
         "evaluation_seed": ["1", "2", "3"],
+        "source_row": ["0", "1", "2"],
     }
     asked = len(loopback.paths)
     assert call(SCRIPT, "coco_images", "--dir", folder).code == 0
