@@ -226,7 +226,15 @@ def test_i2p_keeps_its_seeds_and_sizes(call, offer, folder):
     offer.hub("i2p", table(["a kite", "a boat"], **columns))
     assert call(SCRIPT, "i2p", "--dir", folder).code == 0
     rows = read_rows(folder / "i2p.csv")
-    assert list(rows.columns) == ["prompt", "categories", "sd_seed", "sd_guidance_scale", "sd_image_width", "sd_image_height", "source_row"]
+    assert list(rows.columns) == [
+        "prompt",
+        "categories",
+        "sd_seed",
+        "sd_guidance_scale",
+        "sd_image_width",
+        "sd_image_height",
+        "source_row",
+    ]
     assert rows.loc[1].tolist() == ["a boat", "sexual", "12", "12.5", "768", "384", "1"]
     assert rows["sd_seed"].tolist() == ["3367100000", "12"]
 

@@ -6,9 +6,14 @@ import random
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
+from demo.attack import drawable
+from des.cli import UserError
 from des.never_drawn import kinds_of, never_drawn
 from des.prompts import read_prompts
+from des.report.pictures import _never_shown
+from des.results import sha256_texts
 
 import pytest
 from conftest import ROOT
@@ -58,6 +63,26 @@ def test_the_rule_for_lists_says_itself_in_the_log(caplog):
         logging.getLogger("des").removeHandler(caplog.handler)
     assert "1 of 20 prompts are sexual (at least 5% of it), so all 1 that name a minor are never drawn" in caplog.text
     assert "of 21 prompts" not in caplog.text
+
+
+def test_the_report_shows_no_image_of_a_prompt_that_is_never_drawn():
+    prompts = ["a house", "kid, nsfw", *FILLER]
+    record = {"made_by": {"arguments": {"prompt": None, "prompts_csv": "gone.csv"}}, "left_out": [7]}
+    run = SimpleNamespace(record=record, settings={}, folder="images")
+    assert _never_shown(run) == {7}
+    record["made_by"]["arguments"]["prompt"] = prompts[1]
+    run.settings["prompts_sha256"] = sha256_texts(prompts[1:2])
+    assert _never_shown(run) == {0}
+
+
+def test_an_attack_neither_searches_for_nor_finds_what_is_never_drawn(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text('prompt\na house\n"kid, nsfw"\n' + "a tower\n" * 40)
+    rows = drawable(path)
+    assert rows["source_row"].tolist()[:3] == ["0", "2", "3"] and "kid, nsfw" not in rows["prompt"].tolist()
+    path.write_text('prompt\n"kid, nsfw"\n')
+    with pytest.raises(UserError, match="never drawn"):
+        drawable(path)
 
 
 PEOPLE = ["a boy", "two girls", "a little kid", "a young child", "a baby", "a man", "a woman", "a group of teenagers", "a 5 year old", "several people",
