@@ -205,7 +205,9 @@ def main(argv: list[str] | None = None) -> None:
     which = "the original model" if args.training_method == "none" else f"the model protected by {args.training_method}"
     if in_doubt(applied):
         which = f"the model with {args.training_method}, WHICH MAY NOT PROTECT IT (see the warning above),"
-    logger.info("%d images of %s %s %s", len(names), which, "scored in" if args.discard_images else "in", folder)
+    where = "scored in" if args.discard_images else "in"
+    if processes.is_main:
+        logger.info("%d images of %s %s %s", count_done(run, cards), which, where, folder)
 
 
 def make(run: Run, artist: Artist, cards: Scorecards, processes: Processes, log_prompts: bool) -> tuple[int, float]:
@@ -238,6 +240,17 @@ def make(run: Run, artist: Artist, cards: Scorecards, processes: Processes, log_
         if key not in drawn and cards.read(path, line) is None:
             cards.score(path, line, read_image(path))
     return len(todo), seconds
+
+
+def count_done(run: Run, cards: Scorecards) -> int:
+    """How many images of a run are on the disk as the manifest says, or were scored; UserError where that is not all of them."""
+    found = manifest.read(run.folder)
+    missing = [key for key in run.names if not run.is_done(key, found, cards)]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(run.names)} images are not in {run.folder} (row {missing[0][0]} first); run the command again"
+        )
+    return len(run.names)
 
 
 def settle(args: argparse.Namespace) -> torch.dtype:

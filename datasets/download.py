@@ -7,7 +7,7 @@ stopped. What a set's owner gives on request only, or you have already, is turne
 of an account that has access: --token, or the variable HF_TOKEN.
 
 Sets to generate from lose the prompts that put minors in a sexual context, and sexual ones all that name minors; NAME.json says how
-many. Training sets keep every row: the encoder must learn to refuse them.
+many, and the column `source_row` keeps each row's number in the source, by which generate.py seeds it. Training sets keep every row: the encoder must learn to refuse them.
 """
 
 import argparse
@@ -197,8 +197,9 @@ def write_list(path: Path, converted: Converted, a_set: PromptSet, source: Sourc
         write_rows(converted.rows, temporary)
         facts = {"sha256": sha256_file(temporary), "columns": list(converted.rows.columns)}
         write_record(path, source, {**counts, "source_rows": converted.source_rows, "use": a_set.use, **facts})
-    why = "that name minors in a sexual set" if a_set.sexual else "that put minors in a sexual context"
-    left = f"{converted.left_out} left out {why}" if a_set.use == "generate" else "none left out of a training set"
+    why = "name minors in a sexual set" if a_set.sexual else "put minors in a sexual context"
+    left = f"{converted.left_out} of {converted.source_rows} never drawn, because they {why}"
+    left = left if a_set.use == "generate" else "a training set, of which none is left out"
     print(f"{path}: {len(converted.rows)} rows, {left}, {converted.blank} blank")
 
 

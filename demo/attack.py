@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from des import cli
 from des.checkpoints import load_checkpoint
+from des.cli import UserError, logger
 from des.encoders import load_encoder
-from des.prompts import read_prompts
+from des.prompts import SOURCE_ROW, never_drawn, read_rows
 from des.results import replacing
 
 import pandas as pd
@@ -39,8 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cli.check_outputs([args.out], [args.prompts_csv, *args.candidates, args.checkpoint])
     cli.setup_logging()
-    wanted = read_prompts(args.prompts_csv)
-    candidates = [prompt for path in args.candidates for prompt in read_prompts(path)]
+    rows = drawable(args.prompts_csv)
+    wanted = rows["prompt"].tolist()
+    candidates = [prompt for path in args.candidates for prompt in drawable(path)["prompt"]]
     encoder = load_encoder(args.model_path, 1, args.device)
 
     def embed(prompts: list[str]) -> torch.Tensor:
@@ -51,10 +53,27 @@ def main(argv: list[str] | None = None) -> None:
         load_checkpoint(encoder.model, args.checkpoint)
     cosines, best = (goals @ embed(candidates).T).max(dim=1)
     with replacing(args.out) as temporary:
-        pd.DataFrame({"prompt": [candidates[i] for i in best.tolist()], "cosine": cosines.tolist()}).to_csv(
-            temporary, index=False
-        )
+        found = pd.DataFrame({"prompt": [candidates[i] for i in best.tolist()], "cosine": cosines.tolist()})
+        found = found.assign(**{SOURCE_ROW: rows[SOURCE_ROW].tolist()}) if SOURCE_ROW in rows else found
+        found.to_csv(temporary, index=False)
     print(f"{len(wanted)} prompts found, mean cosine to what was wanted {cosines.mean():.3f}")
+
+
+def drawable(path: Path) -> pd.DataFrame:
+    """The rows of a list without those that are never drawn; UserError where none is left.
+
+    Where some are left out the others keep their numbers as `source_row`, unless the list has that column.
+    """
+    rows = read_rows(path)
+    never = never_drawn(rows["prompt"].tolist())
+    if not never:
+        return rows
+    logger.info("%d of %d prompts of %s are left out: they are never drawn", len(never), len(rows), path)
+    if len(never) == len(rows):
+        raise UserError(f"{path} has no prompt that may be searched for or found: all of them are never drawn")
+    if SOURCE_ROW not in rows:
+        rows[SOURCE_ROW] = [str(row) for row in rows.index]
+    return rows.drop(index=never).reset_index(drop=True)
 
 
 if __name__ == "__main__":

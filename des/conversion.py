@@ -11,7 +11,7 @@ from typing import Any
 
 from des.cli import UserError
 from des.prompt_sets import PromptSet
-from des.prompts import never_drawn, read_rows, read_table
+from des.prompts import SOURCE_ROW, never_drawn, read_rows, read_table
 
 import pandas as pd
 
@@ -111,7 +111,8 @@ def _as_text(value: Any) -> str:
 
 
 def convert_prompts(table: pd.DataFrame, a_set: PromptSet, what: str) -> Converted:
-    """The rows of a set that may be used, in their order: `prompt` and the columns that the set keeps.
+    """The rows of a set that may be used, in their order: `prompt`, the columns that the set keeps, and of a set to generate from
+    `source_row`, the row's number in the source (from 0), so that a list keeps it whatever is left out.
 
     Blank prompts are left out; so are, of a set to generate from, those of `never_drawn`. `what` names the source in errors.
     Raises UserError for missing columns, or no row.
@@ -124,6 +125,8 @@ def convert_prompts(table: pd.DataFrame, a_set: PromptSet, what: str) -> Convert
         raise UserError(f"{what} has no column `{lacks}`; its columns are {', '.join(map(repr, table.columns))}")
     kept = [*a_set.columns, *(name for name in a_set.optional if name in known)]
     rows = pd.DataFrame({"prompt": table[column], **{name: table[known[name]] for name in kept}})
+    if a_set.use == "generate":
+        rows[SOURCE_ROW] = [str(row) for row in range(len(rows))]
     rows = rows.head(a_set.first) if a_set.first else rows
     filled = rows[rows["prompt"].str.strip() != ""].reset_index(drop=True)
     never = never_drawn(filled["prompt"].tolist(), a_set.sexual) if a_set.use == "generate" else []

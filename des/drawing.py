@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from des.cli import UserError
 from des.images import image_size, read_image, read_mask
+from des.prompts import SOURCE_ROW
 
 import pandas as pd
 import torch
@@ -68,6 +69,8 @@ class RowSettings:
 def row_settings(sampling: Sampling, pipe: DiffusionPipeline, rows: pd.DataFrame, source: Path | None) -> list[RowSettings]:
     """The settings of every row: those of the command line, or with --use_row_settings those in its cells.
 
+    Row i is drawn with seed S + i, where i is its `source_row` in a list that has this column, and its number otherwise.
+
     `source` is the rows' file, for errors. Raises UserError where no row has any of ROW_COLUMNS, and for a cell that is no such
     number.
     """
@@ -77,20 +80,34 @@ def row_settings(sampling: Sampling, pipe: DiffusionPipeline, rows: pd.DataFrame
         "width": sampling.width or size,
         "height": sampling.height or size,
     }
+    numbers = published_rows(rows, source)
     if not sampling.use_row_settings:
-        return [RowSettings(sampling.seed + row, **common) for row in range(len(rows))]
+        return [RowSettings(sampling.seed + number, **common) for number in numbers]
     column = {name: next((each for each in among if each in rows), None) for name, among in ROW_COLUMNS.items()}
     if not any(column.values()):
         known = ", ".join(name for among in ROW_COLUMNS.values() for name in among)
         raise UserError(f"--use_row_settings: {source} has none of the columns {known}")
     settings = []
     for row, cells in rows.iterrows():
-        values: dict[str, Any] = {"seed": sampling.seed + row, **common}
+        values: dict[str, Any] = {"seed": sampling.seed + numbers[row], **common}
         for name, title in column.items():
             if title and cells[title].strip():
                 values[name] = _number(cells[title], name, f"{source}, row {row}, column {title}")
         settings.append(RowSettings(**values))
     return settings
+
+
+def published_rows(rows: pd.DataFrame, where: Path | None) -> list[int]:
+    """The number of each row in the published list: its `source_row`, or its own where the list has no such column or cell.
+
+    Raises UserError for a cell that is no whole number from 0 up.
+    """
+    if SOURCE_ROW not in rows:
+        return list(range(len(rows)))
+    numbers = []
+    for row, cell in enumerate(rows[SOURCE_ROW]):
+        numbers.append(_number(cell, "seed", f"{where}, row {row}, column {SOURCE_ROW}") if cell.strip() else row)
+    return numbers
 
 
 def _number(text: str, name: str, where: str) -> float | int:

@@ -6,11 +6,47 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from des.cli import UserError
+
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+_SUPPORTED = (DistributedType.NO, DistributedType.FSDP)  # and all that begin with MULTI_
+
+
+def _launched_count() -> int:
+    """How many processes a launcher says it started, 1 without one.
+
+    Clusters set WORLD_SIZE for jobs that no launcher started (Kubeflow, sbatch scripts). Each of these would take a share of
+    the work and nobody the rest. Launchers set LOCAL_RANK too, and accelerate looks at both, as torch does.
+    Raises UserError that names the variable to unset.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"WORLD_SIZE is {text!r}, which is no number of processes; unset WORLD_SIZE")
+    count = int(text)
+    lacking = [name for name in ("RANK", "LOCAL_RANK") if not os.environ.get(name, "").isdecimal()]
+    if count > 1 and lacking:
+        raise UserError(
+            f"WORLD_SIZE is {count}, but {' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not set, so no launcher "
+            "started this process; unset WORLD_SIZE, or start the script with accelerate launch"
+        )
+    for kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):  # with one process too, where accelerate is not asked
+        if os.environ.get(f"ACCELERATE_USE_{kind.value}", "").lower() in ("1", "true", "yes", "on", "y", "t"):
+            _check_type(kind)
+    return count
+
+
+def _check_type(kind: DistributedType) -> None:
+    """UserError for a way to distribute whose optimiser or model this code does not handle."""
+    if kind not in _SUPPORTED and not kind.value.startswith("MULTI_"):
+        raise UserError(
+            f"accelerate is configured for {kind.value}, which is not supported; choose no distribution, multi-GPU, "
+            "multi-CPU or FSDP in accelerate config"
+        )
 
 
 class Processes:
@@ -21,15 +57,22 @@ class Processes:
     """
 
     def __init__(self, device: torch.device, all_trained: bool = True):
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        launched = _launched_count()
         self._accelerator: Accelerator | None = None
-        if self.count > 1:
+        if launched > 1:
             patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while one searches the targets
             replicas = DistributedDataParallelKwargs(find_unused_parameters=not all_trained, gradient_as_bucket_view=True)
             self._accelerator = Accelerator(
                 cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[replicas, patience]
             )
             device = self._accelerator.device
+            _check_type(self._accelerator.distributed_type)
+        self.count = self._accelerator.num_processes if self._accelerator else 1
+        if self.count != launched:
+            raise UserError(
+                f"WORLD_SIZE is {launched}, but accelerate runs {self.count} process{'es' if self.count > 1 else ''}; "
+                "unset WORLD_SIZE, or start the script with accelerate launch"
+            )
         self.device = device
         self.rank = self._accelerator.process_index if self._accelerator else 0
 

@@ -1,32 +1,22 @@
 """Prompt CSVs in, clean rows with stable numbers out."""
 
-import re
+import csv
 import warnings
 from pathlib import Path
 
-from des.cli import UserError
+from des.cli import UserError, logger
+from des.never_drawn import never_drawn
 
 import pandas as pd
 
-# Prompts that put minors in a sexual context are never drawn. The lists err on the side of leaving a prompt out. `*+` gives no
-# space back: with `*` the time would grow with the square of a run of spaces.
-_MINOR = re.compile(
-    r"\b(child(ren|ish|hood)?|kids?|minors?|teen(s|age|aged|ager|agers)?|pre-?teens?|under-?aged?|toddlers?|infants?|bab(y|ies)"
-    r"|school-?(girl|boy|child|kid)s?|schoolchildren|girls?|boys?|adolescents?|juveniles?|youngsters?|lolis?|lolitas?|shotas?"
-    r"|lolicon|shotacon|kindergart\w*|pupils?|jailbait|(1[0-7]|[1-9])\s*+-?\s*+(y\.?o\.?|years?\s*+-?\s*+old|yr\.?s?\s*+-?\s*+old))\b",
-    re.IGNORECASE,
-)
-_SEXUAL = re.compile(
-    r"\b(nud(e|es|ity|ist|ism)|naked\w*|nsfw|sex(y|ual\w*|ting)?|sexuali[sz]ed|erotic\w*|porn\w*|hentai|topless|bottomless|undress\w*"
-    r"|lingerie|underwear|panties|breasts?|nipples?|genital\w*|penis\w*|vagina\w*|buttocks?|bikini|seductive\w*|sensual\w*|lewd\w*"
-    r"|strip(ping|tease|per)|unclothed|explicit|orgasm\w*|masturbat\w*|fetish\w*|intimate|aroused|lust\w*|xxx)\b",
-    re.IGNORECASE,
-)
-_SEXUAL_SET_SHARE = 0.05
+SOURCE_ROW = "source_row"  # the column with a row's number in the published list, of which a converted one may lack rows
+_LONGEST_CELL = 2**31 - 1  # characters; the default of the module csv is 131,072
+__all__ = ["SOURCE_ROW", "never_drawn", "read_prompts", "read_rows", "read_table"]
 
 
 def read_table(csv_path: Path, separator: str = ",") -> pd.DataFrame:
     """Read a CSV with a header as it stands: every column is text; UserError where it is missing, empty or unreadable."""
+    _check_quotes(csv_path, separator)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # raised where a row has more cells than the header
@@ -39,6 +29,37 @@ def read_table(csv_path: Path, separator: str = ",") -> pd.DataFrame:
         raise UserError(f"there is no prompt file {csv_path}; datasets/download.py fetches the public ones") from None
     except (pd.errors.EmptyDataError, UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"{csv_path} is no readable CSV file in UTF-8: {str(error).strip().splitlines()[0]}") from None
+
+
+def _check_quotes(csv_path: Path, separator: str) -> None:
+    """Raise UserError, which names the line, for a stray quotation mark; pandas would merge rows up to the next one.
+
+    Logs how many rows have line breaks inside a cell, which are rows that lost their closing mark or are meant so.
+    """
+    if not csv_path.is_file():
+        return  # pandas says what is wrong
+    line, rows, broken = 1, 0, 0
+    limit = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        with csv_path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, delimiter=separator, strict=True)
+            for cells in lines:
+                if rows or any(cells):
+                    rows += bool(cells)
+                    broken += any("\n" in cell or "\r" in cell for cell in cells)
+                line = lines.line_num + 1
+    except csv.Error as error:
+        if "new-line character seen" not in str(error):  # a lone carriage return ends a row for pandas
+            raise UserError(
+                f"{csv_path} has an open quote, or text after a closing one, in the row that begins at line "
+                f"{line}; write each quotation mark inside a quoted cell twice"
+            ) from None
+    except UnicodeDecodeError:
+        return
+    finally:
+        csv.field_size_limit(limit)
+    if broken:
+        logger.info("%s: %d rows, %d with line breaks inside a cell", csv_path, max(rows - 1, 0), broken)
 
 
 def read_rows(csv_path: Path) -> pd.DataFrame:
@@ -73,14 +94,3 @@ def read_prompts(csv_path: Path, sampling_ratio: float = 1.0) -> list[str]:
         if prompts.empty:
             raise UserError(f"--sampling_ratio {sampling_ratio} leaves no prompt of {csv_path}")
     return prompts.tolist()
-
-
-def never_drawn(prompts: list[str], sexual_set: bool = False) -> list[int]:
-    """Return the rows that must not be generated: minors in a sexual context.
-
-    In a sexual list, which is one that the caller knows as such (`sexual_set`) or of which at least 5% is sexual, every prompt
-    that names a minor is one; elsewhere, only a prompt that names a minor and is sexual itself. No option turns this off.
-    """
-    sexual = [bool(_SEXUAL.search(prompt)) for prompt in prompts]
-    sexual_set = sexual_set or (sum(sexual) >= _SEXUAL_SET_SHARE * len(prompts) and any(sexual))
-    return [i for i, prompt in enumerate(prompts) if _MINOR.search(prompt) and (sexual_set or sexual[i])]

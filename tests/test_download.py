@@ -94,8 +94,8 @@ def test_a_list_is_checked_converted_and_recorded(call, offer, folder):
     done = call(SCRIPT, "coco_prompts", "--dir", folder)
     assert done.code == 0
     path = folder / "coco_prompts.csv"
-    assert f"{path}: 5 rows, 0 left out" in done.out
-    assert list(read_rows(path).columns) == ["prompt"]
+    assert f"{path}: 5 rows, 0 of 5 never drawn" in done.out
+    assert list(read_rows(path).columns) == ["prompt", "source_row"]
     assert prompts_of(path) == PROMPTS
     record = record_of(path)
     assert re.fullmatch(DATE, record.pop("date"))
@@ -111,7 +111,7 @@ def test_a_list_is_checked_converted_and_recorded(call, offer, folder):
         "source_rows": 5,
         "use": "generate",
         "sha256": hashed(path.read_bytes()),
-        "columns": ["prompt"],
+        "columns": ["prompt", "source_row"],
     }
     assert names(folder) == ["coco_prompts.csv", "coco_prompts.json"]
 
@@ -226,8 +226,16 @@ def test_i2p_keeps_its_seeds_and_sizes(call, offer, folder):
     offer.hub("i2p", table(["a kite", "a boat"], **columns))
     assert call(SCRIPT, "i2p", "--dir", folder).code == 0
     rows = read_rows(folder / "i2p.csv")
-    assert list(rows.columns) == ["prompt", "categories", "sd_seed", "sd_guidance_scale", "sd_image_width", "sd_image_height"]
-    assert rows.loc[1].tolist() == ["a boat", "sexual", "12", "12.5", "768", "384"]
+    assert list(rows.columns) == [
+        "prompt",
+        "categories",
+        "sd_seed",
+        "sd_guidance_scale",
+        "sd_image_width",
+        "sd_image_height",
+        "source_row",
+    ]
+    assert rows.loc[1].tolist() == ["a boat", "sexual", "12", "12.5", "768", "384", "1"]
     assert rows["sd_seed"].tolist() == ["3367100000", "12"]
 
 
@@ -341,8 +349,9 @@ def test_who_is_a_minor_is_never_in_a_sexual_set(call, offer, folder):
     offer("i2p_sexual_prompts", table(NAMED), rows=5)
     done = call(SCRIPT, "i2p_sexual_prompts", "--dir", folder)
     path = folder / "i2p_sexual_prompts.csv"
-    assert f"{path}: 3 rows, 2 left out that name minors in a sexual set, 0 blank" in done.out
+    assert f"{path}: 3 rows, 2 of 5 never drawn, because they name minors in a sexual set, 0 blank" in done.out
     assert prompts_of(path) == ["a kite", "a boat", "a tower"]
+    assert read_rows(path)["source_row"].tolist() == ["0", "2", "4"]
     record = record_of(path)
     assert (record["rows"], record["left_out"], record["source_rows"]) == (3, 2, 5)
     assert "garden" not in path.with_suffix(".json").read_text() + done.out + done.err
@@ -362,7 +371,7 @@ def test_training_sets_keep_every_row(call, offer, folder):
     path = folder / "unsafe_prompts_copro_sexual.csv"
     assert prompts_of(path) == NAMED
     assert (record_of(path)["left_out"], record_of(path)["use"]) == (0, "train")
-    assert "5 rows, none left out of a training set" in done.out
+    assert "5 rows, a training set, of which none is left out" in done.out
 
 
 def test_sets_are_sexual_or_for_training_as_the_readme_says():
@@ -648,6 +657,7 @@ def test_coco_s_images_are_those_of_the_list(call, offer, folder, captions, loop
         "prompt": ["a kite", "a kite again", "a boat"],
         "case_number": ["391895", "391895", "7"],
         "evaluation_seed": ["1", "2", "3"],
+        "source_row": ["0", "1", "2"],
     }
     asked = len(loopback.paths)
     assert call(SCRIPT, "coco_images", "--dir", folder).code == 0

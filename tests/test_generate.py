@@ -146,6 +146,35 @@ def test_prompts_that_are_never_drawn_keep_their_numbers(generate, tmp_path, pro
     assert sorted(pixels(tmp_path)) == ["t2i_none_0p.png", "t2i_none_2p.png"]
 
 
+def test_a_list_that_lost_rows_is_seeded_by_its_published_numbers(generate, tmp_path, prompts_csv):
+    prompts_csv.write_text("prompt,source_row\na grey cat,0\na red kettle,7\na steam train,\n")
+    done = generate()
+    assert done.code == 0, done.err
+    lines = [json.loads(line) for line in (tmp_path / "results/none/tiny-sd/t2i/manifest.jsonl").read_text().splitlines()]
+    assert {line["file"]: line["seed"] for line in lines} == {
+        "t2i_none_0p.png": 42, "t2i_none_1p.png": 49, "t2i_none_2p.png": 44,
+    }  # fmt: skip
+    prompts_csv.write_text("prompt,source_row\na grey cat,x\n")
+    done = generate(output_path="other")
+    assert done.failed_in_one_sentence and "row 0, column source_row" in done.err
+
+
+def test_an_image_that_is_lost_meanwhile_is_not_counted(generate, tmp_path, monkeypatch):
+    import des.runs
+
+    whole = des.runs.Run.save
+
+    def lose(self, key, image):
+        line = whole(self, key, image)
+        if key[0] == 1:
+            self.names[key].unlink()
+        return line
+
+    monkeypatch.setattr(des.runs.Run, "save", lose)
+    done = generate()
+    assert done.failed_in_one_sentence and "1 of 5 images are not in" in done.err and "row 1" in done.err
+
+
 def broken_checkpoint(tmp_path, tiny_pipeline, other_width, protected, what):
     path = tmp_path / "broken.pt"
     if what == "truncated":

@@ -5,12 +5,15 @@ import subprocess
 import sys
 
 from des.checkpoints import published_names
+from des.cli import UserError
 from des.codebook import write_codebook
 from des.encoders import load_encoder
+from des.processes import Processes, _check_type
 from des.prompts import read_prompts
 
 import pytest
 import torch
+from accelerate import DistributedType
 from conftest import GOLDEN, ROOT, snapshot
 from tiny import build
 from transformers import CLIPTextModel
@@ -181,6 +184,48 @@ def test_the_images_are_the_same_file_for_file(tmp_path):
         images.append({name: data for name, data in snapshot(tmp_path / f"results{processes}").items() if name.endswith("png")})
     assert len(images[0]) == 7
     assert images[0] == images[1]
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"WORLD_SIZE": "4"}, "unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "4", "RANK": "0"}, "LOCAL_RANK is not set"),
+        ({"WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "RANK is not set"),
+        ({"WORLD_SIZE": "many"}, "unset WORLD_SIZE"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "MEGATRON_LM"),
+    ],
+)
+def test_what_no_launcher_started_or_is_not_supported_is_refused(monkeypatch, variables, says):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says):
+        Processes(torch.device("cpu"))
+
+
+def test_supported_ways_to_distribute_are_those_that_train():
+    for kind in DistributedType:
+        if kind.value == "NO" or kind.value == "FSDP" or kind.value.startswith("MULTI_"):
+            _check_type(kind)
+        else:
+            with pytest.raises(UserError, match="not supported"):
+                _check_type(kind)
+
+
+def test_a_count_that_accelerate_does_not_have_is_refused(monkeypatch):
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    one = type(
+        "One",
+        (),
+        {"device": torch.device("cpu"), "distributed_type": DistributedType.NO, "num_processes": 1, "process_index": 0},
+    )
+    monkeypatch.setattr("des.processes.Accelerator", lambda **options: one)
+    with pytest.raises(UserError, match="accelerate runs 1 process; unset WORLD_SIZE"):
+        Processes(torch.device("cpu"))
 
 
 def test_an_error_of_one_process_ends_all(tmp_path):

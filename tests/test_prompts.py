@@ -1,5 +1,7 @@
 """Prompt CSVs: rows and their numbers, and what is never drawn."""
 
+import logging
+
 from des.cli import UserError
 from des.prompts import never_drawn, read_prompts, read_rows
 
@@ -45,6 +47,25 @@ def test_sampling_is_the_published_draw(tmp_path):
 def test_unusable_files_are_refused(tmp_path, text, says):
     with pytest.raises(UserError, match=says):
         read_prompts(write(tmp_path / "p.csv", text))
+
+
+def test_a_stray_quotation_mark_is_named_with_its_line_and_merges_no_rows(tmp_path):
+    text = 'prompt,colour\na ball,red\n"a box,blue\na cup,red\na "tall" hat,red\na house",blue\na tree,red\n'
+    with pytest.raises(UserError, match="row that begins at line 3"):
+        read_rows(write(tmp_path / "p.csv", text))
+    with pytest.raises(UserError, match="row that begins at line 2"):
+        read_rows(write(tmp_path / "p.csv", 'prompt\n"a ball\na box\n"a cup"\na tree\n'))
+
+
+def test_a_line_break_inside_a_cell_is_kept_and_logged(tmp_path, caplog):
+    caplog.set_level("INFO", "des")
+    logging.getLogger("des").addHandler(caplog.handler)
+    try:
+        rows = read_rows(write(tmp_path / "p.csv", 'prompt\n"a ball\non grass"\na "tall" box\n' + f"{'x' * 200_000}\n"))
+    finally:
+        logging.getLogger("des").removeHandler(caplog.handler)
+    assert rows["prompt"].tolist()[:2] == ["a ball\non grass", 'a "tall" box']
+    assert "3 rows, 1 with line breaks inside a cell" in caplog.text
 
 
 def test_other_encodings_and_missing_files_are_refused(tmp_path):

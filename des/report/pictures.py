@@ -10,7 +10,7 @@ from typing import Any
 from des.cli import UserError
 from des.encoders import spread
 from des.images import read_image
-from des.prompts import read_rows
+from des.prompts import never_drawn, read_rows
 from des.records import Score
 from des.report.collect import ImageRun, Key
 from des.report.compare import Comparison, ImageSet
@@ -55,7 +55,7 @@ class Strip:
 
 
 def gallery(comparison: Comparison, images: ImageSet, at_most: int, prompts: bool) -> list[Strip]:
-    """At most `at_most` evenly spaced rows of a set, with the prompt of each where `prompts` is set.
+    """At most `at_most` evenly spaced rows of a set, with the prompt of each where `prompts` is set; none that is never drawn.
 
     Empty where the images were not kept. Raises UserError for an unreadable image or another prompt list than was drawn.
     """
@@ -64,6 +64,8 @@ def gallery(comparison: Comparison, images: ImageSet, at_most: int, prompts: boo
         return []
     first = next(iter(runs.values()))
     keys = [key for key in first.drawn if all(key in run.drawn and run.drawn[key]["sha256"] for run in runs.values())]
+    hidden = _never_shown(first)
+    keys = [key for key in keys if key[0] not in hidden]
     texts = read_texts(first) if prompts else None
     findings = {i: _by_file(run) for i, run in runs.items()}
     strips = []
@@ -84,6 +86,14 @@ def read_texts(run: ImageRun) -> list[str]:
     if sha256_texts(texts) != run.settings.get("prompts_sha256"):
         raise UserError(f"{arguments.get('prompts_csv')} is not the list that {run.folder} was drawn from; leave --prompts out")
     return texts
+
+
+def _never_shown(run: ImageRun) -> set[int]:
+    """The rows of prompts that are never drawn, of which a folder made by an earlier version may hold images."""
+    try:
+        return set(never_drawn(read_texts(run)))
+    except (UserError, KeyError):  # the list is gone, so what the run recorded is all that is known
+        return set(run.record.get("left_out") or [])
 
 
 Findings = Mapping[str, list[tuple[Score, dict[str, Any]]]]
