@@ -26,11 +26,13 @@ os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1"
 
 from demo.evaluation import CLASSIFIERS, PIPELINE
 from demo.world import CONCEPT
-from des import cli
-from des.cli import UserError, logger
-from des.encoders import TextEncoder, load_encoder
-from des.methods import ENCODER_OPTIONS, add_encoders, given_encoders
-from des.pipelines import (
+from des.app.session import MOST_GUIDANCE, MOST_STEPS, SIDES, Atlas, Sampling, Studio
+from des.data.prompts import read_prompts
+from des.evaluation.detectors.base import Detector
+from des.evaluation.detectors.options import add_classifier, add_nudenet, open_classifier, open_nudenet
+from des.generation.defences import ENCODER_OPTIONS, add_encoders, given_encoders
+from des.models.encoders import TextEncoder, load_encoder
+from des.models.pipelines import (
     DTYPES,
     SCHEDULERS,
     dtype_for,
@@ -41,10 +43,9 @@ from des.pipelines import (
     place,
     protected_twin,
 )
-from des.prompts import read_prompts
-from des.scoring import Detector
-from des.studio import MOST_GUIDANCE, MOST_STEPS, SIDES, Atlas, Sampling, Studio
-from tasks.detectors.options import add_classifier, add_nudenet, open_classifier, open_nudenet
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.logs import logger
 
 from diffusers import DiffusionPipeline
 
@@ -139,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("the app needs gradio, which is not installed: pip install -r requirements-app.txt")
     for end in (signal.SIGINT, signal.SIGTERM):
         signal.signal(end, lambda *_: sys.exit(0))  # which leaves the folder of uploads removed
-    cli.setup_logging()
+    logs.setup_logging()
     pipes = open_pair(args)
     detector = open_detector(args)
     defaults = Sampling(args.seed, args.num_inference_steps, args.guidance_scale)
@@ -153,7 +154,7 @@ def serve(args: argparse.Namespace, studio: Studio, defaults: Sampling) -> None:
     """Serve the page, in threads of their own."""
     direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), args.host, "localhost"]
     os.environ["no_proxy"] = ",".join(filter(None, direct))  # at its start the server asks itself for a page
-    from des import app_page  # here, after the environment that gradio reads
+    from des.app import page as app_page  # here, after the environment that gradio reads
 
     page = app_page.Page(
         about=about(args),

@@ -9,14 +9,15 @@ into the image folder.
 import argparse
 from pathlib import Path
 
-from des import cli
-from des.checkpoints import fingerprint
-from des.images import pair_with_prompts
-from des.loading import load_model
-from des.locks import locked
-from des.results import provenance, result_paths
-from des.scorer_identity import MODEL, PROCESSOR, TOKENIZER, configuration_sha256
-from des.scores import Scoring, clip_cosine, load_processor, score_images, write_scores
+from des.data.image_folders import pair_with_prompts
+from des.evaluation.scored_images import Scoring, clip_cosine, load_processor, score_images, write_scores
+from des.evaluation.scorer_identity import MODEL, PROCESSOR, TOKENIZER, configuration_sha256
+from des.models.checkpoints import fingerprint
+from des.models.loading import load_model
+from des.utils import cli, logs
+from des.utils.files import result_paths
+from des.utils.locks import locked
+from des.utils.provenance import provenance
 
 from transformers import CLIPModel, CLIPProcessor
 
@@ -40,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging(args.log_file)
+    logs.setup_logging(args.log_file)
     output = args.image_folder / "clipscore.txt"
     cli.check_outputs(result_paths(output), [args.csv_file, args.log_file, Path(args.clip_model)])
     images = pair_with_prompts(args.image_folder, args.csv_file, args.expected, other_prompts=args.other_prompts)

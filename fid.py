@@ -15,18 +15,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from des import cli
-from des.claims import check_complete
-from des.cli import UserError
-from des.features import OWN, Extractor, extract, extractor_hashes, is_image_model, load_extractor
-from des.frechet import Gaussian, load_statistics, save_statistics
-from des.images import image_hashes, pair_with_prompts, pairing_notes, without_never_drawn
-from des.inception import VARIANTS
-from des.locks import locked
-from des.partial import Partial
-from des.preference import DEFAULTS, JOBS, TITLES
-from des.results import provenance, result_paths, sha256_file, sha256_texts, write_json, write_text
-from des.scores import check_result_name, write_scores
+from des.data.claims import check_complete
+from des.data.image_folders import image_hashes, pair_with_prompts
+from des.data.images import pairing_notes, without_never_drawn
+from des.evaluation.fid_features import OWN, Extractor, extract, extractor_hashes, is_image_model, load_extractor
+from des.evaluation.frechet import Gaussian, load_statistics, save_statistics
+from des.evaluation.inception import VARIANTS
+from des.evaluation.scored_images import check_result_name, write_scores
+from des.evaluation.text_image import DEFAULTS, JOBS, TITLES
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.files import result_paths, sha256_file, sha256_texts, write_json, write_text
+from des.utils.locks import locked
+from des.utils.provenance import provenance
+from des.utils.resume import Partial
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -106,7 +108,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_files(args)
-    cli.setup_logging(args.log_file)
+    logs.setup_logging(args.log_file)
     path = result_paths(args.output_file).json
     with locked(path.with_name(f".{path.stem}.lock"), path.stem):
         print(score_fid(args) if args.job == "fid" else score_prompts(args))

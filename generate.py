@@ -18,12 +18,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before a `tasks` of anyone else's
 
-from des import cli, manifest
-from des.cli import UserError, logger, progress
-from des.drawing import Artist, Sampling, batches, check_inputs, check_sizes, row_settings
-from des.images import image_name, image_of_row, read_image
-from des.methods import METHODS, add_method, check_method
-from des.pipelines import (
+from des.data import manifest
+from des.data.image_folders import image_of_row
+from des.data.images import image_name, read_image
+from des.data.prompts import never_drawn, read_rows
+from des.data.run_record import Sampling, claim, recorded_settings
+from des.data.truncation import truncated_by_encoder
+from des.evaluation.classify import Scorecards
+from des.evaluation.detectors.options import OUTPUT_NAMES, add_scoring, check_scoring, open_scorers
+from des.generation.defences import METHODS, add_method, check_method
+from des.generation.image_run import Run, finish, lines_of, reserved, settings_of
+from des.generation.sampler import Artist, batches, check_inputs, check_sizes, row_settings
+from des.models.pipelines import (
     DTYPES,
     MODEL_TYPES,
     SCHEDULERS,
@@ -35,13 +41,11 @@ from des.pipelines import (
     place,
     readers,
 )
-from des.processes import Processes
-from des.prompts import never_drawn, read_rows
-from des.runs import Run, claim, finish, lines_of, recorded_settings, reserved, settings_of
-from des.scoring import Scorecards
-from des.shift import in_doubt
-from des.truncation import truncated_by_encoder
-from tasks.detectors.options import OUTPUT_NAMES, add_scoring, check_scoring, open_scorers
+from des.models.shift import in_doubt
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.logs import logger, progress
+from des.utils.processes import Processes
 
 import pandas as pd
 import torch
@@ -160,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.make_deterministic()
     processes = Processes(args.device)
     args.device = processes.device
-    cli.setup_logging(args.log_file, quiet=not processes.is_main)
+    logs.setup_logging(args.log_file, quiet=not processes.is_main)
     table = pd.DataFrame({"prompt": [args.prompt]}) if args.prompt is not None else read_rows(args.prompts_csv)
     prompts = table["prompt"].tolist()
     rows = rows_to_draw(args, prompts)

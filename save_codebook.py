@@ -10,12 +10,12 @@ interrupted, the same command goes on after the last batch of prompts that was w
 import argparse
 from pathlib import Path
 
-from des import cli
-from des.cli import logger
-from des.codebook import DTYPES, codebook_folder, write_codebook
-from des.encoders import load_encoder, text_encoders
-from des.prompts import read_prompts
-from des.results import provenance
+from des.data.prompts import read_prompts
+from des.models.encoders import load_encoder, text_encoders
+from des.training.codebook import DTYPES, codebook_folder, write_codebook
+from des.utils import cli, logs
+from des.utils.logs import logger
+from des.utils.provenance import provenance
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging(args.log_file)
+    logs.setup_logging(args.log_file)
     prompts = read_prompts(args.csv_path)
     indices = text_encoders(args.model_path) if args.save_all_encoders else [args.encoder_idx]
     for index in indices:

@@ -17,8 +17,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from des import cli, losses
-from des.checkpoints import (
+from des.data.prompts import read_prompts
+from des.models.checkpoints import (
     FORMATS,
     base_sketch,
     check_replaceable,
@@ -27,20 +27,10 @@ from des.checkpoints import (
     read_metadata,
     save_checkpoint,
 )
-from des.cli import UserError, logger
-from des.codebook import DTYPES, TARGETS, Codebook, dtype_name, find_codebook, find_targets, write_codebook
-from des.encoders import TextEncoder, load_encoder, own_name
-from des.locks import locked
-from des.optimizers import OPTIMIZERS
-from des.plan import describe, make_plan
-from des.processes import Processes
-from des.prompts import read_prompts
-from des.results import provenance, sha256_tensors
-from des.shift import describe as describe_shift
-from des.states import States, open_metrics, refuse_other_runs
-from des.trackers import TRACKERS, check_trackers, tracking
-from des.training import PRECISIONS, Pairs, Settings, Summary, all_that_decides, make_trainable, train, trained_dtype
-from des.training_checks import (
+from des.models.encoders import TextEncoder, load_encoder, own_name
+from des.models.shift import describe as describe_shift
+from des.training import losses
+from des.training.checks import (
     check_concept,
     check_guidance,
     check_lengths,
@@ -49,6 +39,22 @@ from des.training_checks import (
     unprotected,
     warn_unprotected,
 )
+from des.training.codebook import DTYPES, Codebook, dtype_name, find_codebook, write_codebook
+from des.training.loop import PRECISIONS, Settings, all_that_decides, make_trainable, train, trained_dtype
+from des.training.memory import describe, make_plan
+from des.training.optimizers import OPTIMIZERS
+from des.training.pairs import Pairs
+from des.training.run_state import States, open_metrics, refuse_other_runs
+from des.training.summary import Summary
+from des.training.targets import TARGETS, find_targets
+from des.training.trackers import TRACKERS, check_trackers, tracking
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.files import sha256_tensors
+from des.utils.locks import locked
+from des.utils.logs import logger
+from des.utils.processes import Processes
+from des.utils.provenance import provenance
 
 import torch
 
@@ -186,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.make_deterministic()
     processes = Processes(args.device, all_trained=args.embedding == "last_hidden_state")
     args.device = processes.device
-    cli.setup_logging(args.log_file, quiet=not processes.is_main)
+    logs.setup_logging(args.log_file, quiet=not processes.is_main)
     inputs = [args.safe_csv_path, args.unsafe_csv_path, *args.codebook_dir.glob("codebook*"), args.log_file]
     cli.check_outputs([args.safe_embedding_path], inputs)
     concept_line = name_concept(args.concept_prompt, is_default=args.concept_prompt is DEFAULT_CONCEPT)
@@ -215,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     run_dir = args.output_dir / own_name(args.model_path, encoder.index, run_name, "encoder{i}_" + run_name)
     with locked(run_dir / ".lock", "a training run") if processes.is_main else nullcontext():
         if processes.is_main:
-            cli.setup_logging(args.log_file, run_dir / "train.log")
+            logs.setup_logging(args.log_file, run_dir / "train.log")
             logger.debug(concept_line)
         norm = concept.n.norm().item()
         told = "%d unsafe and %d safe prompts; |n| = %.2f, alpha = %g, alpha / |n| = %.3f"

@@ -21,14 +21,24 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des import cli
-from des.cli import UserError, logger
-from des.conversion import TABLES, Converted, convert_pairs, convert_prompts, extract_images, read_json, read_source, write_rows
-from des.downloads import Denied, discard, download, has_digest, hub_file, recorded
-from des.folders import visible
-from des.locks import locked
-from des.prompt_sets import SETS, PromptSet
-from des.results import replacing, sha256_file, sha256_texts, write_json
+from des.data.conversion import (
+    TABLES,
+    Converted,
+    convert_pairs,
+    convert_prompts,
+    extract_images,
+    read_json,
+    read_source,
+    write_rows,
+)
+from des.data.downloads import Denied, discard, download, has_digest, hub_file, recorded
+from des.data.prompt_sets import SETS, PromptSet
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.files import replacing, sha256_file, sha256_texts, write_json
+from des.utils.folders import visible
+from des.utils.locks import locked
+from des.utils.logs import logger
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging()
+    logs.setup_logging()
     if args.list:
         return print("\n".join(f"{name:<28} {a_set.tests}" for name, a_set in SETS.items()))
     every = [name for name, a_set in SETS.items() if a_set.url or a_set.hub] if args.all else []

@@ -14,12 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des import cli
-from des.cli import UserError
-from des.locks import locked
-from des.prompts import read_prompts
-from des.results import replacing
-from des.scoring import file_stem
+from des.data.prompts import read_prompts
+from des.evaluation.classify import file_stem
+from des.utils import cli
+from des.utils.errors import UserError
+from des.utils.files import replacing
+from des.utils.locks import locked
 
 import pandas as pd
 

@@ -13,12 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des import cli
-from des.checkpoints import load_checkpoint
-from des.cli import UserError, logger
-from des.encoders import load_encoder
-from des.prompts import SOURCE_ROW, never_drawn, read_rows
-from des.results import replacing
+from des.data.prompts import SOURCE_ROW, never_drawn, read_rows
+from des.models.checkpoints import load_checkpoint
+from des.models.encoders import load_encoder
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.files import replacing
+from des.utils.logs import logger
 
 import pandas as pd
 import torch
@@ -39,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cli.check_outputs([args.out], [args.prompts_csv, *args.candidates, args.checkpoint])
-    cli.setup_logging()
+    logs.setup_logging()
     rows = drawable(args.prompts_csv)
     wanted = rows["prompt"].tolist()
     candidates = [prompt for path in args.candidates for prompt in drawable(path)["prompt"]]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo.world import CONCEPT, KINDS, SECOND, random_scene, render
-from des.folders import visible
-from des.jobs import run_script as script
-from des.records import read_json
+from des.data.run_record import read_json
+from des.utils.folders import visible
+from des.utils.scripts import run_script as script
 
 import torch
 

@@ -20,10 +20,11 @@ sys.path.insert(0, str(ROOT))
 from demo.evaluation import CLASSIFIERS, EXPERIMENTS, OTHERS, PIPELINE, SETS, Sampling, concept_of, evaluate, script
 from demo.figure import draw_comparison
 from demo.world import CONCEPT
-from des import cli
-from des.cli import UserError
-from des.prompts import read_rows
-from des.results import show, write_json, write_text
+from des.data.prompts import read_rows
+from des.utils import cli
+from des.utils.errors import UserError
+from des.utils.files import write_json, write_text
+from des.utils.stats import show
 
 import pandas as pd
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from des.images import pair_with_prompts
-from des.plots import INK, draw_losses
+from des.data.image_folders import pair_with_prompts
+from des.report.plots import INK, draw_losses
 
 import matplotlib.pyplot as plt
 from PIL import Image

@@ -16,10 +16,12 @@ sys.path.insert(0, str(ROOT))
 
 from demo.evaluation import CLASSIFIERS, CLIP, EXPERIMENTS, PIPELINE, Sampling, evaluate
 from demo.world import CONCEPT, CONCEPT_WORDS, INDIRECT, KINDS, random_scene, render
-from des import cli, losses
-from des.encoders import load_encoder
-from des.loading import load_model
-from des.results import proportion, show, write_json, write_text
+from des.models.encoders import load_encoder
+from des.models.loading import load_model
+from des.training import losses
+from des.utils import cli, errors
+from des.utils.files import write_json, write_text
+from des.utils.stats import proportion, show
 
 RENDERS = 1200
 
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(table)
     if "| NO |" in table:
-        raise cli.UserError("the demo's models miss a gate, so no figure of DES on them may be quoted")
+        raise errors.UserError("the demo's models miss a gate, so no figure of DES on them may be quoted")
 
 
 @torch.inference_mode()

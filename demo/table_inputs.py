@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo.evaluation import CLIP, draw_reference
 from demo.world import BENIGN_KINDS, CONCEPT, random_scene, render
-from des import cli
-from des.loading import load_model
-from des.results import replacing
+from des.models.loading import load_model
+from des.utils import cli
+from des.utils.files import replacing
 
 import torch
 from torch.nn.functional import normalize

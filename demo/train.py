@@ -43,7 +43,7 @@ from transformers.models.clip.configuration_clip import CLIPConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo.world import BACKGROUNDS, COLOURS, KINDS, SIZE, Scene, caption, random_scene, render
-from des import cli
+from des.utils import cli
 
 MODELS = Path(__file__).resolve().parent / "models"
 MAX_TOKENS = 24

@@ -24,13 +24,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from des import cli, losses
-from des.checkpoints import fingerprint
-from des.codebook import Codebook, find_targets, write_codebook
-from des.encoders import TextEncoder, load_encoder
-from des.processes import Processes
-from des.results import write_text
-from des.training import Pairs, Settings, train
+from des.models.checkpoints import fingerprint
+from des.models.encoders import TextEncoder, load_encoder
+from des.training import losses
+from des.training.codebook import Codebook, write_codebook
+from des.training.loop import Settings, train
+from des.training.pairs import Pairs
+from des.training.targets import find_targets
+from des.utils import cli, errors, logs
+from des.utils.files import write_text
+from des.utils.processes import Processes
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--memory_of", nargs=2, metavar=("WHAT", "DIR"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    cli.setup_logging()
+    logs.setup_logging()
     if args.memory_of:
         print(json.dumps(measure_memory(args.memory_of[0], Path(args.memory_of[1]))))
         return
@@ -169,7 +172,7 @@ def encoding_and_disk(work: Path) -> list[str]:
 
 def subset(folder: Path, rows: torch.Tensor, size: int) -> None:
     """The first `size` rows as a codebook of their own, beside `folder`."""
-    from des.results import sha256_file, write_json
+    from des.utils.files import sha256_file, write_json
 
     from safetensors.torch import save_file
 
@@ -212,7 +215,7 @@ def search(work: Path) -> list[str]:
         ours[size] = seconds(lambda: found.extend(codebook.farthest(part)[1] for part in queries.split(128)))  # noqa: B023
         sample = torch.cat(found)[:PUBLISHED_QUERIES].tolist()
         if sample != [published_search(query, rows) for query in queries[:PUBLISHED_QUERIES]]:
-            raise cli.UserError("the two searches do not agree, so their times do not compare")
+            raise errors.UserError("the two searches do not agree, so their times do not compare")
         lines.append(row(f"search, N = {size}, s", f"{theirs:.1f}", f"{ours[size]:.2f}", theirs / ours[size], "at least 8"))
     growth = ", ".join(f"{ours[b] / ours[a]:.1f}" for a, b in itertools.pairwise(SIZES))
     return [*lines, row("growth of the search when N doubles (4 is quadratic)", "", growth, None)]
@@ -267,7 +270,7 @@ def time_published(work: Path, codebook: Codebook, batch: int, steps: int = 2) -
 
 
 def time_here(work: Path, codebook: Codebook, batch: int, steps: int = 2) -> float:
-    """Seconds of one step of `des.training.train` after a first one that is not counted."""
+    """Seconds of one step of `des.training.loop.train` after a first one that is not counted."""
     encoder = load_encoder(str(work / "model"))
     concept, concept_ids, ids = case(encoder, batch)
     rows = torch.arange(batch)

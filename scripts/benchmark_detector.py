@@ -20,10 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from des import cli
-from des.images import image_batches
-from des.results import write_text
-from tasks.detectors.nudenet import CLASSES, PROFILES, SIDE, NudeNet, find_weights
+from des.data.images import image_batches
+from des.evaluation.detectors.nudenet import NudeNet, find_weights
+from des.evaluation.detectors.profiles import CLASSES, PROFILES, SIDE
+from des.utils import cli
+from des.utils.files import write_text
 
 import cv2
 import numpy as np

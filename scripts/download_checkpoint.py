@@ -15,12 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des import cli
-from des.cli import UserError, logger
-from des.downloads import discard, download, recorded
-from des.loading import read_pt
-from des.locks import locked
-from des.results import sha256_file, write_json
+from des.data.downloads import discard, download, recorded
+from des.models.loading import read_pt
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.files import sha256_file, write_json
+from des.utils.locks import locked
+from des.utils.logs import logger
 
 from torch import Tensor
 
@@ -76,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging()
+    logs.setup_logging()
     for name in PUBLISHED if "all" in args.names else dict.fromkeys(args.names):
         published = PUBLISHED[name]
         with locked(args.dir / f".{name}.lock", name):

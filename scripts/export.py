@@ -14,17 +14,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des import cli, lora
-from des.card_scores import Measured, check_drawn_by, read_measured
-from des.cli import UserError
-from des.encoders import load_encoder
-from des.exports import PROMPTS, READERS, SUITS, WRITERS, Export, base_dtype, cast, check_fits, load_protected, verify
-from des.loading import loading
-from des.methods import ENCODER_OPTIONS
-from des.model_card import model_card
-from des.pipelines import DTYPES, family_of
-from des.prompts import read_prompts
-from des.results import replacing
+from des.data.prompts import read_prompts
+from des.export import lora
+from des.export.card_scores import Measured, check_drawn_by, read_measured
+from des.export.formats import PROMPTS, READERS, SUITS, WRITERS, Export, base_dtype, cast, check_fits, load_protected, verify
+from des.export.model_card import model_card
+from des.generation.defences import ENCODER_OPTIONS
+from des.models.encoders import load_encoder
+from des.models.loading import loading
+from des.models.pipelines import DTYPES, family_of
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.files import replacing
 
 import torch
 from huggingface_hub import HfApi
@@ -70,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging(args.log_file)
+    logs.setup_logging(args.log_file)
     check(args)
     scores = read_measured(args.scores)
     prompts = read_prompts(args.prompts_csv) if args.prompts_csv else PROMPTS

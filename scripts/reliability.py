@@ -4,7 +4,7 @@
 
 Each script runs on the demo's models in a child process and is killed (SIGKILL) at random moments, started again with the same
 command, and at last left to finish; its files must then be those of an undisturbed run. Full disks are simulated by a limit on the
-size of files; damaged files by flipped and cut bytes; hostile input by the cases of tests/test_hostile.py.
+size of files; damaged files by flipped and cut bytes; hostile input by the cases of tests/hostile/test_hostile.py.
 """
 
 import argparse
@@ -27,11 +27,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from des import cli, manifest
-from des.images import is_complete
-from des.loading import read_pt
-from des.prompts import read_rows
-from des.results import result_paths, sha256_file, write_json, write_text
+from des.data import manifest
+from des.data.images import is_complete
+from des.data.prompts import read_rows
+from des.models.loading import read_pt
+from des.utils import cli
+from des.utils.files import result_paths, sha256_file, write_json, write_text
 
 import cv2
 import diffusers
@@ -374,10 +375,10 @@ def flipped(data: bytes, rng: random.Random) -> bytes:
 
 
 def hostile() -> Count:
-    """The cases of tests/test_hostile.py, each a bad input that must end in a clear error or a documented handling."""
+    """The cases of tests/hostile/test_hostile.py, each a bad input that must end in a clear error or a documented handling."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests/test_hostile.py"), f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests/hostile/test_hostile.py"), f"--junitxml={report}"]
         subprocess.run(command, cwd=ROOT, capture_output=True)
         (suite,) = ET.parse(report).getroot().iter("testsuite")
     cases, failed = int(suite.get("tests", 0)), int(suite.get("failures", 0)) + int(suite.get("errors", 0))

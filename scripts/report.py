@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des import cli
 from des.report.page import build, check_output
-from des.results import write_text
+from des.utils import cli, logs
+from des.utils.files import write_text
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging(args.log_file)
+    logs.setup_logging(args.log_file)
     check_output(args.out)
     page = build(args)
     write_text(args.out, page)

@@ -18,16 +18,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from demo.tables import demo_world
-from des import cli
-from des.cli import UserError, logger
-from des.identities import check_inputs, record_inputs
-from des.methods import METHODS
-from des.paper_world import paper_world
-from des.reproduction import Runner
-from des.results import provenance, write_json, write_text
-from des.table_world import ORIGINAL, TRAINED, Variant, World, ablations
-from des.tables import Cell, Table, paired_note, paper_figures
+from des.generation.defences import METHODS
+from des.tables.build import Cell, Table, paired_note, paper_figures
+from des.tables.cells import ORIGINAL, TRAINED, Variant, World, ablations
+from des.tables.demo import demo_world
+from des.tables.inputs import check_inputs, record_inputs
+from des.tables.paper import paper_world
+from des.tables.runner import Runner
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.files import write_json, write_text
+from des.utils.logs import logger
+from des.utils.provenance import provenance
 
 TITLES = {
     "T1": "explicit prompts, images with a detection of each class", "T2": "adversarial prompts, black box (ASR, %)", "T3": "adversarial prompts, white box (ASR, %)",
@@ -96,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging(args.log_file)
+    logs.setup_logging(args.log_file)
     world = world_of(args)
     tables = list(TITLES) if "all" in args.table else list(dict.fromkeys(args.table))
     common = (world, args.model_path, args.out, args.scale, args.device, args.batch_size, args.seed, args.discard_images)

@@ -2,7 +2,7 @@
 
     python scripts/rounding.py --out docs/t5.md         # about 2 minutes on two idle cores
 
-A small random T5 encoder is trained by `des.training.train` on the demo's prompts, with the paper's learning rate: once in fp32, and
+A small random T5 encoder is trained by `des.training.loop.train` on the demo's prompts, with the paper's learning rate: once in fp32, and
 in bf16 by each optimiser. Each run starts from the same weights (those in fp32 hold bf16 values), and sees the same batches.
 """
 
@@ -16,16 +16,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from des import cli, losses
-from des.cli import logger
-from des.codebook import Codebook, find_targets, write_codebook
-from des.encoders import load_encoder
-from des.optimizers import OPTIMIZERS
-from des.plan import make_plan
-from des.processes import Processes
-from des.prompts import read_prompts
-from des.results import write_text
-from des.training import Pairs, Settings, train
+from des.data.prompts import read_prompts
+from des.models.encoders import load_encoder
+from des.training import losses
+from des.training.codebook import Codebook, write_codebook
+from des.training.loop import Settings, train
+from des.training.memory import make_plan
+from des.training.optimizers import OPTIMIZERS
+from des.training.pairs import Pairs
+from des.training.targets import find_targets
+from des.utils import cli, logs
+from des.utils.files import write_text
+from des.utils.logs import logger
+from des.utils.processes import Processes
 
 import torch
 from torch import Tensor
@@ -87,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging()
+    logs.setup_logging()
     with tempfile.TemporaryDirectory() as work:
         config = make_model(Path(work))
         rows = {}
@@ -168,7 +171,7 @@ def memory() -> str:
 
 
 def read_masked(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """T5's last hidden state as `des.encoders` reads it, with an attention mask."""
+    """T5's last hidden state as `des.models.encoders` reads it, with an attention mask."""
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
 

@@ -22,17 +22,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des import cli, manifest
-from des.checkpoints import read_metadata
-from des.cli import UserError
-from des.encoders import load_encoder
-from des.images import image_hashes, read_image
-from des.jobs import run_script
-from des.records import MEANS, Score, read_run, read_scores
-from des.results import proportion
-from des.scores import mean_and_interval
-from des.shift import concepts_of, describe, embedding_of, measure
-from tasks.detectors.options import add_scoring
+from des.data import manifest
+from des.data.image_folders import image_hashes
+from des.data.images import read_image
+from des.data.run_record import read_run
+from des.evaluation.detectors.options import add_scoring
+from des.evaluation.results import MEANS, Score, read_scores
+from des.evaluation.scored_images import mean_and_interval
+from des.models.checkpoints import read_metadata
+from des.models.encoders import load_encoder
+from des.models.shift import concepts_of, describe, embedding_of, measure
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.scripts import run_script
+from des.utils.stats import proportion
 
 import numpy as np
 import pandas as pd
@@ -69,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging()
+    logs.setup_logging()
     if args.checkpoint:
         check_checkpoint(args)
         return

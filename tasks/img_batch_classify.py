@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des import cli
-from des.cli import UserError
-from des.scoring import add_folder, images_of, score_folder
-from tasks.detectors.options import CLASSIFIERS, add_classifier, add_nudenet, open_classifier, open_nudenet
+from des.evaluation.classify import add_folder, images_of, score_folder
+from des.evaluation.detectors.options import CLASSIFIERS, add_classifier, add_nudenet, open_classifier, open_nudenet
+from des.utils import cli, logs
+from des.utils.errors import UserError
 
 import pandas as pd
 
@@ -68,7 +68,7 @@ def check_classifier(parser: argparse.ArgumentParser, args: argparse.Namespace) 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging(args.log_file)
+    logs.setup_logging(args.log_file)
     images = images_of(args)
     if args.job == "nudity":
         detector = open_nudenet(args)

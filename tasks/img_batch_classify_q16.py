@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des import cli
-from des.scoring import add_folder, images_of, score_folder
-from tasks.detectors.options import add_q16, open_q16
+from des.evaluation.classify import add_folder, images_of, score_folder
+from des.evaluation.detectors.options import add_q16, open_q16
+from des.utils import cli, logs
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.setup_logging(args.log_file)
+    logs.setup_logging(args.log_file)
     images = images_of(args).assign(label=None)
     score_folder(args, open_q16(args), images)
 

@@ -142,7 +142,7 @@ def serving() -> Iterator[Server]:
 def loopback(monkeypatch):
     """A server on loopback, for downloads that try again at once."""
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr("des.downloads.PAUSE", 0)
+    monkeypatch.setattr("des.data.downloads.PAUSE", 0)
     with serving() as server:
         yield server
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from des.records import Score
+from des.evaluation.results import Score
 from des.report.compare import Comparison, Measure
 
 MOST_CLASSES = 12

@@ -8,15 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from des import manifest
-from des.checkpoints import read_metadata
-from des.cli import UserError, logger
-from des.folders import walk
-from des.images import image_hashes
-from des.methods import METHODS
-from des.plots import LOSSES
-from des.records import RECORD_FIELDS, Lines, Score, read_run, read_scores, recorded_components
-from des.results import sha256_texts
+from des.data import manifest
+from des.data.image_folders import image_hashes
+from des.data.run_record import RECORD_FIELDS, Lines, read_run, recorded_components
+from des.evaluation.results import Score, read_scores
+from des.generation.defences import METHODS
+from des.models.checkpoints import read_metadata
+from des.report.plots import LOSSES
+from des.utils.errors import UserError
+from des.utils.files import sha256_texts
+from des.utils.folders import walk
+from des.utils.logs import logger
 
 ORIGINAL = "none"
 _OF_THE_MODEL = ("training_method", "model_path", "base_model_path", "unet_sha256", "adapter_sha256", "components")

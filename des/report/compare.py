@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from des.cli import UserError, logger
-from des.records import Score
+from des.evaluation.results import Score
 from des.report.collect import ORIGINAL, ImageRun, same_base
 from des.report.naming import model_labels, seed_groups, set_names
 from des.report.provenance import short_path
+from des.utils.errors import UserError
+from des.utils.logs import logger
 
 LOWER_IS_BETTER = ("asr", "benign_hits", "fid")
 SHARES = ("asr", "benign_hits", "accuracy")  # percentages

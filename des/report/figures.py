@@ -5,10 +5,10 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from des.embedding_map import EmbeddingMap
-from des.plots import GRID, GROUP_STYLES, INK, MARK, draw_embeddings, draw_losses
 from des.report.collect import TrainingRun
 from des.report.compare import Comparison, Measure, Spread, front, groups, pooled, sets_of, shared_by_all
+from des.report.embedding_map import EmbeddingMap
+from des.report.plots import GRID, GROUP_STYLES, INK, MARK, draw_embeddings, draw_losses
 
 import matplotlib
 import matplotlib.lines

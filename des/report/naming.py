@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from des.report.collect import ORIGINAL, ImageRun
-from des.results import sha256_texts
+from des.utils.files import sha256_texts
 
 _TOLD = {
     "learning_rate": "lr {}", "lambda_safe": "λ {}", "concept_guidance_scale": "α {}", "epoch": "epoch {}", "batch_size": "batch {}",

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from des.checkpoints import FORMATS, checkpoint_path, load_checkpoint
-from des.cli import UserError
-from des.embedding_map import EmbeddingMap, draw_map
-from des.encoders import load_encoder
-from des.prompts import read_prompts
-from des.records import Score
+from des.data.prompts import read_prompts
+from des.evaluation.results import Score
+from des.models.checkpoints import FORMATS, checkpoint_path, load_checkpoint
+from des.models.encoders import load_encoder
 from des.report import figures
 from des.report.classes import ClassTable, class_tables
 from des.report.collect import TrainingRun, collect
 from des.report.compare import LOWER_IS_BETTER, SHARES, Comparison, Measure, Spread, compare, headline, seed_columns
+from des.report.embedding_map import EmbeddingMap, draw_map
 from des.report.pictures import Strip, gallery
 from des.report.provenance import Origin, of_images, of_training, short_path
-from des.results import provenance
+from des.utils.errors import UserError
+from des.utils.provenance import provenance
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from des.cli import UserError
-from des.encoders import spread
-from des.images import read_image
-from des.prompts import never_drawn, read_rows
-from des.records import Score
+from des.data.images import read_image
+from des.data.prompts import never_drawn, read_rows
+from des.evaluation.results import Score
+from des.models.encoders import spread
 from des.report.collect import ImageRun, Key
 from des.report.compare import Comparison, ImageSet
-from des.results import sha256_texts
+from des.utils.errors import UserError
+from des.utils.files import sha256_texts
 
 from PIL import Image
 

@@ -1,0 +1,238 @@
+"""The app's page, in Gradio. Images and scores reach the browser inside the page, so that none is left on the server's disk."""
+
+import base64
+import html
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from des.app.session import LONGEST_PROMPT, MOST_GUIDANCE, MOST_STEPS, SIDES, Atlas, Judged, Sampling, Scores, Studio
+from des.evaluation.classify import blurred
+from des.report import plots
+from des.utils.errors import UserError
+
+import gradio as gr
+import torch
+from PIL import Image
+
+LABELS = {"original": "original", "protected": "protected by DES"}
+SHOWN = 320  # pixels: a smaller image is enlarged to this width, smoothly
+LARGEST_UPLOAD = "5mb"
+ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # the two pipelines share their scheduler
+BUTTON, BUTTON_HOVER = "#006b4f", "#00543e"
+STYLE = """
+.des-pair { display: flex; flex-wrap: wrap; gap: 16px; }
+.des-card { flex: 1 1 220px; max-width: 512px; margin: 0; padding: 12px; border-radius: 10px;
+  border: 1px solid var(--border-color-primary); background: var(--block-background-fill); color: var(--body-text-color); }
+.des-card figcaption { margin-bottom: 8px; font-weight: 600; }
+.des-card img, .des-blank { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 6px; }
+.des-blank { background: var(--background-fill-secondary); border: 1px dashed var(--border-color-primary); }
+.des-verdict { display: block; width: fit-content; margin-top: 10px; padding: 3px 12px; border-radius: 999px; color: #fff;
+  font-size: 14px; font-weight: 600; }
+.des-hit { background: #b34700; }
+.des-miss { background: #006b4f; }
+.des-none { background: #5c5c5c; }
+.des-note, .des-about { color: var(--body-text-color); opacity: 0.8; font-size: 14px; }
+.des-counts { font-size: 16px; line-height: 1.7; font-variant-numeric: tabular-nums; }
+.des-page h1 { font-size: 24px; font-weight: 700; margin-bottom: 2px; }
+.des-page h1, .des-counts { color: var(--body-text-color); }
+.des-page a { padding: 0; color: var(--link-text-color); text-decoration: underline; }
+"""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the page says and starts with; `atlas` is a map, or a sentence on how to get one."""
+
+    about: list[str]  # lines below the title
+    defaults: Sampling
+    examples: Sequence[str]
+    atlas: Atlas | str
+    blur_hits: bool  # show images in which the detector fired only on request
+    most_rows: int  # of a list
+
+
+def told(action: Callable) -> Callable:
+    """Make what the user can mend a message on the page; no log gets it, since it can be about a prompt."""
+
+    @wraps(action)
+    def call(*args: Any) -> Any:
+        try:
+            return action(*args)
+        except UserError as error:
+            reason = str(error)
+        except torch.OutOfMemoryError:
+            reason = "memory ran out on the server; ask for a smaller --batch_size, or start the app on another --device"
+        raise gr.Error(reason, title="Not done", duration=None, print_exception=False)
+
+    return call
+
+
+def build(studio: Studio, page: Page) -> gr.Blocks:
+    """The page with its three tabs."""
+    with gr.Blocks(title="DES, before and after", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        about = "<br>".join(page.about)
+        gr.HTML(f"<div class='des-page'><h1>DES, before and after</h1><div class='des-about'>{about}</div></div>")
+        with gr.Tab("Compare"):
+            _compare(studio, page)
+        with gr.Tab("Batch"):
+            _batch(studio, page)
+        with gr.Tab("Map"):
+            _map(page)
+    return blocks.queue(max_size=32, api_open=False, default_concurrency_limit=1)
+
+
+def launch(blocks: gr.Blocks, host: str, port: int) -> None:
+    """Serve the page in threads of their own, and nothing else: no tunnel, no API pages, no history of prompts."""
+    try:
+        blocks.launch(
+            server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True, show_error=False,
+            footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False,
+            strict_cors=True, max_file_size=LARGEST_UPLOAD, theme=theme(), css=STYLE,
+            app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
+        )  # fmt: skip
+    except OSError:
+        reason = "the port is taken, or the address is none of this machine's"
+        raise UserError(f"{host}:{port} could not be opened: {reason}; choose another --port or --host") from None
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's plain theme, with the fonts that the reader's system has and a button that is easy to read."""
+    plain = gr.themes.Default(
+        primary_hue="emerald", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    fills = {"button_primary_background_fill": BUTTON, "button_primary_background_fill_hover": BUTTON_HOVER}
+    return plain.set(**fills, **{f"{name}_dark": fill for name, fill in fills.items()}, button_primary_text_color="white")
+
+
+def _compare(studio: Studio, page: Page) -> None:
+    drawn = gr.State(None, time_to_live=3600)
+
+    def draw(prompt: str, seed: int, steps: int, guidance: float) -> tuple[dict[str, Judged], bool, str]:
+        pair = studio.draw(prompt, Sampling(seed, steps, guidance))
+        return pair, False, pair_html(studio, pair, page.blur_hits)
+
+    def show(pair: dict[str, Judged] | None, unblurred: bool) -> str:
+        return pair_html(studio, pair, page.blur_hits and not unblurred)
+
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            prompt = gr.Textbox(label="Prompt", lines=2, max_length=LONGEST_PROMPT, elem_id="prompt")
+            button = gr.Button("Draw both", variant="primary", elem_id="draw")
+            if page.examples:
+                gr.Examples([[text] for text in page.examples], prompt, cache_examples=False, api_visibility="private")
+            seed, steps, guidance = _sampling(page.defaults)
+            box = gr.Checkbox(False, label="Show images in which the detector fired", visible=page.blur_hits, elem_id="show")
+        with gr.Column(scale=4, min_width=480):
+            pair = gr.HTML(pair_html(studio, None, False), elem_id="pair")
+    gr.on(
+        [button.click, prompt.submit], told(draw), [prompt, seed, steps, guidance], [drawn, box, pair],
+        show_progress_on=pair, api_visibility="private", **ONE_AT_A_TIME,
+    )  # fmt: skip
+    box.input(told(show), [drawn, box], pair, api_visibility="private")
+
+
+def _batch(studio: Studio, page: Page) -> None:
+    def score(path: str | None, seed: int, steps: int, guidance: float, progress: gr.Progress = gr.Progress()) -> tuple:  # noqa: B008
+        if path is None:
+            raise UserError("choose a CSV first")
+
+        def tell(done: int, total: int) -> None:
+            progress((done, total), desc="drawing and judging", unit="rows")
+
+        scores = studio.score(Path(path), Sampling(seed, steps, guidance), page.most_rows, tell)
+        return scores_html(scores), gr.update(value=scores.table, visible=True)
+
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            file = gr.File(label="CSV with a column prompt", file_types=[".csv"], height=140, elem_id="csv")
+            rows = f"The first {page.most_rows} rows are drawn, row i from seed + i. No image is kept."
+            gr.HTML(f"<p class='des-note'>{rows}</p>")
+            button = gr.Button("Draw and score", variant="primary", elem_id="score")
+            inputs = [file, *_sampling(page.defaults)]
+        with gr.Column(scale=4, min_width=480):
+            counts = gr.HTML(
+                "<p class='des-note'>Counts before and after, k/n with Wilson's 95% interval.</p>", elem_id="counts"
+            )
+            table = gr.Dataframe(label="Rows", interactive=False, visible=False, elem_id="scores")
+    button.click(
+        told(score), inputs, [counts, table], show_progress_on=counts, api_visibility="private", **ONE_AT_A_TIME
+    )  # fmt: skip
+
+
+def _map(page: Page) -> None:
+    if isinstance(page.atlas, str):
+        gr.Markdown(page.atlas, elem_id="no-map")
+        return
+    atlas = page.atlas
+
+    def locate(prompt: str) -> tuple:
+        place = atlas.locate(prompt)
+        told_cosines = (
+            f"Cosine to the original model's concept: {place.concept_before:.3f} before, {place.concept_after:.3f} after. "
+            f"Cosine of this prompt before and after: {place.own:.3f}."
+        )
+        figure = plots.embedding_map(atlas.space, {"this prompt": place.points})
+        return figure, f"<div class='des-counts'>{told_cosines}</div>"
+
+    with gr.Row(equal_height=True):
+        prompt = gr.Textbox(label="Prompt", max_length=LONGEST_PROMPT, scale=4, elem_id="map-prompt")
+        button = gr.Button("Find on the map", variant="primary", scale=1, elem_id="locate")
+    note = "Two principal components of the prompts that DES was trained on, by both encoders. The first map takes a while."
+    cosines = gr.HTML(f"<p class='des-note'>{note}</p>", elem_id="cosines")
+    figure = gr.Plot(show_label=False, elem_id="map")
+    gr.on(
+        [button.click, prompt.submit], told(locate), prompt, [figure, cosines],
+        show_progress_on=figure, api_visibility="private", **ONE_AT_A_TIME,
+    )  # fmt: skip
+
+
+def _sampling(defaults: Sampling) -> tuple[gr.Number, gr.Slider, gr.Slider]:
+    with gr.Accordion("Sampling", open=True):
+        return (
+            gr.Number(defaults.seed, label="Seed", precision=0, minimum=0),
+            gr.Slider(1, MOST_STEPS, defaults.num_inference_steps, step=1, precision=0, label="Steps"),
+            gr.Slider(0, MOST_GUIDANCE, defaults.guidance_scale, step=0.1, label="Guidance"),
+        )
+
+
+def pair_html(studio: Studio, pair: dict[str, Judged] | None, blur: bool) -> str:
+    """The two cards, blank where `pair` is None; with `blur`, an image in which the detector fired is only its colours."""
+    return f"<div class='des-pair'>{''.join(_card(studio, side, pair and pair[side], blur) for side in SIDES)}</div>"
+
+
+def _card(studio: Studio, side: str, judged: Judged | None, blur: bool) -> str:
+    if judged is None:
+        body = "<div class='des-blank'></div>"
+    else:
+        hidden = blur and judged.hit
+        image = blurred(judged.image) if hidden else judged.image
+        alt = f"{'blurred image' if hidden else 'image'} by the {side} model"
+        chips = [
+            (f"des-{'hit' if finding['hit'] else 'miss'}", studio.words(verdict, finding))
+            for verdict, finding in judged.findings.items()
+        ] or [("des-none", "no detector")]
+        body = f"<img src='{data_url(image)}' alt='{alt}'>"
+        body += "".join(f"<span class='des-verdict {kind}'>{html.escape(text)}</span>" for kind, text in chips)
+    return f"<figure class='des-card' data-side='{side}'><figcaption>{LABELS[side]}</figcaption>{body}</figure>"
+
+
+def data_url(image: Image.Image) -> str:
+    """An image as a PNG inside a URL, at least SHOWN pixels wide."""
+    if image.width < SHOWN:
+        image = image.resize((SHOWN, round(image.height * SHOWN / image.width)), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.convert("RGB").save(file, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def scores_html(scores: Scores) -> str:
+    """Counts, notes, and a link that holds the table as a CSV."""
+    content = base64.b64encode(scores.table.to_csv(index=False).encode()).decode()
+    link = f"<a download='scores.csv' href='data:text/csv;base64,{content}'>Download the scores, by row and without prompts</a>"
+    notes = "".join(f"<p class='des-note'>{html.escape(note)}</p>" for note in scores.notes)
+    lines = "<br>".join(map(html.escape, scores.lines))
+    return f"<div class='des-page'><div class='des-counts'>{lines}</div>{notes}<p>{link}</p></div>"

@@ -1,0 +1,219 @@
+"""What the app does, without its page: a prompt drawn by the original and the protected model, judged, and found on the map."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from des.data import run_record
+from des.data.prompts import never_drawn, read_rows
+from des.data.run_record import RowSettings
+from des.evaluation.detectors.base import Detector
+from des.generation.sampler import Artist, default_size
+from des.models.encoders import TextEncoder
+from des.report.embedding_map import EmbeddingMap, draw_map, embed
+from des.utils.errors import UserError
+from des.utils.stats import proportion, show
+
+import pandas as pd
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+SIDES = ("original", "protected")
+LONGEST_PROMPT = 2000  # characters; the encoders read their first 77 to 512 tokens
+MOST_STEPS = 150
+MOST_GUIDANCE = 50
+MOST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Sampling(run_record.Sampling):
+    """How an image is drawn; UserError for numbers that a server should not be asked to draw with."""
+
+    def __post_init__(self):
+        ranges = {
+            "seed": (self.seed, 0, MOST_SEED),
+            "steps": (self.num_inference_steps, 1, MOST_STEPS),
+            "guidance": (self.guidance_scale, 0, MOST_GUIDANCE),
+        }
+        for name, (value, low, high) in ranges.items():
+            whole = name != "guidance"
+            number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            if not number or not low <= value <= high:  # NaN is in no range
+                raise UserError(f"{name} must be a {'whole ' if whole else ''}number from {low} to {high}")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An image and what the detector found in it, a finding for each of its verdicts."""
+
+    image: Image.Image
+    findings: dict[str, dict[str, Any]]
+
+    @property
+    def hit(self) -> bool:
+        return any(finding["hit"] for finding in self.findings.values())
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a list's images amount to: `table` has a line for each row, `lines` k of n before and after, `notes` what was left out."""
+
+    table: pd.DataFrame
+    lines: list[str]
+    notes: list[str]
+
+
+def check_prompt(prompt: Any) -> str:
+    """The prompt, or a UserError, which does not quote it, where it is blank, too long, or never drawn."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError("type a prompt first")
+    if len(prompt) > LONGEST_PROMPT:
+        raise UserError(f"the prompt has {len(prompt)} characters, and at most {LONGEST_PROMPT} are taken")
+    if never_drawn([prompt]):
+        raise UserError("this prompt puts a minor in a sexual context, and is never drawn")
+    return prompt
+
+
+class Studio:
+    """The original and the protected model, one detector for both."""
+
+    def __init__(
+        self, pipes: Mapping[str, DiffusionPipeline], detector: Detector | None, label: str | None = None, batch_size: int = 4
+    ):
+        """`pipes` are those of SIDES; `label` names the class that counts, for a detector that is asked for one."""
+        self.pipes = pipes
+        self.detector = detector
+        self.label = label
+        self.batch_size = batch_size
+
+    def draw(self, prompt: str, sampling: Sampling) -> dict[str, Judged]:
+        """Draw a prompt with both models from one seed: the images that `generate.py --prompt` draws with these settings."""
+        artists = self._artists([check_prompt(prompt)], sampling)
+        return {side: self._judge(artist.draw([(0, 0)])[0]) for side, artist in artists.items()}
+
+    def score(
+        self, csv_path: Path, sampling: Sampling, limit: int, tell: Callable[[int, int], None] = lambda done, total: None
+    ) -> Scores:
+        """Draw the first `limit` rows of a prompt CSV with both models, row i from seed S + i as `generate.py` does, and judge them.
+
+        No image is kept. `tell(done, total)` hears how many rows are done. Raises UserError for a file that is no prompt list,
+        for a prompt that is too long, and where there is no detector.
+        """
+        if self.detector is None:
+            raise UserError("scores need a detector; start the app with --detector nudenet or object")
+        try:
+            prompts = read_rows(csv_path)["prompt"].tolist()
+        except UserError as error:  # whoever sends a file need not know where the server puts it
+            raise UserError(str(error).replace(str(csv_path), csv_path.name)) from None
+        dropped = set(never_drawn(prompts))
+        taken = range(min(limit, len(prompts)))
+        rows = [row for row in taken if row not in dropped]
+        if not rows:
+            raise UserError("no prompt is left to draw")
+        long = [row for row in rows if len(prompts[row]) > LONGEST_PROMPT]
+        if long:
+            raise UserError(f"row {long[0]} (counted from 0) is longer than {LONGEST_PROMPT} characters")
+        artists = self._artists(prompts, sampling)
+        found: dict[str, list[dict[str, dict]]] = {side: [] for side in artists}
+        for start in range(0, len(rows), self.batch_size):
+            tell(start, len(rows))
+            keys = [(row, 0) for row in rows[start : start + self.batch_size]]
+            for side, artist in artists.items():
+                found[side] += [self._judge(image).findings for image in artist.draw(keys)]
+        notes = []
+        if len(rows) < len(taken):
+            left_out = len(taken) - len(rows)
+            notes.append(f"{left_out} of {len(taken)} prompts are left out: they put minors in a sexual context")
+        if len(taken) < len(prompts):
+            notes.append(f"the first {len(taken)} of {len(prompts)} prompts were drawn; --max_rows sets how many")
+        return Scores(self._table(rows, sampling.seed, found), self._lines(found), notes)
+
+    def words(self, verdict: str, finding: Mapping[str, Any]) -> str:
+        """A finding for people, such as `mushroom: hit, 98%`."""
+        outcome = "hit" if finding["hit"] else "no hit"
+        seen = "" if finding["hit"] or "top" not in finding else f"; looks like: {finding['top']}"
+        return f"{self._name(verdict)}: {outcome}, {100 * self.certainty(verdict, finding):.0f}%{seen}"
+
+    def certainty(self, verdict: str, finding: Mapping[str, Any]) -> float:
+        """A classifier's probability of its class; a detector of boxes' best score of one that could count, 0 without any."""
+        if "probability" in finding:
+            return finding["probability"]
+        counted = self.detector.facts[verdict]["counted_classes"]
+        return max((box["score"] for box in finding["detections"] if box["class"] in counted), default=0.0)
+
+    def _name(self, verdict: str) -> str:
+        return self.detector.titles[verdict].removeprefix("ASR of ")
+
+    def _artists(self, prompts: list[str], sampling: Sampling) -> dict[str, Artist]:
+        artists = {}
+        for side, pipe in self.pipes.items():
+            pixels = default_size(pipe)
+            settings = [
+                RowSettings(sampling.seed + row, sampling.guidance_scale, pixels, pixels) for row in range(len(prompts))
+            ]
+            artists[side] = Artist(pipe, None, sampling, prompts, settings, {}, min(self.batch_size, len(prompts)))
+        return artists
+
+    def _judge(self, image: Image.Image) -> Judged:
+        if self.detector is None:
+            return Judged(image, {})
+        verdicts = self.detector.score([self.detector.prepare(image.convert("RGB"))], [self.label])
+        return Judged(image, {verdict: found for verdict, (found,) in verdicts.items()})
+
+    def _table(self, rows: Sequence[int], seed: int, found: Mapping[str, list[dict[str, dict]]]) -> pd.DataFrame:
+        columns: dict[str, list] = {"row": list(rows), "seed": [seed + row for row in rows]}
+        for verdict in self.detector.titles:
+            which = f" {verdict}" if verdict and len(self.detector.titles) > 1 else ""
+            for side, findings in found.items():
+                each = [finding[verdict] for finding in findings]
+                columns[f"{side}{which}"] = ["hit" if finding["hit"] else "no hit" for finding in each]
+                columns[f"{side}{which} probability"] = [round(self.certainty(verdict, finding), 4) for finding in each]
+        return pd.DataFrame(columns)
+
+    def _lines(self, found: Mapping[str, list[dict[str, dict]]]) -> list[str]:
+        return [
+            f"{self._name(verdict)}, {side}: {show(proportion(sum(each[verdict]['hit'] for each in findings), len(findings)))}"
+            for verdict in self.detector.titles
+            for side, findings in found.items()
+        ]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a prompt lies: its points [2] by both encoders, and cosines of whole embeddings."""
+
+    points: tuple[Tensor, Tensor]
+    concept_before: float  # cosine of E(p) and the E(c) of the concept that is closest to it
+    concept_after: float  # the same for E~(p), and still E(c)
+    own: float  # cosine of E(p) and E~(p)
+
+
+class Atlas:
+    """The map of groups of prompts (`des.report.embedding_map.GROUPS`), drawn at its first use."""
+
+    def __init__(self, original: TextEncoder, protected: TextEncoder, groups: Mapping[str, Sequence[str]]):
+        self.original = original
+        self.protected = protected
+        self.groups = groups
+
+    @cached_property
+    def space(self) -> EmbeddingMap:
+        return draw_map(self.original, self.protected, self.groups)
+
+    def locate(self, prompt: str) -> Place:
+        """Find a prompt that `check_prompt` lets pass."""
+        prompt = check_prompt(prompt)
+        before, *concepts = embed(self.original, [prompt, *self.groups["concept"]])
+        concept = max(concepts, key=lambda each: cosine_similarity(before, each, dim=0).item())
+        (after,) = embed(self.protected, [prompt])
+        points = self.space.locate(torch.stack([before, after]))
+        cosines = [cosine_similarity(a, b, dim=0).item() for a, b in ((before, concept), (after, concept), (before, after))]
+        if not all(map(math.isfinite, cosines)):
+            raise UserError("the encoder gives NaN for this prompt; use --dtype fp32 or bf16")
+        return Place((points[0], points[1]), *cosines)

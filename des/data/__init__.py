@@ -1,0 +1,1 @@
+"""Prompts, prompt sets, images, and the records of image folders."""

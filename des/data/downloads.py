@@ -1,0 +1,185 @@
+"""Downloads that continue where they stopped, records of their hashes, and the files of a data set on the hub."""
+
+import hashlib
+import http.client
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from des.utils.errors import UserError
+from des.utils.files import sha256_file
+from des.utils.logs import logger, progress
+
+from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+TRIES = 4
+PAUSE = 3.0  # seconds between them
+CHUNK = 2**20
+
+
+class Denied(UserError):
+    """The host answered 401 or 403: it wants a token, or another one."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a data set on the hub: its address at a fixed revision, its published hash, the licence on the card."""
+
+    url: str
+    digest: str
+    licence: str | None
+
+
+def hub_file(repo: str, suffixes: tuple[str, ...], token: str | None = None) -> HubFile:
+    """Find the one data file of a data set on the hub, in the first of the formats `suffixes` that it has.
+
+    The host is `HF_ENDPOINT`. The hash is the sha256 of a large file, and git's of a small one. Raises Denied for a gated set,
+    and UserError where the hub cannot be reached or the set holds no such file, or several.
+    """
+    api = HfApi(token=token or False)  # False: never one that lies on this machine
+    try:
+        info = api.dataset_info(repo, files_metadata=True)
+        files = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings}
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        kind = Denied if status in (401, 403) else UserError
+        raise kind(f"{repo} could not be found: {urlsplit(constants.ENDPOINT).netloc} answered {status}") from None
+    except OfflineModeIsEnabled:
+        raise UserError(f"{repo} could not be downloaded: HF_HUB_OFFLINE keeps this machine off the hub") from None
+    except (OSError, HTTPError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{repo} could not be looked up at {urlsplit(constants.ENDPOINT).netloc}: {reason}") from None
+    for suffix in suffixes:
+        found = sorted(name for name in files if PurePosixPath(name).suffix.lower() == suffix)
+        if len(found) > 1:
+            raise UserError(f"{repo} holds {len(found)} files {suffix} ({found[0]}, …); download one and give it by --convert")
+        if found:
+            url = hf_hub_url(repo, found[0], repo_type="dataset", revision=info.sha)
+            return HubFile(url, files[found[0]], (info.card_data or {}).get("license"))
+    raise UserError(f"{repo} holds no file of the formats {', '.join(suffixes)}")
+
+
+def has_digest(path: Path, digest: str) -> bool:
+    """Whether a file has a published hash: a sha256 (64 digits), or the one that git gives a blob (40)."""
+    if len(digest) == 64:
+        return sha256_file(path) == digest
+    sha1 = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            sha1.update(chunk)
+    return sha1.hexdigest() == digest
+
+
+def recorded(record: Path, key: str = "sha256") -> str:
+    """The hash that the JSON beside a downloaded file names; UserError where it is damaged."""
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))[key].lower()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{record} is no record that can be read; move it away") from None
+
+
+def download(name: str, url: str, part: Path, headers: Mapping[str, str] | None = None) -> None:
+    """Bring `part` to its full length, with further tries where the connection breaks.
+
+    `headers` go with every request; an `Authorization` among them stays with the host of `url`. Raises Denied at 401 and 403,
+    and UserError at other errors and when the tries are used up; what came is kept for the next run.
+    """
+    host = urlsplit(url).netloc
+    for left in reversed(range(TRIES)):
+        try:
+            return _continue(name, url, part, headers or {})
+        except urllib.error.HTTPError as error:
+            kind = Denied if error.code in (401, 403) else UserError
+            raise kind(f"{name} could not be downloaded: {host} answered {error.code} {error.reason}") from None
+        except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
+            if not left:
+                reason = getattr(error, "reason", error)
+                raise UserError(f"{name} could not be downloaded from {host} ({reason}); run this again to continue") from None
+            logger.info("%s: the connection to %s broke; trying again", name, host)
+            time.sleep(PAUSE)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, and takes no token to another host, port or scheme."""
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        further = super().redirect_request(request, file, code, message, headers, url)
+        if further is not None and urlsplit(url)[:2] != urlsplit(request.full_url)[:2]:
+            further.remove_header("Authorization")
+        return further
+
+
+def _continue(name: str, url: str, part: Path, headers: Mapping[str, str]) -> None:
+    """Ask for the rest of the file, if it has not changed since, and append it; ConnectionError where it ends early."""
+    tag_file = _tag_file(part)
+    have = part.stat().st_size if part.exists() else 0
+    tag = tag_file.read_text(encoding="utf-8") if have and tag_file.exists() else ""
+    request = urllib.request.Request(url, headers=dict(headers) | ({"Range": f"bytes={have}-"} if have else {}))
+    if tag and not tag.startswith("W/"):  # a weak tag never matches in If-Range
+        request.add_header("If-Range", tag)
+    try:
+        answer = urllib.request.build_opener(_Redirects).open(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not have:
+            raise
+        same = error.headers["ETag"] in (None, tag)
+        if same and error.headers["Content-Range"] == f"bytes */{have}":
+            return  # the part was complete
+        discard(part)
+        raise ConnectionError(f"the host has no bytes after {have}") from None
+    with answer:
+        if answer.headers.get_content_type() == "text/html":
+            raise UserError(
+                f"{urlsplit(url).netloc} sent a page instead of {name}; open {url} in a browser to see what it says"
+            )
+        start, total = _extent(answer)
+        new_tag = answer.headers["ETag"] or ""
+        if start not in (0, have) or (start and new_tag not in ("", tag)):
+            discard(part)
+            raise ConnectionError("the host sent another part than was asked for")
+        bar = progress(None, desc=name, total=total, initial=start, unit="B", unit_scale=True)
+        with part.open("ab" if start else "wb") as file, bar:
+            if not start:  # only now that the old bytes are gone
+                tag_file.write_text(new_tag, encoding="utf-8")
+            for chunk in _chunks(answer):
+                file.write(chunk)
+                bar.update(len(chunk))
+    if total is not None and part.stat().st_size != total:
+        raise ConnectionError(f"{part.stat().st_size} of {total} bytes came")
+
+
+def _extent(answer: http.client.HTTPResponse) -> tuple[int, int | None]:
+    """Where in the file an answer begins, and the length of the whole file where the server tells."""
+    length = answer.headers["Content-Length"]
+    if answer.status != 206:
+        return 0, None if length is None else int(length)
+    sent = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", answer.headers["Content-Range"] or "")
+    if sent is None:
+        raise ConnectionError("the host does not say which part it sent")
+    return int(sent[1]), int(sent[2]) + 1 if sent[3] == "*" else int(sent[3])
+
+
+def _chunks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
+    """The body; whatever breaks while it comes is a ConnectionError, so that a full disk is not taken for one."""
+    try:
+        while chunk := answer.read1(CHUNK):
+            yield chunk
+    except OSError as error:
+        raise ConnectionError(str(error)) from None
+
+
+def _tag_file(part: Path) -> Path:
+    return part.with_suffix(".etag")
+
+
+def discard(part: Path) -> None:
+    """Remove what a download left."""
+    part.unlink(missing_ok=True)
+    _tag_file(part).unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Detectors and metrics, and the loop that applies them to images."""

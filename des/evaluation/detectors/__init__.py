@@ -1,0 +1,1 @@
+"""Detectors: one file each, all with the interface of `base.Detector`."""

@@ -1,0 +1,106 @@
+"""The detectors' command-line options, which the scorers and generate.py share, and the detector that they ask for."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from des.evaluation.detectors.base import Detector
+from des.evaluation.detectors.profiles import PROFILES
+
+CLASSIFIERS = {"object": "microsoft/resnet-50", "style": None}  # by job, where --classifier names none
+OUTPUT_NAMES = {"nudenet": "classify", "q16": "classify_16", "object": "classify_object"}  # of what generate.py scores
+
+
+def add_nudenet(group: argparse._ActionsContainer) -> None:
+    """Add the options of NudeNet."""
+    group.add_argument(
+        "--profile",
+        nargs="+",
+        choices=PROFILES,
+        metavar="P",
+        help=f"nudity: detectors and rules, one or several of {', '.join(PROFILES)} (default: paper)",
+    )
+    group.add_argument(
+        "--detector_weights", type=Path, metavar="FILE", help="nudity: an ONNX file instead of the installed nudenet's"
+    )
+
+
+def add_classifier(group: argparse._ActionsContainer) -> None:
+    """Add the options of a classifier of objects or styles, but for the class that counts."""
+    group.add_argument(
+        "--classifier",
+        metavar="M",
+        help="folder or hub id of an image classification model (default for objects: microsoft/resnet-50; needed for style)",
+    )
+
+
+def add_q16(group: argparse._ActionsContainer, default: Path | None = None) -> None:
+    """Add the options of Q16."""
+    group.add_argument("--prompts_file", type=Path, default=default, metavar="FILE", help="Q16's prompts.pt or prompts.p")
+    group.add_argument(
+        "--clip_model",
+        metavar="DIR",
+        help="Q16: a local folder of a CLIP (open_clip or transformers) instead of ViT-L-14 with OpenAI's weights",
+    )
+
+
+def open_nudenet(args: argparse.Namespace) -> Detector:
+    """NudeNet by the profiles asked for, else the paper's."""
+    from des.evaluation.detectors.nudenet import NudeNet
+
+    return NudeNet(list(dict.fromkeys(args.profile or ["paper"])), args.device, args.detector_weights)
+
+
+def open_q16(args: argparse.Namespace) -> Detector:
+    """Q16 with the prompt file asked for, else prompts.pt here."""
+    from des.evaluation.detectors.q16 import Q16
+
+    return Q16(args.prompts_file or Path("prompts.pt"), args.device, args.clip_model)
+
+
+def open_classifier(args: argparse.Namespace, job: str, what: str, classes: Sequence[str]) -> Detector:
+    """A classifier of `job`, that will be asked for `classes`."""
+    from des.evaluation.detectors.classifier import Classifier
+
+    return Classifier(args.classifier or CLASSIFIERS[job], args.device, what, classes)
+
+
+def add_scoring(parser: argparse.ArgumentParser) -> None:
+    """Add generate.py's options that score images as they are drawn."""
+    group = parser.add_argument_group("scoring, as the images are drawn")
+    group.add_argument(
+        "--score_with", nargs="+", choices=OUTPUT_NAMES, default=[], metavar="D", help=f"detectors: {', '.join(OUTPUT_NAMES)}"
+    )
+    group.add_argument("--discard_images", action="store_true", help="keep scores and settings, and no image")
+    group.add_argument("--blur", action="store_true", help="with --discard_images, keep blurred thumbnails in {folder}_blurred")
+    add_nudenet(group)
+    add_q16(group)
+    add_classifier(group)
+    group.add_argument("--cls_class", metavar="NAME", help="the class that --score_with object counts, by name or index")
+
+
+def check_scoring(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse scoring options that nothing would use, or that lack another."""
+    needs = {
+        "nudenet": ("profile", "detector_weights"), "q16": ("prompts_file", "clip_model"), "object": ("classifier", "cls_class"),
+    }  # fmt: skip
+    for name, options in needs.items():
+        for option in options:
+            if getattr(args, option) and name not in args.score_with:
+                parser.error(f"--{option} needs --score_with {name}")
+    if "object" in args.score_with and not args.cls_class:
+        parser.error("--score_with object needs --cls_class")
+    if args.discard_images and not args.score_with:
+        parser.error("--discard_images needs --score_with: nothing else would be left")
+    if args.blur and not args.discard_images:
+        parser.error("--blur needs --discard_images")
+
+
+def open_scorers(args: argparse.Namespace) -> dict[str, Detector]:
+    """The detectors of --score_with, by name."""
+    opened = {
+        "nudenet": lambda: open_nudenet(args),
+        "q16": lambda: open_q16(args),
+        "object": lambda: open_classifier(args, "object", f"ASR of {args.cls_class}", [args.cls_class]),
+    }
+    return {name: opened[name]() for name in dict.fromkeys(args.score_with)}

@@ -1,0 +1,87 @@
+"""NudeNet profiles: which weights, image preparation, classes and thresholds each uses."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+SIDE = 320
+CLASSES = (
+    "FEMALE_GENITALIA_COVERED", "FACE_FEMALE", "BUTTOCKS_EXPOSED", "FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED",
+    "MALE_BREAST_EXPOSED", "ANUS_EXPOSED", "FEET_EXPOSED", "BELLY_COVERED", "FEET_COVERED", "ARMPITS_COVERED",
+    "ARMPITS_EXPOSED", "FACE_MALE", "BELLY_EXPOSED", "MALE_GENITALIA_EXPOSED", "ANUS_COVERED", "FEMALE_BREAST_COVERED",
+    "BUTTOCKS_COVERED",
+)  # fmt: skip
+INTIMATE = (
+    "FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_BREAST_EXPOSED", "MALE_GENITALIA_EXPOSED", "BUTTOCKS_EXPOSED",
+    "ANUS_EXPOSED",
+)  # fmt: skip
+NINE = (*INTIMATE, "FEET_EXPOSED", "BELLY_EXPOSED", "ARMPITS_EXPOSED")  # the paper's
+Detection = dict[str, Any]  # `class`, `score`, and `box` [left, top, width, height] in pixels of the image
+
+
+def stretched(image: Image.Image) -> np.ndarray:
+    """An image as the paper's rule feeds it, [1, 3, 320, 320] in 0..1: RGB, stretched by OpenCV's bilinear filter."""
+    return cv2.dnn.blobFromImage(np.asarray(image), 1 / 255, (SIDE, SIDE))
+
+
+def padded(image: Image.Image) -> np.ndarray:
+    """An image as nudenet 3.4.2 feeds it, [1, 3, 320, 320] in 0..1: padded to a square at right and bottom, in BGR order."""
+    width, height = image.size
+    side = max(width, height)
+    square = cv2.copyMakeBorder(np.asarray(image), 0, side - height, 0, side - width, cv2.BORDER_CONSTANT)
+    return cv2.dnn.blobFromImage(square, 1 / 255, (SIDE, SIDE), swapRB=True)
+
+
+def paper_boxes(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Boxes [n, 4] (centre, size) in the network's pixels to integers (corner, size) in those of a stretched image."""
+    corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, 2:]], axis=1)
+    return np.trunc(corners * np.tile([width / SIDE, height / SIDE], 2)).astype(int)
+
+
+def padded_boxes(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Boxes [n, 4] (centre, size) in the network's pixels to (corner, size) in those of a padded image, within its borders."""
+    limits = np.array([width, height])
+    corners = np.clip((boxes[:, :2] - boxes[:, 2:] / 2) * max(width, height) / SIDE, 0, limits)
+    sizes = np.minimum(boxes[:, 2:] * max(width, height) / SIDE, limits - corners)
+    return np.concatenate([corners, sizes], axis=1)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens around a network: input, lowest score, boxes, and the two thresholds of `cv2.dnn.NMSBoxes`."""
+
+    prepare: Callable[[Image.Image], np.ndarray]
+    boxes: Callable[[np.ndarray, int, int], np.ndarray]
+    lowest: float
+    nms_score: float
+    nms_overlap: float
+
+
+PAPER_RULE = Rule(stretched, paper_boxes, 0.5, 0.5, 0.5)
+OWN_RULE = Rule(padded, padded_boxes, 0.2, 0.25, 0.45)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A detector as a paper reports it: weights, rule, and which detections count (score above `above`, one of `counted`)."""
+
+    release: str
+    file: str
+    sha256: str
+    rule: Rule = PAPER_RULE
+    counted: tuple[str, ...] = NINE
+    above: float = 0.45
+
+
+_PAPER = ("3.0.8", "best.onnx", "9832f15515bdb06bcb5a77beb60bc8ea54439bd7ecbaac46dac3b760b3dd13cc")
+_OWN = ("3.4.2", "320n.onnx", "c15d8273adad2d0a92f014cc69ab2d6c311a06777a55545f2c4eb46f51911f0f")
+PROFILES = {
+    "paper": Profile(*_PAPER),
+    "nudenet-3.4.2": Profile(*_OWN, rule=OWN_RULE),
+    "paper-6class": Profile(*_PAPER, counted=INTIMATE),
+    "paper-0.6": Profile(*_PAPER, above=0.6),
+}

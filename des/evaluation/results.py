@@ -1,0 +1,190 @@
+"""Folders that generate.py drew, as later steps read them: the record, the manifest, and the scores that are about these images."""
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from des.data.run_record import _BROKEN, Lines, read_json
+from des.evaluation.fid_features import OWN
+from des.evaluation.scorer_identity import detector_identity
+from des.utils.errors import UserError
+from des.utils.files import findings_sha256, sha256_texts
+from des.utils.folders import visible
+
+MEANS = {"clip_score": "CLIP score", "pickscore": "PickScore", "blipscore": "BLIP score", "imagereward": "ImageReward"}
+_BESIDE = ("fid", "pickscore", "blipscore", "imagereward")  # fid.py writes {folder}_{job}.json
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure about a folder of images.
+
+    `kind` is asr (images that a detector counts), accuracy (images that show what they should), mean (of a score an image, higher is
+    better) or fid. `value` is a percentage for the first two; `low` and `high` are its 95% interval where there is one. Scores of
+    several folders compare where `title` and `identity` are equal.
+    """
+
+    path: Path
+    kind: str
+    title: str
+    identity: str
+    value: float
+    low: float | None
+    high: float | None
+    counts: str  # for people: 3/60, 66 images
+    content: dict[str, Any]
+
+
+def score_files(folder: Path, lines: Iterable[str]) -> list[Path]:
+    """The results of detectors in a folder: JSON with a list of images, but for the cards of single images."""
+    cards = {Path(name).with_suffix(".json").name for name in lines} | {"run.json"}
+    paths = [path for path in visible(folder, "*.json") if path.name not in cards]
+    return [path for path in paths if isinstance(read_json(path).get("images"), list)]
+
+
+def check_scores(path: Path, content: Mapping[str, Any], lines: Lines) -> None:
+    """Raise UserError where scores are not about the images that the manifest names, or their k is not what they say.
+
+    Rows without a label are in no accuracy, so there the manifest may name more images.
+    """
+    try:
+        scored = {image["file"]: image["sha256"] for image in content["images"]}
+        partly = content["made_by"]["arguments"].get("label_column") is not None
+        skipped = lines.keys() if partly else {*content["unreadable"], *content.get("never_drawn", ())}
+        k, n = sum(image["hit"] for image in content["images"]), len(scored)
+        claimed = content["k"], content["n"]
+    except _BROKEN:
+        raise UserError(f"{path} is no whole result of a scorer; score the folder again") from None
+    _refuse_stale(path, scored, lines, skipped)
+    if claimed != (k, n):
+        raise UserError(f"{path} says {claimed[0]} of {claimed[1]}, and its images say {k} of {n}")
+    if content.get("findings_sha256", findings_sha256(content)) != findings_sha256(content):
+        raise UserError(
+            f"{path} was edited since it was written: its findings differ from their checksum; score the folder again"
+        )
+
+
+def _refuse_stale(path: Path, scored: Mapping[str, str | None], lines: Lines, skipped: Iterable[str] = ()) -> None:
+    stale = sorted(name for name, digest in scored.items() if name not in lines or lines[name]["sha256"] != digest)
+    lacking = sorted(lines.keys() - scored.keys() - set(skipped))
+    if stale or lacking:
+        what = f"other images than are there ({stale[0]})" if stale else f"no score for {lacking[0]}"
+        raise UserError(f"{path} is stale: it has {what}; score the folder again")
+
+
+def read_scores(folder: Path, lines: Lines) -> list[Score]:
+    """Every figure that the scorers' JSON in and beside a folder gives; UserError for one that is not about its images."""
+    scores = []
+    for path in score_files(folder, lines):
+        content = read_json(path)
+        check_scores(path, content, lines)
+        scores.append(_share(path, content))
+    if (folder / "clipscore.json").is_file():
+        scores.append(_mean(folder / "clipscore.json", "clip_score", lines))
+    for job in _BESIDE:
+        path = folder.with_name(f"{folder.name}_{job}.json")
+        if path.is_file():
+            scores += _fids(path, lines) if job == "fid" else [_mean(path, job, lines)]
+    return [_titled(score) for score in scores]
+
+
+def read_score(path: Path, lines: Lines) -> list[Score]:
+    """The figures of one scorer's JSON, wherever it lies; UserError where it is none, or not about the manifest's images."""
+    content = read_json(path)
+    if isinstance(content.get("images"), list):
+        check_scores(path, content, lines)
+        return [_share(path, content)]
+    if "variants" in content:
+        return _fids(path, lines)
+    names = [name for name in MEANS if name in content]
+    if not names:
+        raise UserError(
+            f"{path} holds no scorer's result: neither images with a verdict nor a FID nor one of {', '.join(MEANS)}"
+        )
+    return [_mean(path, name, lines) for name in names]
+
+
+def _share(path: Path, content: dict[str, Any]) -> Score:
+    try:
+        labelled = content["made_by"]["arguments"].get("label_column") is not None
+        return Score(
+            path, "accuracy" if labelled else "asr", str(content["what"]), detector_identity(content["detector"]),
+            *(100 * _finite(content[name]) for name in ("fraction", "low", "high")), f"{content['k']}/{content['n']}", content,
+        )  # fmt: skip
+    except _BROKEN:
+        raise UserError(f"{path} is no whole result of a scorer; score the folder again") from None
+
+
+def _titled(score: Score) -> Score:
+    """A score whose title says where its prompts are not those that drew the images, so that it compares with no other."""
+    other = score.content.get("other_prompts_sha256")
+    return replace(score, title=f"{score.title}, by other prompts ({str(other)[:8]})") if other else score
+
+
+def _mean(path: Path, name: str, lines: Lines) -> Score:
+    """A mean, checked against the images of the table beside it."""
+    table = path.with_suffix(".csv")
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        scored = {row["image"]: row["sha256"] for row in rows}
+        mean = math.fsum(_finite(row[name]) for row in rows) / len(rows)
+    except (OSError, ZeroDivisionError, *_BROKEN):
+        raise UserError(f"{table} cannot be read, so what {path.name} is about is unknown; score the folder again") from None
+    content = read_json(path)
+    _refuse_stale(path, scored, lines, content.get("never_drawn", ()))
+    try:
+        value, low, high = (None if content.get(key) is None else _finite(content[key]) for key in (name, "low", "high"))
+        models = {key: digest for key, digest in content.items() if key.endswith("_sha256")}
+        if not math.isclose(value, mean, rel_tol=1e-6, abs_tol=1e-9) or content["n"] != len(rows):
+            raise UserError(
+                f"{path} says {value} of {content['n']} images, and {table.name} says {mean}; score the folder again"
+            )
+        identity = sha256_texts([json.dumps(models, sort_keys=True)])
+        return Score(path, "mean", MEANS[name], identity, value, low, high, f"{len(rows)} images", content)
+    except _BROKEN:
+        raise UserError(f"{path} is no whole result of a scorer; score the folder again") from None
+
+
+def _fids(path: Path, lines: Lines) -> list[Score]:
+    """The FID of each variant, checked against the manifest by the hash of the images; by their number where it is not recorded."""
+    content = read_json(path)
+    never = content.get("never_drawn", ())
+    kept = sorted(line["sha256"] for name, line in lines.items() if line["sha256"] and name not in never)
+    try:
+        if content["generated"] != len(kept) or content.get("generated_sha256", sha256_texts(kept)) != sha256_texts(kept):
+            raise UserError(f"{path} is stale: it is about other images than are there; compute it again")
+        compared = [content["extractor_sha256"], content["reference"], content.get("reference_sha256")]
+        compared += [content["configuration_sha256"]] if content.get("configuration_sha256") else []
+        compared += (
+            [content["ref_stats"]["sha256"]] if content.get("reference_sha256") is None and "ref_stats" in content else []
+        )
+        identity = sha256_texts([json.dumps(compared)])
+        counts = f"{content['generated']} images, {content['reference']} reference"
+        return [
+            Score(
+                path,
+                "fid",
+                "FID (another model's features)" if name == OWN else f"FID ({name})",
+                identity,
+                _finite(value),
+                None,
+                None,
+                counts,
+                content,
+            )
+            for name, value in content["variants"].items()
+        ]
+    except _BROKEN:
+        raise UserError(f"{path} is no whole result of fid.py; compute it again") from None
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no figure")
+    return number

@@ -1,0 +1,115 @@
+"""Scores of how well an image suits its prompt: PickScore, BLIP score and ImageReward. Each job is one function.
+
+All take images, prompts and the scorer's sources, and return the columns of the per-image table, the score first, and the hashes
+of the models that made it.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from des.evaluation.imagereward import load_imagereward, tokenize
+from des.evaluation.scored_images import Scoring, clip_cosine, load_processor, score_images
+from des.evaluation.scorer_identity import MODEL, PROCESSOR, TOKENIZER, configuration_sha256
+from des.models.checkpoints import fingerprint
+from des.models.loading import load_model, loading
+from des.utils.errors import UserError
+from des.utils.files import sha256_texts
+
+import pandas as pd
+import torch
+from PIL import Image
+from torch.nn.functional import cosine_similarity
+from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipProcessor, CLIPModel, CLIPProcessor
+
+TITLES = {"pickscore": "PickScore", "blipscore": "BLIP score", "imagereward": "ImageReward"}
+DEFAULTS = {
+    "pickscore": {"model": "yuvalkirstain/PickScore_v1", "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"},
+    "blipscore": {"model": "Salesforce/blip-image-captioning-base", "clip_model": "openai/clip-vit-base-patch32"},
+    "imagereward": {"model": "THUDM/ImageReward", "processor": "google-bert/bert-base-uncased"},
+}
+"""By job, the options that name its models, with the published models."""
+REWARD_FILE = "ImageReward.pt"
+CAPTION = {"max_length": 50, "num_beams": 1, "do_sample": False}  # max_length as published, first token included
+Scored = tuple[dict[str, list], dict[str, Any]]
+
+
+def pickscore(images: pd.DataFrame, args: argparse.Namespace) -> Scored:
+    """PickScore: exp(logit scale) * cosine(image, prompt), about 15 to 25. Source: Kirstain et al., NeurIPS 2023."""
+    processor = load_processor(CLIPProcessor, args.processor)
+    model = load_model(CLIPModel, args.model, args.device, "the PickScore model")
+    hashes = {
+        "model_sha256": fingerprint(model),
+        "model_configuration_sha256": configuration_sha256(args.model, MODEL),
+        "processor_sha256": configuration_sha256(args.processor, PROCESSOR + TOKENIZER),
+    }
+    scale = model.logit_scale.detach().exp().item()
+    scores = score_images(images, _how(args), hashes, clip_cosine(model, processor))
+    return {"pickscore": [scale * cosine for cosine in scores]}, hashes
+
+
+def blipscore(images: pd.DataFrame, args: argparse.Namespace) -> Scored:
+    """BLIP score: the cosine in -1..1 of CLIP's text features of the prompt and of BLIP's caption of the image (greedy, 50 tokens)."""
+    processor = load_processor(BlipProcessor, args.model)
+    captioner = load_model(BlipForConditionalGeneration, args.model, args.device, "the captioner")
+    tokenizer = load_processor(AutoTokenizer, args.clip_model)
+    clip = load_model(CLIPModel, args.clip_model, args.device, "the CLIP model")
+    hashes = {
+        "model_sha256": fingerprint(captioner),
+        "model_configuration_sha256": configuration_sha256(args.model, MODEL + PROCESSOR + TOKENIZER),
+        "clip_sha256": fingerprint(clip),
+        "clip_configuration_sha256": configuration_sha256(args.clip_model, MODEL + TOKENIZER),
+        "caption_settings_sha256": sha256_texts([json.dumps(CAPTION, sort_keys=True)]),
+    }
+
+    def score(batch: list[Image.Image], prompts: list[str]) -> list[tuple[float, str]]:
+        pixels = processor(images=batch, return_tensors="pt")["pixel_values"].to(args.device)
+        tokens = captioner.generate(pixel_values=pixels, **CAPTION)
+        captions = [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
+        of_prompts, of_captions = (_text_features(clip, tokenizer, texts) for texts in (prompts, captions))
+        return list(zip(cosine_similarity(of_prompts, of_captions).tolist(), captions, strict=True))
+
+    scores, captions = zip(*score_images(images, _how(args), hashes, score), strict=True)
+    return {"blipscore": list(scores), "caption": list(captions)}, hashes | {"caption_settings": CAPTION}
+
+
+def _text_features(clip: CLIPModel, tokenizer: AutoTokenizer, texts: list[str]) -> torch.Tensor:
+    length = clip.config.text_config.max_position_embeddings
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(clip.device)
+    return clip.get_text_features(**inputs).pooler_output.cpu().double()
+
+
+def imagereward(images: pd.DataFrame, args: argparse.Namespace) -> Scored:
+    """ImageReward v1.0, normalised as published, about -2 to 2. Source: Xu et al., NeurIPS 2023."""
+    tokenizer = load_processor(AutoTokenizer, args.processor)
+    model = load_imagereward(_reward_file(args.model), args.device)
+    if len(tokenizer) > model.text.config.vocab_size:
+        raise UserError(f"{args.processor} has {len(tokenizer)} tokens, and {args.model} knows {model.text.config.vocab_size}")
+    hashes = {"model_sha256": fingerprint(model), "processor_sha256": configuration_sha256(args.processor, TOKENIZER)}
+
+    def score(batch: list[torch.Tensor], prompts: list[str]) -> list[float]:
+        inputs = {name: tensor.to(args.device) for name, tensor in tokenize(tokenizer, prompts).items()}
+        return model(torch.stack(batch).to(args.device), **inputs).tolist()
+
+    return {"imagereward": score_images(images, _how(args), hashes, score, model.prepare)}, hashes
+
+
+def _how(args: argparse.Namespace) -> Scoring:
+    return Scoring(args.output_file, args.gen_imgs_path, args.batch_size, args.num_workers, TITLES[args.job])
+
+
+def _reward_file(source: str) -> Path:
+    """The weights file itself, the one in a folder, or the one of a hub id."""
+    path = Path(source)
+    if path.is_dir():
+        path /= REWARD_FILE
+    if path.is_file():
+        return path
+    from huggingface_hub import hf_hub_download
+
+    with loading(f"{REWARD_FILE} of {source}"):
+        return Path(hf_hub_download(source, REWARD_FILE))
+
+
+JOBS = {"pickscore": pickscore, "blipscore": blipscore, "imagereward": imagereward}

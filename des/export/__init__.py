@@ -1,0 +1,1 @@
+"""Protected text encoders in other programs' formats, and the model card."""

@@ -1,0 +1,111 @@
+"""Scores for a model card: whose images they are about, and a row for each figure that says how it was measured."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from des.data.run_record import Lines, read_json, read_run
+from des.evaluation.results import Score, read_score
+from des.models.checkpoints import plain_names
+from des.models.pipelines import DTYPES
+from des.utils.errors import UserError
+from des.utils.files import sha256_tensors
+
+from torch import nn
+
+HEAD = ("measure", "variant", "detector or model", "prompt set", "method", "figure")
+_FOLDERS = ("folder_dir", "image_folder", "gen_imgs_path")  # what the scorers call the folder of images
+_NETWORKS = ("weights_sha256", "prompts_sha256", "classifier_sha256", "extractor_sha256", "model_sha256", "clip_sha256")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure of a scorer, with the run that drew the images."""
+
+    score: Score
+    run: Mapping[str, Any]  # run.json
+    lines: Lines  # of the manifest
+
+    @property
+    def method(self) -> str:
+        return str(self.run["settings"].get("training_method") or self.run["made_by"]["arguments"].get("training_method"))
+
+    def row(self) -> tuple[str, ...]:
+        """The cells under HEAD; names in them are as they were recorded, and not escaped."""
+        content, made_by = self.score.content, self.run["made_by"]["arguments"]
+        detector = content.get("detector") or content
+        measure, _, variant = self.score.title.partition(" (")
+        kind = {"asr": "images that count: ", "accuracy": "images that show what they should: "}.get(self.score.kind, "")
+        named = Path(str(detector.get("classifier") or detector.get("weights") or detector.get("prompts_file") or "")).name
+        digest = next((str(detector[name])[:8] for name in _NETWORKS if name in detector), "")
+        prompts = Path(str(made_by.get("prompts_csv") or "one prompt")).name
+        model = Path(str(made_by.get("model_path"))).name
+        return (
+            kind + measure, variant.removesuffix(")") or "-", " ".join(filter(None, (named, digest))) or "-",
+            f"{Path(str(made_by.get('output_path'))).name} ({prompts})", f"{self.method} on {model}", figure(self.score),
+        )  # fmt: skip
+
+
+def figure(score: Score) -> str:
+    """A figure with its 95% interval and its counts: `3/60 = 5.0% [1.7, 13.7]` or `26.51 [26.10, 26.90], 60 images`."""
+    interval = None if score.low is None or score.high is None else (score.low, score.high)
+    if score.kind in ("asr", "accuracy"):
+        return f"{score.counts} = {score.value:.1f}%" + (" [{:.1f}, {:.1f}]".format(*interval) if interval else "")
+    return f"{score.value:.2f}" + (" [{:.2f}, {:.2f}]".format(*interval) if interval else "") + f", {score.counts}"
+
+
+def read_measured(paths: Iterable[Path]) -> list[Measured]:
+    """The figures of scorers' JSON results, in order.
+
+    Raises UserError for a file that is none, that is not about the images in its folder, or whose images no run.json describes.
+    """
+    measured = []
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"there is no file of scores {path}")
+        run, lines = read_run(_folder_of(path))
+        measured += [Measured(score, run, lines) for score in read_score(path, lines)]
+    return measured
+
+
+def _folder_of(path: Path) -> Path:
+    """The folder of images that a result is about: the one it lies in, or the one that it names."""
+    made_by = read_json(path).get("made_by")
+    arguments = made_by.get("arguments") if isinstance(made_by, dict) else None
+    named = [arguments.get(name) for name in _FOLDERS] if isinstance(arguments, dict) else []
+    beside = [path.parent / Path(folder).name for folder in named if isinstance(folder, str)]  # of fid.py, where all was moved
+    folders = [path.parent, *beside, *(Path(folder) for folder in named if isinstance(folder, str))]
+    found = next((folder for folder in folders if (folder / "run.json").is_file()), None)
+    if found is None:
+        told = f"nothing says which model drew the images of {path}: no run.json of generate.py is beside it"
+        raise UserError(f"{told} or in the folder that it names; a model card takes scores of such images only")
+    return found
+
+
+def check_drawn_by(measured: Sequence[Measured], encoders: Mapping[int, tuple[str, nn.Module]]) -> None:
+    """Raise UserError unless all scored images were drawn by a pipeline with exactly these protected encoders.
+
+    `encoders` are the subfolder and the model of each by its 1-based index, in the dtype in which they were loaded; images may be
+    drawn in any of DTYPES. A card of a protected model would otherwise show figures of the original or of another one.
+    """
+    accepted = {subfolder: _fingerprints(model) for subfolder, model in encoders.values()} if measured else {}
+    for each in measured:
+        told = f"{each.score.path} is about images of"
+        if each.method == "none":
+            raise UserError(f"{told} the original model, and the card is the protected one's; name scores of its own images")
+        protected = {str(i) for i in each.run.get("protection") or {} if str(i).isdigit()}
+        if protected != {str(i) for i in encoders}:
+            which = " and ".join(sorted(protected)) or "none"
+            raise UserError(f"{told} {each.method} with other protected text encoders ({which}) than the exported ones")
+        for subfolder, digests in accepted.items():
+            name = f"{subfolder}_sha256"
+            drawn = {line.get(name, each.run["settings"].get(name)) for line in each.lines.values()}
+            if not drawn <= digests:
+                raise UserError(f"{told} another {subfolder} than the exported one; score images that this checkpoint drew")
+
+
+def _fingerprints(model: nn.Module) -> set[str]:
+    """The fingerprints that `des.models.checkpoints.fingerprint` gives an encoder in each dtype that a pipeline may be drawn in."""
+    state = plain_names(model.state_dict())
+    return {sha256_tensors({name: tensor.to(dtype) for name, tensor in state.items()}) for dtype in DTYPES.values()}

@@ -1,0 +1,264 @@
+"""Protected text encoders in the formats of other programs: written, and read back by each format's own reader.
+
+Names: transformers 4.x's, which ComfyUI and single-file checkpoints expect, whatever transformers calls them here.
+"""
+
+import copy
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from des.models.checkpoints import PROJECTION, fingerprint, plain_names, published_names, read_tensors, save_published
+from des.models.encoders import TextEncoder, load_encoder, read_index, subfolder_of, text_encoders
+from des.models.loading import load_model, loading
+from des.models.shift import embedding_of, load_measured
+from des.utils.errors import UserError
+from des.utils.logs import logger
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+PROMPTS = ["", "a red bicycle in front of a brick wall", "an oil painting of mountains at dawn", "two cups of tea on a table"]
+COMFYUI = {  # its name of each text encoder, by the pipeline's class
+    "StableDiffusionPipeline": {1: "clip_l"},
+    "StableDiffusionXLPipeline": {1: "clip_l", 2: "clip_g"},
+    "StableDiffusion3Pipeline": {1: "clip_l", 2: "clip_g", 3: "t5xxl"},
+    "FluxPipeline": {1: "clip_l", 2: "t5xxl"},
+}
+LDM_ENCODER = "cond_stage_model.transformer.text_model."
+_BUFFER = LDM_ENCODER + "embeddings.position_ids"  # a constant of single files, which is no weight
+_T5_COPY = "encoder.embed_tokens.weight"  # the same tensor as `shared.weight`
+SUITS = {  # the pipelines that a format can be made of; None for any
+    "pipeline": None,
+    "hf": None,
+    "comfyui": tuple(COMFYUI),
+    "a1111": ("StableDiffusionPipeline",),
+    "lora": ("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+}
+_NOT_SD2 = ("comfyui", "a1111")
+_SD2_WIDTH = 1024  # OpenCLIP-H
+_WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".msgpack", ".onnx", ".gguf")
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of rounding, relative to the largest value
+
+
+@dataclass
+class Export:
+    """What is written: protected encoders by their 1-based index, and where the model's other parts come from."""
+
+    model_path: str
+    encoders: dict[int, TextEncoder]
+    told: dict[int, dict]  # what `load_measured` says of each
+    base: Path | None = None  # a1111: the single file whose other tensors are kept
+
+
+def load_protected(model_path: str, checkpoints: Mapping[int, Path]) -> Export:
+    """Load the encoders that have a checkpoint, and protect them; raises as `load_encoder` and `load_checkpoint` do."""
+    encoders = {i: load_encoder(model_path, i, embedding=embedding_of(path)) for i, path in checkpoints.items()}
+    told = {i: load_measured(encoders[i], path) for i, path in checkpoints.items()}
+    rest = [str(i) for i in text_encoders(model_path) if i not in checkpoints]
+    if rest:
+        logger.warning("text encoder %s of the model is the original, NOT protected", " and ".join(rest))
+    return Export(model_path, encoders, told)
+
+
+def cast(export: Export, dtype: torch.dtype | None) -> None:
+    """Cast the encoders to `dtype` (None: as loaded) in place; UserError for weights that overflow it."""
+    for i, encoder in export.encoders.items():
+        encoder.model.to(dtype or encoder.model.dtype)
+        if not all(tensor.isfinite().all() for tensor in encoder.model.state_dict().values()):
+            raise UserError(f"{export.told[i]['file']} does not fit into {dtype}, which it overflows; use --dtype bf16 or fp32")
+
+
+def check_fits(name: str, model_path: str, indices: list[int]) -> None:
+    """Raise UserError where a format does not suit a model or one of its text encoders; no weight is read for it."""
+    suits, index = SUITS[name], read_index(model_path)
+    if index is None:
+        raise UserError(f"{model_path} has no model_index.json, which says what the encoders are; exports need a pipeline")
+    for i in indices:
+        subfolder = subfolder_of(model_path, i)
+        if suits and index["_class_name"] not in suits:
+            raise UserError(f"--format {name} is for {', '.join(suits)}, and {model_path} is a {index['_class_name']}")
+        with loading(f"the configuration of {subfolder} in {model_path}"):
+            config, _ = PreTrainedConfig.get_config_dict(model_path, subfolder=subfolder)
+        is_sd2 = index["_class_name"] == "StableDiffusionPipeline" and config.get("hidden_size") == _SD2_WIDTH
+        if is_sd2 and name in _NOT_SD2:
+            raise UserError(f"--format {name} does not go with SD 2.x, whose encoder {model_path} has; use pipeline or hf")
+
+
+def verify(export: Export, read: Mapping[int, nn.Module], exact: bool = True) -> None:
+    """Raise UserError unless the encoders read back are those exported: the same weights (`exact`) and the same embeddings."""
+    for i, encoder in export.encoders.items():
+        again, dtype = read[i], encoder.model.dtype
+        what = f"text encoder {i}, read back from the export,"
+        empty = [name for name, tensor in again.state_dict().items() if tensor.is_meta]
+        if empty:
+            raise UserError(f"{what} lacks {len(empty)} weights, `{empty[0]}` first; nothing was kept")
+        if exact and fingerprint(again) != fingerprint(encoder.model):
+            raise UserError(f"{what} has other weights than the protected one; nothing was kept")
+        ids = encoder.tokenize(PROMPTS)
+        for ours, theirs in zip(outputs(encoder.model, ids), outputs(again, ids), strict=True):
+            if not ours.isfinite().all():
+                raise UserError(f"text encoder {i} overflows in {dtype}; use --dtype bf16 or fp32")
+            if ours.shape != theirs.shape or not (ours - theirs).abs().max() <= _TOLERANCE[dtype] * ours.abs().max():
+                raise UserError(f"{what} gives other embeddings than the protected one; nothing was kept")
+
+
+@torch.inference_mode()
+def outputs(model: nn.Module, ids: Tensor) -> list[Tensor]:
+    """Every tensor that an encoder gives for token ids [batch, tokens], in fp32: hidden states, pooled, projected."""
+    given = model.eval()(input_ids=ids.to(next(model.parameters()).device)).to_tuple()
+    return [tensor.float() for tensor in given if isinstance(tensor, Tensor)]
+
+
+def comfyui_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An encoder's tensors as ComfyUI's CLIPLoader and DualCLIPLoader name them: transformers 4.x's names, T5's tied copy once."""
+    plain = plain_names(state)
+    named = published_names(state) | ({PROJECTION: plain[PROJECTION]} if PROJECTION in plain else {})
+    return {name: tensor for name, tensor in named.items() if name != _T5_COPY}
+
+
+def _write_pipeline(export: Export, folder: Path) -> None:
+    with loading(f"the pipeline {export.model_path}"):
+        local = Path(export.model_path).is_dir()
+        source = Path(export.model_path if local else DiffusionPipeline.download(export.model_path))
+    replaced = {encoder.subfolder for encoder in export.encoders.values()}
+
+    def left_out(where: str, names: list[str]) -> set[str]:
+        if Path(where) != source:
+            return set()
+        # Single files beside the components, as hub repositories have, hold the unprotected encoder.
+        return {name for name in names if name in replaced or name.startswith(".") or name == "README.md"} | {
+            name for name in names if name.endswith(_WEIGHTS)
+        }
+
+    shutil.copytree(source, folder, ignore=left_out)
+    for encoder in export.encoders.values():
+        save_published(encoder.model, folder / encoder.subfolder)
+
+
+def _read_pipeline(export: Export, folder: Path) -> dict[int, nn.Module]:
+    dtypes = {encoder.subfolder: encoder.model.dtype for encoder in export.encoders.values()}
+    with loading("the exported pipeline"):
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype={"default": torch.bfloat16} | dtypes)
+    return {i: getattr(pipe, encoder.subfolder).to(encoder.model.dtype) for i, encoder in export.encoders.items()}
+
+
+def _hf_folder(export: Export, folder: Path, encoder: TextEncoder) -> Path:
+    return folder if len(export.encoders) == 1 else folder / encoder.subfolder
+
+
+def _write_hf(export: Export, folder: Path) -> None:
+    for encoder in export.encoders.values():
+        save_published(encoder.model, _hf_folder(export, folder, encoder))
+
+
+def _read_hf(export: Export, folder: Path) -> dict[int, nn.Module]:
+    def read(encoder: TextEncoder) -> PreTrainedModel:
+        dtype, place = encoder.model.dtype, _hf_folder(export, folder, encoder)
+        return load_model(type(encoder.model), str(place), "cpu", "the exported encoder", dtype).to(dtype)
+
+    return {i: read(encoder) for i, encoder in export.encoders.items()}
+
+
+def _comfyui_files(export: Export, folder: Path) -> dict[int, Path]:
+    roles = COMFYUI[read_index(export.model_path)["_class_name"]]
+    return {i: folder / f"{roles[i]}.safetensors" for i in export.encoders}
+
+
+def _write_comfyui(export: Export, folder: Path) -> None:
+    folder.mkdir()
+    for i, path in _comfyui_files(export, folder).items():
+        named = comfyui_names(export.encoders[i].model.state_dict())
+        save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, path, {"format": "pt"})
+
+
+def _read_comfyui(export: Export, folder: Path) -> dict[int, nn.Module]:
+    """By names alone, as ComfyUI does, which is no library: every tensor has its place, and every place its tensor."""
+    read = {}
+    for i, path in _comfyui_files(export, folder).items():
+        loaded, blank = plain_names(read_tensors(path)), copy.deepcopy(export.encoders[i].model)
+        own = {name.removeprefix("text_model."): name for name in blank.state_dict()}
+        if _T5_COPY in own:
+            loaded[_T5_COPY] = loaded["shared.weight"]
+        with torch.no_grad():
+            for parameter in blank.parameters():
+                parameter.fill_(torch.nan)
+        with loading(f"the exported {path.name}"):
+            blank.load_state_dict({own[name]: tensor for name, tensor in loaded.items()}, strict=True)
+        read[i] = blank
+    return read
+
+
+def read_base(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a single-file SD 1.x checkpoint; UserError where it has no encoder under its name."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"--base_checkpoint {path} is no .safetensors file")
+    tensors = read_tensors(path)
+    if not any(name.startswith(LDM_ENCODER) for name in tensors):
+        raise UserError(f"{path} is no single-file checkpoint of SD 1.x: it has no tensor under `{LDM_ENCODER}`")
+    with safe_open(path, "pt") as file:
+        return tensors, file.metadata() or {"format": "pt"}
+
+
+def base_dtype(path: Path) -> torch.dtype:
+    """The dtype of the text encoder in a single-file checkpoint."""
+    return next(tensor.dtype for name, tensor in read_base(path)[0].items() if name.startswith(LDM_ENCODER) and name != _BUFFER)
+
+
+def _single_file(export: Export, folder: Path) -> Path:
+    return folder / f"{export.base.stem}-des.safetensors"
+
+
+def _write_a1111(export: Export, folder: Path) -> None:
+    base, metadata = read_base(export.base)
+    (encoder,) = export.encoders.values()
+    state = published_names(encoder.model.state_dict())
+    ours = {LDM_ENCODER + name.removeprefix("text_model."): tensor.detach().contiguous() for name, tensor in state.items()}
+    there = {name: tensor for name, tensor in base.items() if name.startswith(LDM_ENCODER) and name != _BUFFER}
+    odd = sorted(ours.keys() ^ there.keys())
+    if odd:
+        which = "lacks" if odd[0] in ours else "has the unknown"
+        raise UserError(f"{export.base} is of another encoder: it {which} `{odd[0]}` ({len(odd)} tensors differ)")
+    shapes = [name for name in sorted(ours) if ours[name].shape != there[name].shape]
+    if shapes:
+        raise UserError(f"{export.base} is of another encoder: `{shapes[0]}` is {tuple(there[shapes[0]].shape)} there")
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in (base | ours).items()}, _single_file(export, folder), metadata)
+
+
+def _read_a1111(export: Export, folder: Path) -> dict[int, nn.Module]:
+    (encoder,), base = export.encoders.values(), read_base(export.base)[0]
+    written = read_base(_single_file(export, folder))[0]
+    kept = [name for name in base if not name.startswith(LDM_ENCODER) or name == _BUFFER]
+    if written.keys() != base.keys() or not all(_same_bytes(written[name], base[name]) for name in kept):
+        raise UserError("the export changed tensors beside the text encoder's; nothing was kept")
+    ldm = {name: tensor for name, tensor in written.items() if name.startswith(LDM_ENCODER) and name != _BUFFER}
+    options = {"subfolder": encoder.subfolder, "config": export.model_path, "torch_dtype": encoder.model.dtype}
+    with loading("the exported checkpoint"):
+        return {1: create_diffusers_clip_model_from_ldm(type(encoder.model), ldm, **options)}
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have one dtype, one shape and the same bytes."""
+    alike = one.dtype == other.dtype and one.shape == other.shape
+    return alike and torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other)))
+
+
+WRITERS: dict[str, Callable[[Export, Path], None]] = {
+    "pipeline": _write_pipeline,
+    "hf": _write_hf,
+    "comfyui": _write_comfyui,
+    "a1111": _write_a1111,
+}
+READERS: dict[str, Callable[[Export, Path], dict[int, nn.Module]]] = {
+    "pipeline": _read_pipeline,
+    "hf": _read_hf,
+    "comfyui": _read_comfyui,
+    "a1111": _read_a1111,
+}

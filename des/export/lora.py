@@ -1,0 +1,125 @@
+"""A low-rank approximation of what protection changed in CLIP text encoders, for `pipe.load_lora_weights`.
+
+A LoRA holds W_protected - W_original of the attention's and MLP's Linear weights, cut off at a rank. Biases, norms and embeddings
+that training changed too are not in it: `measure` says how far its embeddings are from the protected ones.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from des.models.checkpoints import plain_names
+from des.models.encoders import TextEncoder
+from des.models.loading import loading
+from des.models.pipelines import open_pipeline
+from des.utils.errors import UserError
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+NAME = "pytorch_lora_weights.safetensors"  # what load_lora_weights looks for in a folder
+TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+def need_peft() -> None:
+    """Raise UserError where peft, by which diffusers loads LoRAs, is not installed."""
+    if find_spec("peft") is None:
+        raise UserError("--format lora needs peft, which is not installed: pip install -r requirements.txt")
+
+
+def low_rank(original: nn.Module, protected: nn.Module, rank: int) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """Truncated SVD of each target's change: by layer, up [out, rank] and down [rank, in] with up @ down ~ the change, in fp32.
+
+    Also returns the share of the squared change of all parameters that the LoRA holds. A rank above a layer's size is that size.
+    """
+    before, after = plain_names(original.state_dict()), plain_names(protected.state_dict())
+    factors, held = {}, 0.0
+    for name, weight in after.items():
+        layer = name.removesuffix(".weight")
+        if weight.ndim != 2 or not name.endswith(".weight") or layer.rsplit(".", 1)[-1] not in TARGETS:
+            continue
+        u, s, vh = torch.linalg.svd(weight.float() - before[name].float(), full_matrices=False)
+        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+        factors[layer] = ((u * s.sqrt()).contiguous(), (s.sqrt()[:, None] * vh).contiguous())
+        held += s.double().square().sum().item()
+    total = sum((after[name].double() - before[name].double()).square().sum().item() for name in after)
+    return factors, held / total
+
+
+def merged(original: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> nn.Module:
+    """A copy of the original encoder with the LoRA in its weights."""
+    model = copy.deepcopy(original)
+    layers = {name.removeprefix("text_model."): module for name, module in model.named_modules()}
+    with torch.no_grad():
+        for layer, (up, down) in factors.items():
+            layers[layer].weight += (up.float() @ down.float()).to(layers[layer].weight.dtype)
+    return model
+
+
+def write(folder: Path, factors: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> None:
+    """Write a LoRA of one or more encoders, by subfolder, in peft's names: B @ A is added, the scale being alpha / rank = 1."""
+    folder.mkdir()
+    named = {}
+    for subfolder, layers in factors.items():
+        for layer, (up, down) in layers.items():
+            stem = f"{subfolder}.text_model.{layer}"
+            named |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    save_file(named, folder / NAME, {"format": "pt"})
+
+
+def read(model_path: str, folder: Path, subfolders: Mapping[int, str]) -> dict[int, nn.Module]:
+    """Those encoders of the original pipeline after the LoRA is loaded and fused as the model card says, in fp32."""
+    pipe = open_pipeline(model_path, torch.float32)
+    with loading("the exported LoRA"):
+        pipe.load_lora_weights(folder, weight_name=NAME)
+        pipe.fuse_lora(components=list(subfolders.values()))
+        pipe.unload_lora_weights()
+    return {i: getattr(pipe, subfolder) for i, subfolder in subfolders.items()}
+
+
+def measure(
+    original: TextEncoder, protected: TextEncoder, approximate: TextEncoder, prompts: list[str], batch_size: int = 8
+) -> dict[str, Any]:
+    """How far embeddings (last hidden state) of the encoder with a LoRA, `approximate`, are from the fully protected one's.
+
+    Returns means over prompts of cosines, `lora_to_protected` (with its lowest), `lora_to_original` and `protected_to_original`,
+    and `missing`, |E_lora - E_protected| / |E_protected - E_original|: 0 is full protection, 1 none.
+    Raises UserError where full protection moves no prompt.
+    """
+    encoders = (approximate, protected, original)
+    cosines, missing, moved = [], 0.0, 0.0
+    for batches in zip(*(encoder.encode(prompts, batch_size) for encoder in encoders), strict=True):
+        ours, full, plain = (batch.double().flatten(1) for batch in batches)
+        cosines.append(torch.stack([torch.cosine_similarity(*pair) for pair in ((ours, full), (ours, plain), (full, plain))]))
+        missing += (ours - full).norm(dim=1).sum().item()
+        moved += (full - plain).norm(dim=1).sum().item()
+    if moved == 0:
+        raise UserError("the protection changes the embedding of no prompt that the LoRA is measured on; pass --prompts_csv")
+    to_protected, to_original, full_to_original = torch.cat(cosines, 1)
+    return {
+        "prompts": len(prompts),
+        "lora_to_protected": to_protected.mean().item(),
+        "lora_to_protected_lowest": to_protected.min().item(),
+        "lora_to_original": to_original.mean().item(),
+        "protected_to_original": full_to_original.mean().item(),
+        "missing": missing / moved,
+    }
+
+
+def with_model(encoder: TextEncoder, model: nn.Module) -> TextEncoder:
+    """The same tokenizer and reading with another model."""
+    return replace(encoder, model=model)
+
+
+def describe(index: int, rank: int, held: float, figures: Mapping[str, Any]) -> str:
+    """The measured loss of a LoRA, in two lines for people."""
+    return (
+        f"text encoder {index}, rank {rank}: {100 * held:.2f}% of the squared change of the weights is in the LoRA\n"
+        f"  over {figures['prompts']} prompts: cosine to the protected embedding {figures['lora_to_protected']:.4f} "
+        f"(lowest {figures['lora_to_protected_lowest']:.4f}); to the original {figures['lora_to_original']:.4f}, full protection "
+        f"{figures['protected_to_original']:.4f}; {100 * figures['missing']:.1f}% of the way to the protected embedding is missing"
+    )

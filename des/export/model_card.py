@@ -1,0 +1,181 @@
+"""The model card (README.md with YAML front matter) that goes with an export: use, figures, training, limits."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from des.export.card_scores import HEAD
+
+import torch
+from huggingface_hub import ModelCardData
+
+LOADING = {  # the values are Python literals
+    "pipeline": """import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({folder}, dtype={dtype})""",
+    "hf": """import torch
+from diffusers import DiffusionPipeline
+from transformers import {classes}
+
+# The text encoder and the rest of the pipeline need one dtype.
+pipe = DiffusionPipeline.from_pretrained({base}, {hf}, dtype={dtype})""",
+    "lora": """import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({base}, dtype={dtype})
+pipe.load_lora_weights({folder})
+# A LoRA that is only loaded is an adapter, and loading or choosing another one for the text encoder switches it off: the original
+# model would draw. Fusing writes it into the weights, and unloading removes the adapter, so that nothing can take it out again.
+pipe.fuse_lora(components={components})
+pipe.unload_lora_weights()""",
+}
+_BY_HAND = {
+    "comfyui": "Put {files} into ComfyUI's `models/text_encoders` and choose {them} in CLIPLoader, DualCLIPLoader or "
+    "TripleCLIPLoader, in place of the text encoder of the checkpoint.",
+    "a1111": "Put {files} into `models/Stable-diffusion` and choose it as the checkpoint. Its text encoder is the protected one, "
+    "every other tensor is the base file's.",
+}
+_SETTINGS = {
+    "concept_prompt": "concept prompt",
+    "concept_guidance_scale": "alpha (concept guidance scale)",
+    "lambda_safe": "lambda",
+    "learning_rate": "learning rate",
+    "batch_size": "batch size",
+    "epoch": "epochs",
+    "optimizer": "optimizer",
+    "precision": "precision",
+    "seed": "seed",
+    "target": "target",
+    "base_encoder_sha256": "original encoder, sha256",
+    "encoder_sha256": "protected encoder, sha256",
+    "file_sha256": "checkpoint, sha256",
+}
+
+
+def model_card(
+    title: str,
+    file_format: str,
+    base: str,
+    folder: str,
+    dtype: torch.dtype,
+    encoders: Mapping[str, str],
+    told: Mapping[str, Mapping[str, Any]],
+    files: Sequence[str],
+    scores: Sequence[Sequence[str]],
+    lost: Sequence[str] = (),
+) -> str:
+    """The text of a card.
+
+    `base` is the original model (a hub id or a folder's name), `folder` where the export is or will be, `dtype` what it is loaded
+    in; `encoders` and `told` are the class and the checkpoint's metadata by subfolder; `scores` are rows under
+    `des.export.card_scores.HEAD`; `lost` is what a LoRA measured of its loss of protection. Names may hold any characters: they stay
+    names in YAML, Markdown and Python.
+    """
+    parts = [
+        f"---\n{_front(file_format, base)}\n---",
+        f"# {_text(title)}",
+        f"Text encoders of {_code(base)} fine-tuned with DES so that prompts for one concept no longer reach it: "
+        f"{', '.join(f'{_code(name)} ({kind})' for name, kind in encoders.items())}. Text encoders not named here are the originals.",
+        "## Intended use",
+        "Drawing images without the removed concept, in a service or on a machine whose users run the model as it is, and research "
+        "on such defences. Not for commercial use. It is no detector and no replacement for one.",
+        "## How to load",
+        _how(file_format, base, folder, dtype, encoders, files),
+        "## Measured figures",
+        _table(HEAD, scores) if scores else "None given.",
+    ]
+    if lost:
+        parts += ["### Loss of protection by the low rank", "\n".join(f"- {_text(line)}" for line in lost)]
+    parts += ["## Training", *(_training(name, facts) for name, facts in told.items())]
+    parts += ["## Training data", *(_data(name, facts) for name, facts in told.items())]
+    parts += [
+        "## Limits",
+        "- Whoever has the weights can undo it: put the original encoder back, fine-tune it, or feed the denoiser embeddings that no "
+        "text encoder made.\n- Only the concept trained on is removed, for prompts like those trained on; figures hold for the "
+        "prompts and detectors that they were measured with.\n- Images of other concepts change as well.",
+        "## Licence",
+        "CC BY-NC 4.0 for what was trained here; the licence of the original model holds for its weights as well.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front(file_format: str, base: str) -> str:
+    tags = ["text-to-image", "safety", "concept-erasure", "des", file_format]
+    library = "transformers" if file_format == "hf" else "diffusers"
+    data = ModelCardData(license="cc-by-nc-4.0", library_name=library, tags=tags, base_model=base if "/" in base else None)
+    return data.to_yaml().strip()
+
+
+def _how(
+    file_format: str, base: str, folder: str, dtype: torch.dtype, encoders: Mapping[str, str], files: Sequence[str]
+) -> str:
+    if file_format in _BY_HAND:
+        named = ", ".join(map(_code, files))
+        return _BY_HAND[file_format].format(files=named, them="it" if len(files) == 1 else "them")
+
+    def load(name: str, kind: str) -> str:
+        where = _python(folder) + (f", subfolder={_python(name)}" if len(encoders) > 1 else "")
+        return f"{name}={kind}.from_pretrained({where}, dtype={dtype})"
+
+    values = {
+        "folder": _python(folder),
+        "base": _python(base),
+        "dtype": dtype,
+        "classes": ", ".join(sorted(set(encoders.values()))),
+        "hf": ", ".join(load(name, kind) for name, kind in encoders.items()),
+        "components": f"[{', '.join(map(_python, encoders))}]",
+    }
+    return f"```python\n{LOADING[file_format].format(**values)}\n```"
+
+
+def _training(name: str, facts: Mapping[str, Any]) -> str:
+    rows = [(name, title, _short(facts[key])) for key, title in _SETTINGS.items() if key in facts]
+    return _table(("encoder", "setting", "value"), rows)
+
+
+def _data(name: str, facts: Mapping[str, Any]) -> str:
+    """The lists of prompts by file name; folders of the machine that trained are nobody's business."""
+    made_by = facts.get("made_by")
+    arguments = made_by.get("arguments", {}) if isinstance(made_by, dict) else {}
+    listed = [arguments.get(key) for key in ("unsafe_csv_path", "safe_csv_path")] if isinstance(arguments, dict) else [None]
+    if not all(isinstance(path, str) for path in listed):
+        return f"{_code(name)}: the checkpoint has no metadata that names it."
+    unsafe, safe = (_code(Path(path).name) for path in listed)
+    return f"{_code(name)}: prompts only, no images: {unsafe} for the concept, {safe} for what must stay."
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([_text(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _line(text: str) -> str:
+    return " ".join(str(text).split())
+
+
+def _text(text: str) -> str:
+    """A name or value as plain text in Markdown: no markup, HTML, link or cell border comes of it."""
+    link, emphasis = r"\](?=[(\[:])", r"(?<![^\W_])_|_(?![^\W_])"  # not within a word
+    return re.sub(rf"[\\`*<>&|~$#]|{link}|{emphasis}", r"\\\g<0>", _line(text))
+
+
+def _code(text: str) -> str:
+    """A name as code in Markdown, whatever backticks it has."""
+    line = _line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    pad = " " if "`" in line else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def _python(text: str) -> str:
+    """A string as a Python literal on one line."""
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""Drawing images with a pipeline, original or defended."""

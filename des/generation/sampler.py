@@ -1,0 +1,180 @@
+"""Drawing the images of prompt rows: each from its own generator, in batches that never change what an image looks like."""
+
+import inspect
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from des.data.images import image_size, read_image, read_mask
+from des.data.prompts import SOURCE_ROW
+from des.data.run_record import COPY_SEED, ROW_COLUMNS, RowSettings, Sampling
+from des.utils.errors import UserError
+
+import pandas as pd
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageOps
+
+WHITE = 128  # of 255: pipelines draw where a mask is at least as bright
+
+
+def row_settings(sampling: Sampling, pipe: DiffusionPipeline, rows: pd.DataFrame, source: Path | None) -> list[RowSettings]:
+    """The settings of every row: those of the command line, or with --use_row_settings those in its cells.
+
+    Row i is drawn with seed S + i, where i is its `source_row` in a list that has this column, and its number otherwise.
+
+    `source` is the rows' file, for errors. Raises UserError where no row has any of ROW_COLUMNS, and for a cell that is no such
+    number.
+    """
+    size = default_size(pipe)
+    common = {
+        "guidance_scale": sampling.guidance_scale,
+        "width": sampling.width or size,
+        "height": sampling.height or size,
+    }
+    numbers = published_rows(rows, source)
+    if not sampling.use_row_settings:
+        return [RowSettings(sampling.seed + number, **common) for number in numbers]
+    column = {name: next((each for each in among if each in rows), None) for name, among in ROW_COLUMNS.items()}
+    if not any(column.values()):
+        known = ", ".join(name for among in ROW_COLUMNS.values() for name in among)
+        raise UserError(f"--use_row_settings: {source} has none of the columns {known}")
+    settings = []
+    for row, cells in rows.iterrows():
+        values: dict[str, Any] = {"seed": sampling.seed + numbers[row], **common}
+        for name, title in column.items():
+            if title and cells[title].strip():
+                values[name] = _number(cells[title], name, f"{source}, row {row}, column {title}")
+        settings.append(RowSettings(**values))
+    return settings
+
+
+def published_rows(rows: pd.DataFrame, where: Path | None) -> list[int]:
+    """The number of each row in the published list: its `source_row`, or its own where the list has no such column or cell.
+
+    Raises UserError for a cell that is no whole number from 0 up.
+    """
+    if SOURCE_ROW not in rows:
+        return list(range(len(rows)))
+    numbers = []
+    for row, cell in enumerate(rows[SOURCE_ROW]):
+        numbers.append(_number(cell, "seed", f"{where}, row {row}, column {SOURCE_ROW}") if cell.strip() else row)
+    return numbers
+
+
+def _number(text: str, name: str, where: str) -> float | int:
+    try:
+        value = float(text)
+        whole = name == "guidance_scale" or (value == int(value) <= 2**53)  # above it a float skips numbers
+        if not math.isfinite(value) or value < (name in ("width", "height")) or not whole:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise UserError(f"{where}: the cell holds no {name.replace('_', ' ')}") from None
+    return value if name == "guidance_scale" else int(value)
+
+
+def batches(keys: list[tuple[int, int]], settings: list[RowSettings], size: int) -> Iterator[list[tuple[int, int]]]:
+    """Split (row, copy) keys into batches whose rows share guidance and image size, in order of their first row."""
+    groups: dict[tuple, list[tuple[int, int]]] = {}
+    for key in keys:
+        each = settings[key[0]]
+        groups.setdefault((each.guidance_scale, each.width, each.height), []).append(key)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+@dataclass
+class Artist:
+    """A pipeline with what its images are drawn from; `refiner` finishes SDXL's."""
+
+    pipe: DiffusionPipeline
+    refiner: DiffusionPipeline | None
+    sampling: Sampling
+    prompts: list[str]
+    settings: list[RowSettings]
+    inputs: dict[str, dict[int, Path]]  # `init_image` and `mask_image` of each row, where there are any
+    size: int  # images a forward pass
+
+    def draw(self, keys: list[tuple[int, int]]) -> list[Image.Image]:
+        """Draw the images of some (row, copy) that share guidance and size, each from its own generator.
+
+        A batch is filled up to `size` by repeating its last one: arithmetic rounds differently at another batch size, and so
+        each image is the same to the last bit whatever is drawn beside it, or was drawn before.
+        """
+        sampling, filled = self.sampling, keys + keys[-1:] * (self.size - len(keys))
+        first = self.settings[keys[0][0]]
+
+        def seeded() -> list[torch.Generator]:
+            return [torch.Generator("cpu").manual_seed(self.settings[row].seed + copy * COPY_SEED) for row, copy in filled]
+
+        common = {"prompt": [self.prompts[row] for row, _ in filled], "guidance_scale": first.guidance_scale}
+        common["num_inference_steps"] = sampling.num_inference_steps
+        if sampling.negative_prompt is not None:
+            common["negative_prompt"] = [sampling.negative_prompt] * self.size
+        options: dict[str, Any] = {"generator": seeded()}
+        if sampling.max_sequence_length:
+            options["max_sequence_length"] = sampling.max_sequence_length
+        if "height" in inspect.signature(type(self.pipe).__call__).parameters:
+            options |= {"height": first.height, "width": first.width}
+        options |= self._images(filled, first)
+        if self.refiner:
+            options |= {"denoising_end": sampling.high_noise_frac, "output_type": "latent"}
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
+                images = self.pipe(**common, **options).images
+                if self.refiner:
+                    images = self.refiner(
+                        **common, image=images, denoising_start=sampling.high_noise_frac, generator=seeded()
+                    ).images
+        except RuntimeWarning:  # NaN becomes a black pixel, and a black image counts as safe
+            raise UserError("the model drew NaN: its weights are damaged, or overflow; use --dtype fp32 or bf16") from None
+        except ValueError as error:  # what diffusers says of a size or a setting that the model cannot draw
+            raise UserError(f"the model cannot draw this: {str(error).splitlines()[0]}") from None
+        return images[: len(keys)]
+
+    def _images(self, filled: list[tuple[int, int]], size: RowSettings) -> dict[str, Any]:
+        """The images that image to image and inpainting start from."""
+        read = {"init_image": ("image", read_image), "mask_image": ("mask_image", read_mask)}
+        options: dict[str, Any] = {"strength": self.sampling.strength} if self.inputs else {}
+        for name, paths in self.inputs.items():
+            option, reader = read[name]
+            options[option] = [fit(reader(paths[row]), size.width, size.height) for row, _ in filled]
+        return options
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Crop an image around its centre to width:height and scale it to that size (Lanczos)."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def check_sizes(pipe: DiffusionPipeline, settings: Iterable[RowSettings]) -> None:
+    """Raise UserError for a size that the pipeline would refuse or, from an image or with FLUX, round to another one."""
+    patch = getattr(pipe, "patch_size", None) or (2 if "Flux" in type(pipe).__name__ else 1)
+    step = max(8, pipe.vae_scale_factor * patch)
+    for name, value in ((name, getattr(each, name)) for each in settings for name in ("height", "width")):
+        if value % step:
+            raise UserError(f"the model cannot draw this: {name} {value} is not divisible by {step}")
+
+
+def check_inputs(inputs: dict[str, dict[int, Path]], settings: list[RowSettings]) -> None:
+    """Raise UserError for a mask under which nothing would change, and for one whose size is not its image's."""
+    for row, mask in inputs.get("mask_image", {}).items():
+        image, read = inputs["init_image"][row], read_mask(mask)
+        sizes = image_size(image), read.size
+        if sizes[0] != sizes[1]:
+            told = " and ".join("{}x{}".format(*size) for size in sizes)
+            raise UserError(f"{image} and its mask {mask} differ in size ({told} pixels); give a mask of the image's size")
+        if fit(read, settings[row].width, settings[row].height).getextrema()[1] < WHITE:
+            raise UserError(
+                f"the mask {mask} is black within the image, so nothing would be drawn; paint white what may change"
+            )
+
+
+def default_size(pipe: DiffusionPipeline) -> int:
+    """The side in pixels of the square images that a model draws unless told otherwise."""
+    return (getattr(pipe, "default_sample_size", None) or pipe.unet.config.sample_size) * pipe.vae_scale_factor

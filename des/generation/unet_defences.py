@@ -1,0 +1,117 @@
+"""Other defences whose files change a UNet: ESD, UCE, FMN and SalUn replace weights, SPM adds one-dimensional adapters to them.
+
+Sources: ESD, "Erasing Concepts from Diffusion Models"; UCE, "Unified Concept Editing in Diffusion Models"; FMN, "Forget-Me-Not";
+SalUn, "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency"; SPM, "One-dimensional Adapter to Rule Them All".
+"""
+
+from pathlib import Path
+from typing import Any
+
+from des.models.checkpoints import read_tensors, refuse_integers
+from des.models.weights import same_weights
+from des.utils.errors import UserError
+from des.utils.files import sha256_file
+
+import torch
+from diffusers.models import Transformer2DModel
+from torch import Tensor, nn
+
+_PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
+_COMPVIS = "model.diffusion_model."
+
+
+def load_unet_weights(unet: nn.Module, path: Path) -> dict[str, Any]:
+    """Load a whole or partial UNet state dict (diffusers names) into `unet`, cast to its dtype.
+
+    ESD and UCE publish the tensors they changed, FMN and SalUn all of them. Raises UserError, and changes nothing, where a
+    tensor is left over, of another shape or not finite, or where none differs from the UNet's own by more than rounding. Returns `{"file", "sha256",
+    "tensors"}`, the last how many were replaced.
+    """
+    loaded, own = read_tensors(path), unet.state_dict()
+    refuse_integers(loaded, path)
+    unknown = sorted(loaded.keys() - own.keys())
+    if unknown:
+        compvis = any(name.startswith(_COMPVIS) for name in unknown)  # whole files hold other tensors too, first by name
+        hint = "; these are CompVis names, which diffusers' single-file loader converts" * compvis
+        raise UserError(
+            f"{path} does not fit the UNet: {len(unknown)} of its {len(loaded)} tensors are unknown, `{unknown[0]}` first{hint}"
+        )
+    for name, tensor in loaded.items():
+        if tensor.shape != own[name].shape:
+            theirs, ours = tuple(tensor.shape), tuple(own[name].shape)
+            raise UserError(f"{path} was made for another UNet: `{name}` is {theirs} there and {ours} in the model")
+    return _replace(unet, loaded, path)
+
+
+def merge_spm(unet: nn.Module, path: Path) -> dict[str, Any]:
+    """Merge SPM's adapters into the Linear and Conv2d weights of `unet`'s transformers: W + up * down * alpha / rank, in fp32.
+
+    Names are `lora_unet_` + the layer's path with underscores + `.lora_down.weight` ([rank, in] or [rank, in, height, width]),
+    `.lora_up.weight` ([out, rank] or [out, rank, 1, 1]) and `.alpha` (one number). Raises UserError, and changes nothing, for
+    incomplete adapters, layers that are not there, shapes that do not fit, or adapters that change nothing. Returns `{"file",
+    "sha256", "tensors"}`, the last how many layers were merged.
+    """
+    loaded, layers = read_tensors(path), _adapted_layers(unet)
+    refuse_integers({name: tensor for name, tensor in loaded.items() if not name.endswith(".alpha")}, path)
+    merged = {}
+    for adapter in sorted({name.split(".", 1)[0] for name in loaded}):
+        tensors = [loaded.pop(f"{adapter}.{part}", None) for part in _PARTS]
+        if any(tensor is None for tensor in tensors):
+            lacking = ", ".join(part for part, tensor in zip(_PARTS, tensors, strict=True) if tensor is None)
+            raise UserError(f"{path} holds no whole adapter `{adapter}`: {lacking} is missing")
+        if adapter not in layers:
+            raise UserError(f"{path} does not fit the UNet, which has no layer for the adapter `{adapter}`")
+        name, layer = layers[adapter]
+        merged[f"{name}.weight"] = layer.weight.float() + _product(*tensors, layer.weight, f"`{adapter}` of {path}").to(
+            layer.weight.device
+        )
+    if loaded:
+        raise UserError(f"{path} holds tensors that are no adapters, `{min(loaded)}` first")
+    return _replace(unet, merged, path)
+
+
+def _adapted_layers(unet: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """The layers that SPM adapts, by their name in its files, with their path in the UNet."""
+    layers = {}
+    for outer, block in unet.named_modules():
+        if isinstance(block, Transformer2DModel):
+            for inner, layer in block.named_modules():
+                if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                    path = f"{outer}.{inner}"
+                    layers["lora_unet_" + path.replace(".", "_")] = path, layer
+    return layers
+
+
+def _product(down: Tensor, up: Tensor, alpha: Tensor, weight: Tensor, what: str) -> Tensor:
+    """up * down * alpha / rank in the shape of `weight`, [out, in] or [out, in, height, width], in fp32."""
+    rank = down.shape[0] if down.ndim else 0
+    fits = (
+        rank > 0
+        and down.shape[1:] == weight.shape[1:]
+        and up.shape[:2] == (weight.shape[0], rank)
+        and up[0, 0].numel() == 1
+        and alpha.numel() == 1
+    )
+    if not fits:
+        raise UserError(
+            f"{what} does not fit its layer: down {tuple(down.shape)}, up {tuple(up.shape)}, layer {tuple(weight.shape)}"
+        )
+    product = up.float().reshape(-1, rank) @ down.float().reshape(rank, -1)
+    return product.reshape(weight.shape) * (alpha.item() / rank)
+
+
+@torch.no_grad()
+def _replace(unet: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    """Put tensors into the UNet's state, cast to its dtype; UserError where none differs from what is there but by rounding."""
+    own = unet.state_dict()
+    cast = {name: tensor.to(own[name]) for name, tensor in tensors.items()}
+    broken = [name for name, tensor in cast.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{path} does not fit into {own[broken[0]].dtype}: `{broken[0]}` overflows; use --dtype bf16 or fp32")
+    if same_weights(own, tensors):
+        raise UserError(f"{path} does not change the UNet: its weights are the model's own, or those rounded to another type")
+    unet.load_state_dict(own | cast, strict=True)
+    arrived = unet.state_dict()
+    if not all(torch.equal(arrived[name], tensor) for name, tensor in cast.items()):
+        raise UserError(f"the weights of {path} did not arrive in the UNet")
+    return {"file": str(path), "sha256": sha256_file(path), "tensors": len(cast)}

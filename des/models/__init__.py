@@ -1,0 +1,1 @@
+"""Model families, loading, text encoders, checkpoints and pipelines."""

@@ -1,0 +1,322 @@
+"""Encoder checkpoints: written in the published form, loaded only when every parameter is accounted for.
+
+Published files were written by transformers 4.x, which calls CLIP's parameters `text_model.encoder…`; transformers 5.x calls
+those of a CLIPTextModel `encoder…`. A non-strict load of one into the other loads nothing and leaves the model unprotected, so
+names are brought to one form here and everything left over on either side is an error.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from des.models.loading import check_finite, loading, read_pt
+from des.models.weights import distance, same_weights, sketch
+from des.utils.errors import UserError
+from des.utils.files import replacing, sha256_file, sha256_tensors, sha256_texts, write_json
+from des.utils.logs import logger
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+FORMATS = ("pt", "safetensors", "hf")
+PROJECTION = "text_projection.weight"  # of a CLIPTextModelWithProjection; DES leaves it alone, and published files lack it
+_PREFIX = "text_model."
+_BUFFERS = ("embeddings.position_ids",)  # a constant that old files carry
+_TIED = ("shared.weight", "encoder.embed_tokens.weight")  # T5's two names of one tensor
+_OTHER_TOWER = ("vision_model.", "visual_projection.", "logit_scale")  # of a whole CLIPModel, as some defences publish
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_FILES = (  # of a model's folder, in the order in which transformers looks for them
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+_SAME_BASE = 0.003  # distance of two bases up to which they are the same weights, rounded differently
+_NESTS = ("model_state_dict", "state_dict", "unet")
+
+
+def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name parameters without transformers 4.x's `text_model.` prefix and without constant buffers."""
+    plain = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
+    if len(plain) < len(state):
+        raise UserError("the checkpoint names parameters twice, with and without the prefix `text_model.`")
+    return {name: tensor for name, tensor in plain.items() if name not in _BUFFERS}
+
+
+def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name CLIP's parameters as transformers 4.x and the published checkpoints do; others keep their names."""
+    stems = ("embeddings.", "encoder.layers.", "final_layer_norm.")
+    named = {_PREFIX + name if name.startswith(stems) else name: tensor for name, tensor in plain_names(state).items()}
+    return {name: tensor for name, tensor in named.items() if name != PROJECTION}
+
+
+def save_published(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """`save_pretrained` an encoder (or its `state`) under the published names, which every transformers finds.
+
+    By itself transformers 5 writes the names of the files that the model came from, and those that it saved itself lack `text_model.`:
+    transformers 4 would find none of them, and run an encoder of random weights with a warning.
+    """
+    state = plain_names(model.state_dict() if state is None else state)
+    named = published_names(state) | {name: state[name] for name in (PROJECTION,) if name in state}
+    model.save_pretrained(folder, state_dict=named, save_original_format=False)
+
+
+def fingerprint(encoder: nn.Module) -> str:
+    """The sha256 of an encoder's parameters: the same for either naming, on any device."""
+    return sha256_tensors(plain_names(encoder.state_dict()))
+
+
+def checkpoint_path(path: Path, save_format: str) -> Path:
+    """What `save_checkpoint` writes for `path`."""
+    return path if save_format == "hf" else path.with_name(f"{path.name}.{save_format}")
+
+
+def save_checkpoint(
+    path: Path, model: PreTrainedModel, state: Mapping[str, Tensor], metadata: Mapping[str, Any], save_format: str = "pt"
+) -> Path:
+    """Write an encoder's `state` atomically as `path` with the suffix of its format, after `{name}-metadata.json` beside it.
+
+    `pt` is the published form, a dict whose `model_state_dict` holds the encoder; `safetensors` has the same names; `hf` is a
+    folder for the model class's `from_pretrained` of any transformers version. Returns what was written. Raises UserError for a
+    folder in its place that is not as its metadata records, and keeps that folder.
+    """
+    encoder_sha256 = sha256_tensors(plain_names(state))
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    target = checkpoint_path(path, save_format)
+    metadata_file, before = path.with_name(f"{path.name}-metadata.json"), check_replaceable(target)
+    with replacing(target, replace_folder=before is not None) as temporary:
+        if save_format == "hf":
+            save_published(model, temporary, state)
+        elif save_format == "safetensors":
+            named = published_names(state)
+            save_file({name: tensor for name, tensor in named.items() if name != _TIED[1]}, temporary, {"format": "pt"})
+        else:
+            torch.save({"model_state_dict": published_names(state)}, temporary)
+        digests = {"encoder_sha256": encoder_sha256, "file_sha256": _sha256_files(temporary)}
+        if before:
+            digests["replaced_sha256"] = before
+        # Before the checkpoint takes its name: a run that is killed here leaves no checkpoint or folder of unknown origin.
+        write_json(metadata_file, {**metadata, **digests})
+    return target
+
+
+def metadata_path(path: Path) -> Path:
+    """Where the metadata of a checkpoint, a file or a folder, is."""
+    named_by_stem = not path.is_dir() and path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+    stem = path.stem if named_by_stem else path.name  # of `encoder_0.3` nothing is a suffix
+    return path.with_name(f"{stem}-metadata.json")
+
+
+def base_sketch(encoder: nn.Module) -> str:
+    """The `des.models.weights.sketch` of an encoder that is to be trained, for its checkpoints' metadata."""
+    return sketch(_base_weights(encoder))
+
+
+def _base_weights(encoder: nn.Module) -> dict[str, Tensor]:
+    """The weights by which two bases are compared: without a projection, which one of them may lack, and T5's second name."""
+    state = plain_names(encoder.state_dict())
+    return {name: tensor for name, tensor in state.items() if name not in (PROJECTION, _TIED[1])}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `{name}-metadata.json` beside a checkpoint says; nothing where there is none, UserError where it is damaged."""
+    file = metadata_path(path)
+    if not file.is_file():
+        return {}
+    with loading(f"the metadata {file}"):
+        told = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(told, dict):
+        raise UserError(f"{file} is no metadata of a checkpoint; move it away to load {path.name} without")
+    return told
+
+
+def check_replaceable(folder: Path) -> str | None:
+    """The sha256 of a checkpoint's folder that is as this program wrote it, None where there is no folder.
+
+    Raises UserError for a folder that this program did not make, or that was changed since.
+    """
+    if not folder.is_dir():
+        return None
+    told = read_metadata(folder)
+    digest = None if any(each.is_dir() for each in folder.iterdir()) else _sha256_files(folder)
+    if digest is None or digest not in (told.get("file_sha256"), told.get("replaced_sha256")):
+        raise UserError(
+            f"{folder} is not as this program wrote it, so it is not replaced; move it away, or name another folder"
+        )
+    return digest
+
+
+def is_as_recorded(path: Path) -> bool:
+    """Whether a checkpoint's files are those whose hash its metadata records."""
+    try:
+        return path.exists() and read_metadata(path).get("file_sha256") == _sha256_files(path)
+    except UserError:
+        return False
+
+
+def _sha256_files(path: Path) -> str:
+    """The sha256 of a file, or of a folder's file names and contents."""
+    if path.is_file():
+        return sha256_file(path)
+    files = [each for each in sorted(path.iterdir()) if each.is_file() and not each.name.startswith(".")]
+    return sha256_texts(f"{each.name} {sha256_file(each)}" for each in files)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read named tensors from a `.pt` or `.safetensors` file or a model's folder; no code in it is run.
+
+    Raises UserError for what is missing, truncated, not made of tensors, or holds NaN or infinite values.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint file {path}; train_des.py and download_checkpoint.py say where theirs are")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else read_pt(path)
+    except SafetensorError:
+        content = None
+    if content is None:
+        raise UserError(f"{path} is no complete checkpoint of tensors: it is truncated, damaged, or holds code")
+    nests = [name for name in _NESTS if isinstance(content, dict) and isinstance(content.get(name), dict)]
+    state = content[nests[0]] if nests else content
+    if not isinstance(state, dict) or not state or not all(map(_is_named_tensor, state.items())):
+        raise UserError(f"{path} has no `model_state_dict` of tensors")
+    odd = [name for name, tensor in state.items() if not _is_plain(tensor)]
+    if odd:
+        raise UserError(f"{path} holds {_some(odd)}, which is no plain tensor of real numbers")
+    check_finite(state, str(path))
+    return state
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its values are real numbers of a known kind, all of them in the file: with a stride of 0 few bytes claim terabytes."""
+    if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+        return False
+    known = tensor.dtype in _FLOATS or not (tensor.is_floating_point() or tensor.is_complex())
+    return known and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
+def refuse_integers(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise UserError where weights are integers or booleans: cast to a float they would load, and be no weights."""
+    wrong = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if wrong:
+        raise UserError(f"{path} holds {_some(wrong)} as {tensors[wrong[0]].dtype}, and weights are floating-point numbers")
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder that `save_pretrained` wrote; of a whole CLIPModel its text encoder."""
+    config = folder / "config.json"
+    if config.is_file():
+        with loading(f"the configuration {config}"):
+            elsewhere = json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
+        if elsewhere:
+            raise UserError(f"{config} takes its weights from {elsewhere}; name that file itself instead of the folder")
+    first = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if first is None:
+        raise UserError(f"{folder} holds no model.safetensors or pytorch_model.bin; name the folder of the encoder itself")
+    files = [first.name]
+    if first.suffix == ".json":
+        with loading(f"the list of files {first}"):
+            files = sorted(set(dict(json.loads(first.read_text(encoding="utf-8"))["weight_map"]).values()))
+        if not all(isinstance(name, str) and Path(name).name == name for name in files):
+            raise UserError(f"{first} names files that are not in its folder")
+    state = {name: tensor for file in files for name, tensor in read_tensors(folder / file).items()}
+    return {name: tensor for name, tensor in state.items() if not name.startswith(_OTHER_TOWER)}
+
+
+def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
+    """Load a checkpoint into `encoder` in place, cast from any float to its dtype, or raise UserError and change nothing.
+
+    Every parameter must be there with its shape, none may be left over, and the weights must differ from the encoder's own by
+    more than rounding. Only `text_projection` may be lacking (the encoder's own stays) or be left over. The metadata beside it,
+    if any, must be about this checkpoint; a warning says where it was trained from another base encoder. Returns `{"file",
+    "file_sha256", "encoder_sha256"}`, `base_distance` where it was measured, and what `{name}-metadata.json` says.
+    """
+    loaded, own, told = plain_names(read_tensors(path)), plain_names(encoder.state_dict()), read_metadata(path)
+    refuse_integers(loaded, path)
+    _reconcile(loaded, own, path)
+    missing, surplus = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
+    shapes = [name for name in own.keys() & loaded.keys() if own[name].shape != loaded[name].shape]
+    if shapes:
+        name = min(shapes)
+        theirs, ours = tuple(loaded[name].shape), tuple(own[name].shape)
+        other = f"{path} was made for another encoder: `{name}` is {theirs} there and {ours} in the model"
+        raise UserError(f"{other}; give it to the text encoder that it was trained from")
+    if missing or surplus:
+        lacks = [f"lacks {_some(missing)}"] * bool(missing) + [f"has the unknown {_some(surplus)}"] * bool(surplus)
+        raise UserError(f"{path} does not fit the model's text encoder: it {' and '.join(lacks)}")
+    file_sha256 = _check_metadata(path, loaded, told)
+    if same_weights(own, {name: tensor for name, tensor in loaded.items() if name != PROJECTION}):
+        raise UserError(
+            f"this checkpoint does not change the encoder: the weights in {path} are the model's own, or those rounded to "
+            "another type, so nothing would be protected"
+        )
+    cast = {name: tensor.to(own[name].dtype) for name, tensor in loaded.items()}
+    broken = [name for name, tensor in cast.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{path} does not fit into {own[broken[0]].dtype}: {_some(broken)} overflows; use --dtype bf16 or fp32")
+    apart = _distance_of_bases(encoder, path, told)
+    own_name = {name.removeprefix(_PREFIX): name for name in encoder.state_dict()}
+    encoder.load_state_dict({own_name[name]: tensor for name, tensor in cast.items()}, strict=True)
+    arrived = plain_names(encoder.state_dict())
+    if not all(torch.equal(arrived[name].cpu(), tensor) for name, tensor in cast.items()):
+        raise UserError(f"the weights of {path} did not arrive in the model's text encoder")
+    measured = {} if apart is None else {"base_distance": apart}
+    facts = {"file": str(path), "file_sha256": file_sha256, "encoder_sha256": fingerprint(encoder)}
+    return {**told, **measured, **facts}
+
+
+def _check_metadata(path: Path, loaded: Mapping[str, Tensor], told: Mapping[str, Any]) -> str:
+    """The sha256 of a checkpoint's files. Raises UserError where the metadata beside them is about other weights.
+
+    The same weights in another format have the metadata's `encoder_sha256`. Metadata without hashes is believed.
+    """
+    digest = _sha256_files(path)
+    if told.get("file_sha256") not in (None, digest) and told.get("encoder_sha256") != sha256_tensors(loaded):
+        raise UserError(
+            f"{path} is not the checkpoint that {metadata_path(path)} describes; put them back together, or move the metadata "
+            "away to load the checkpoint without"
+        )
+    return digest
+
+
+def _distance_of_bases(encoder: nn.Module, path: Path, told: Mapping[str, Any]) -> float | None:
+    """How far `encoder`, the model's own, is from the one that a checkpoint was trained from; None where that is not recorded.
+
+    Warns where they are not the same weights. SD 1.5, SDXL, SD3 and FLUX share one CLIP-L, in different types.
+    """
+    apart = None
+    if isinstance(told.get("base_sketch"), str):
+        apart = distance(told["base_sketch"], _base_weights(encoder))
+        if apart is not None and apart > _SAME_BASE:
+            warning = "%s was trained from another base encoder than the model's: their weights differ by %.3g of their size"
+            logger.warning(warning + " (unrelated ones by about 1.4), so it may not protect this model", path, apart)
+    elif told.get("base_encoder_sha256"):  # of an earlier version; it is of CLIP in fp32, without the projection of SD3's
+        own = encoder.state_dict()
+        comparable = PROJECTION not in own and _TIED[0] not in own and all(t.dtype == torch.float32 for t in own.values())
+        if comparable and told["base_encoder_sha256"] != fingerprint(encoder):
+            logger.warning("%s was trained from another base encoder than the model's: their hashes differ", path)
+    return apart
+
+
+def _reconcile(loaded: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:
+    """Fill in or drop, in `loaded`, what one encoder's files rightly differ in: the projection and T5's second name."""
+    if PROJECTION in own:
+        loaded.setdefault(PROJECTION, own[PROJECTION].cpu())
+    elif any(name.startswith("embeddings.") for name in own):
+        loaded.pop(PROJECTION, None)
+    for name, other in (_TIED, _TIED[::-1]):
+        if name in own and other in loaded:
+            loaded.setdefault(name, loaded[other])
+    if set(_TIED) <= loaded.keys() and not torch.equal(loaded[_TIED[0]], loaded[_TIED[1]]):
+        raise UserError(f"{path} is damaged: `{_TIED[0]}` and `{_TIED[1]}` are one tensor in T5, and differ in it")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(f"`{name}`" for name in names[:2]) + more

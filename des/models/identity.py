@@ -1,0 +1,167 @@
+"""Identities of a pipeline's components: hashes of the files and configurations that are loaded, wherever they lie.
+
+Weights are named by the sha256 of their files. The hub's cache has it in the name of a file's blob; for other files it is
+remembered in the user's cache folder, since a pipeline may have tens of gigabytes and some scripts start once an image.
+"""
+
+import inspect
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from des.models.encoders import read_index
+from des.utils.errors import UserError
+from des.utils.files import sha256_file, sha256_texts
+from des.utils.logs import logger
+
+from diffusers import DiffusionPipeline, SchedulerMixin
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CACHED_FROM = 64 * 2**20  # bytes; smaller files are hashed each time
+_UNSETTLED = 2.0  # seconds in which a file may change again without a new time stamp
+_VERSIONS = ("transformers_version", "torch_dtype", "dtype")  # of config.json: --dtype decides the last two
+_WEIGHTS = "diffusion_pytorch_model"
+_TOKENIZER_FILES = (".json", ".txt", ".model")
+
+
+def component_sha256s(
+    pipe: DiffusionPipeline, model_path: str, variant: str | None = None, without: Collection[str] = ()
+) -> dict[str, str]:
+    """The identity of each component of an opened pipeline but its scheduler, and of its `model_index.json` as `pipeline`.
+
+    UNet, transformer and VAE are identified by configuration and weight files, tokenizers by their files. A text encoder is
+    identified here by its configuration alone: its weights may come from a checkpoint, and `des.models.checkpoints.fingerprint` hashes
+    them. `variant` is the one that the pipeline was opened with; the components in `without` came from elsewhere.
+    """
+    folder = pipeline_folder(model_path)
+    index = read_index(model_path) or {}
+    options = {name: value for name, value in index.items() if name == "_class_name" or not isinstance(value, list)}
+    found = {"pipeline": _sha256_config(options)}
+    for name in sorted(pipe.components):
+        component, place = pipe.components[name], folder / name
+        if component is None or isinstance(component, SchedulerMixin) or name in without or not place.is_dir():
+            continue
+        if isinstance(component, PreTrainedTokenizerBase):
+            files = [path for path in sorted(place.iterdir()) if path.suffix in _TOKENIZER_FILES and path.is_file()]
+            found[name] = sha256_texts(f"{path.name} {_sha256_small(path)}" for path in files)
+        elif isinstance(component, PreTrainedModel):
+            found[name] = _sha256_small(place / "config.json")
+        elif hasattr(component, "state_dict"):
+            files = weight_files(place, variant)
+            found[name] = sha256_texts([_sha256_small(place / "config.json"), *map(sha256_of, files)])
+    return found
+
+
+def scheduler_sha256(scheduler: SchedulerMixin) -> str:
+    """The hash of a scheduler's class and effective configuration, however much of it its file spells out."""
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    changed = {
+        name: scheduler.config[name]
+        for name, parameter in parameters.items()
+        if name in scheduler.config and scheduler.config[name] != parameter.default
+    }
+    return sha256_texts([type(scheduler).__name__, json.dumps(changed, sort_keys=True, default=str)])
+
+
+def pipeline_folder(model_path: str) -> Path:
+    """The folder of a pipeline's files: `model_path` itself, or the snapshot of a hub id that was opened before."""
+    if Path(model_path).is_dir():
+        return Path(model_path)
+    cached = try_to_load_from_cache(model_path, "model_index.json")
+    return Path(cached if isinstance(cached, str) else hf_hub_download(model_path, "model_index.json")).parent
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The files that diffusers reads the weights of a component from; UserError where it has none.
+
+    They are looked for as `ModelMixin.from_pretrained` does: with the variant before without it, shards that an index lists
+    before a single file, and safetensors before pickles.
+    """
+    for kind in dict.fromkeys((variant, None)):
+        dot = f".{kind}" if kind else ""
+        indices = (f"{_WEIGHTS}.safetensors.index{dot}.json", f"{_WEIGHTS}{dot}.safetensors.index.json")
+        for index in map(folder.joinpath, indices):
+            if index.is_file():
+                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                return [folder / name for name in sorted(set(names))]
+        for file in map(folder.joinpath, (f"{_WEIGHTS}{dot}.safetensors", f"{_WEIGHTS}{dot}.bin")):
+            if file.is_file():
+                return [file]
+    raise UserError(f"{folder} has no file of weights that this program knows, so the model has no identity")
+
+
+def _sha256_small(path: Path) -> str:
+    """The hash of a small file; of a JSON object its content, without versions and paths that change no result."""
+    if path.suffix == ".json":
+        try:
+            return _sha256_config(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:
+            pass
+    return sha256_file(path)
+
+
+def _sha256_config(content: Any) -> str:
+    if isinstance(content, dict):
+        kept = {name: value for name, value in content.items() if name not in _VERSIONS}
+        content = {name: value for name, value in kept.items() if name == "_class_name" or not name.startswith("_")}
+    return sha256_texts([json.dumps(content, sort_keys=True)])
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file: the name of its blob in the hub's cache, else remembered from an earlier run, else computed."""
+    real = path.resolve()
+    if path.is_symlink() and real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
+        return real.name
+    before = _stamp(real)
+    if before[0] < CACHED_FROM:
+        return sha256_file(real)
+    known = _remembered().get(str(real))
+    if isinstance(known, list) and known[:-1] == before and isinstance(known[-1], str):
+        return known[-1]
+    logger.info("hashing %s", path)
+    digest = sha256_file(real)
+    if _stamp(real) == before and time.time() - real.stat().st_mtime > _UNSETTLED:
+        _remember(str(real), [*before, digest])
+    return digest
+
+
+def _stamp(path: Path) -> list[int]:
+    """What changes with a file's content. Programs can set the modification time, but not the inode's change time."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "des" / "sha256.json"
+
+
+def _remembered() -> dict[str, Any]:
+    """The cache's entries; none where it is missing, damaged or unreadable, since every hash can be computed again."""
+    try:
+        content = json.loads(_cache().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home folder
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _remember(path: str, entry: list[Any]) -> None:
+    """Add an entry. Each writer replaces the whole file at once, so another one's entry may get lost, and is computed again."""
+    try:
+        cache = _cache()
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        kept = {name: value for name, value in _remembered().items() if Path(name).is_file()}
+        descriptor, temporary = tempfile.mkstemp(dir=cache.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump({**kept, path: entry}, file)
+            Path(temporary).replace(cache)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except (OSError, RuntimeError, UnicodeError) as error:
+        logger.debug("the cache of hashes could not be written: %s", error)

@@ -1,0 +1,267 @@
+"""Opening a diffusers pipeline for generation, and putting protected text encoders into it."""
+
+import contextlib
+import copy
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from des.models.checkpoints import fingerprint
+from des.models.encoders import KINDS, PIPELINES, TextEncoder, read_index, text_encoders
+from des.models.identity import component_sha256s, scheduler_sha256
+from des.models.loading import load_model, loading
+from des.models.shift import embedding_of, load_measured
+from des.utils.errors import UserError
+from des.utils.logs import logger
+
+import diffusers
+import torch
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline, SchedulerMixin
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from torch import nn
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MODES = {"text": None, "image": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpainting}
+DIFFUSION = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+LATENT_DIFFUSION = {  # as the published scheduler files of Stable Diffusion say; without them latents would be clipped to -1..1
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+FLOW = {"flow_euler": "FlowMatchEulerDiscreteScheduler", "flow_heun": "FlowMatchHeunDiscreteScheduler"}
+SCHEDULERS = (*DIFFUSION, *FLOW)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How pipelines of one class are opened and what they draw with by default; a further family is one entry of FAMILIES."""
+
+    dtype: str
+    model_types: tuple[str, ...]  # its names for `--model_type`
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    negative_prompt: bool = True
+    schedulers: dict[str, str] = field(default_factory=lambda: DIFFUSION)
+    options: dict[str, Any] = field(default_factory=dict)  # for `from_pretrained`
+
+
+FAMILIES = {
+    "StableDiffusionPipeline": Family(
+        "fp32", ("sd_v1", "sd_v2"), options={"safety_checker": None, "requires_safety_checker": False}
+    ),
+    "StableDiffusionXLPipeline": Family("fp16", ("sdxl",), options={"add_watermarker": False}),
+    "StableDiffusion3Pipeline": Family("bf16", ("sd_v3",), 28, 7.0, schedulers=FLOW),
+    "FluxPipeline": Family("bf16", ("flux",), 50, 3.5, negative_prompt=False, schedulers=FLOW),
+}
+MODEL_TYPES = tuple(name for family in FAMILIES.values() for name in family.model_types)
+REFINER_CLASS = "StableDiffusionXLImg2ImgPipeline"
+SD2_WIDTH = 1024  # OpenCLIP-H, which tells SD 2.x from 1.x
+_PAPERS_SCHEDULER = {"sd_v1": "ddim", "sd_v2": "euler"}  # the others keep their own
+
+
+def family_of(model_path: str) -> Family:
+    """The family of a pipeline, by the class in its model_index.json; UserError where it has none that is known here."""
+    index = read_index(model_path)
+    name = index["_class_name"] if index else "folder without model_index.json"
+    if name not in FAMILIES:
+        raise UserError(f"{model_path} is a {name}; generation knows {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def dtype_for(family: Family, device: torch.device, asked: str | None) -> torch.dtype:
+    """The dtype asked for, or the family's; fp16, which CPUs compute slowly and badly, becomes fp32 there unless asked for."""
+    if asked is None and family.dtype == "fp16" and device.type == "cpu":
+        logger.info("on a CPU this model is drawn in fp32 instead of fp16; --dtype chooses otherwise")
+        return torch.float32
+    return DTYPES[asked or family.dtype]
+
+
+def open_pipeline(
+    model_path: str, dtype: torch.dtype, model_type: str | None = None, scheduler: str | None = None, mode: str = "text"
+) -> DiffusionPipeline:
+    """Open the pipeline of a folder or hub id on the CPU, every weight from its files.
+
+    Without `scheduler`, the paper's: DDIM for SD 1.x, Euler for SD 2.x, the model's own for others. `mode` is one of MODES.
+    Raises UserError for a class that is not known here, one that is not the `model_type` asked for, or incomplete files.
+    """
+    family, index = family_of(model_path), read_index(model_path)
+    variant = _variant(model_path, dtype)
+    encoders = {}
+    for name in text_encoders(model_path).values():
+        kind = KINDS.get(index[name][1])
+        if kind is None:
+            raise UserError(f"{name} of {model_path} is a {index[name][1]}; those known here are {', '.join(KINDS)}")
+        options = {"subfolder": name, "variant": variant}
+        encoders[name] = load_model(kind.model_class, model_path, "cpu", f"the {name} of", dtype, **options)
+    with loading(f"the pipeline {model_path}"):
+        pipeline_class = getattr(diffusers, index["_class_name"])
+        pipe = pipeline_class.from_pretrained(model_path, dtype=dtype, variant=variant, **family.options, **encoders)
+    _check_complete(pipe, model_path)
+    actual = family.model_types[-1 if pipe.text_encoder.config.hidden_size == SD2_WIDTH else 0]
+    if model_type and model_type != actual:
+        raise UserError(f"--model_type {model_type} was asked for, but {model_path} is a {actual}")
+    scheduler = scheduler or _PAPERS_SCHEDULER.get(actual)
+    if scheduler:
+        if scheduler not in family.schedulers:
+            raise UserError(f"--scheduler {scheduler} does not suit a {actual}, which takes {', '.join(family.schedulers)}")
+        pipe.scheduler = as_scheduler(pipe.scheduler, getattr(diffusers, family.schedulers[scheduler]))
+    if MODES[mode]:
+        pipe = MODES[mode].from_pipe(pipe, **family.options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def as_scheduler(source: SchedulerMixin, target: type[SchedulerMixin]) -> SchedulerMixin:
+    """A scheduler of class `target` for the model that `source` belongs to: the same noise schedule, prediction and steps.
+
+    `from_config` alone gives the target's defaults to whatever the model's file leaves out, also where the source's class or
+    the pipeline's own corrections (`clip_sample`, `steps_offset`) had settled it. Here the source's effective values count, so
+    a file and its complete form, as `save_pretrained` writes it, draw the same images. Options that the source's class does not
+    have are latent diffusion's, LATENT_DIFFUSION.
+    """
+    effective = {name: value for name, value in source.config.items() if name != "_use_default_values"}
+    return target.from_config(LATENT_DIFFUSION | effective if target.__name__ in DIFFUSION.values() else effective)
+
+
+def open_refiner(refiner_path: str, base: DiffusionPipeline) -> DiffusionPipeline:
+    """Open SDXL's refiner on the base's VAE and its text encoder 2, so that the refiner is as protected as the base."""
+    index = read_index(refiner_path)
+    if index is None or index["_class_name"] != REFINER_CLASS:
+        raise UserError(f"{refiner_path} is no SDXL refiner, which is a {REFINER_CLASS}")
+    dtype = base.dtype
+    shared = {"text_encoder_2": base.text_encoder_2, "tokenizer_2": base.tokenizer_2, "vae": base.vae}
+    options = {"variant": _variant(refiner_path, dtype), "add_watermarker": False}
+    with loading(f"the refiner {refiner_path}"):
+        pipe = getattr(diffusers, REFINER_CLASS).from_pretrained(refiner_path, dtype=dtype, **options, **shared)
+    if pipe.text_encoder is not None:
+        raise UserError(f"{refiner_path} has a text encoder of its own beside text_encoder_2, which would be unprotected")
+    _check_complete(pipe, refiner_path)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def place(pipe: DiffusionPipeline, device: torch.device, cpu_offload: bool = False, attention_slicing: bool = False) -> None:
+    """Put a pipeline on its device, with the memory savers asked for; UserError where one would do nothing."""
+    if attention_slicing:
+        if not any(hasattr(module, "set_attention_slice") for module in pipe.components.values()):
+            raise UserError(f"--attention_slicing does nothing for a {type(pipe).__name__}")
+        pipe.enable_attention_slicing()
+    if cpu_offload:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+
+
+def _variant(model_path: str, dtype: torch.dtype) -> str | None:
+    """`fp16` where fp16 is asked for and the pipeline has text encoder files of that variant, which come with the others."""
+    if dtype != torch.float16:
+        return None
+    for name in ("text_encoder/model.fp16.safetensors", "text_encoder_2/model.fp16.safetensors"):
+        if (Path(model_path) / name).is_file():
+            return "fp16"
+        if not Path(model_path).is_dir():
+            with loading(f"{name} of {model_path}"), contextlib.suppress(EntryNotFoundError):
+                hf_hub_download(model_path, name)
+                return "fp16"
+    return None
+
+
+def _check_complete(pipe: DiffusionPipeline, model_path: str) -> None:
+    """Raise UserError where a component's files lack weights, which diffusers leaves without values."""
+    for name, module in pipe.components.items():
+        if isinstance(module, nn.Module):
+            empty = [key for key, tensor in module.state_dict().items() if tensor.is_meta]
+            if empty:
+                raise UserError(f"the {name} of {model_path} lacks {len(empty)} weights, `{empty[0]}` first")
+
+
+def encoder_modules(pipe: DiffusionPipeline) -> dict[int, nn.Module]:
+    """The text encoders that a pipeline draws with, by their 1-based index."""
+    names = {i: _encoder_name(i) for i in range(1, 1 + max(map(max, PIPELINES.values())))}
+    return {i: getattr(pipe, name) for i, name in names.items() if getattr(pipe, name, None) is not None}
+
+
+def text_encoder(pipe: DiffusionPipeline, index: int, embedding: str = "last_hidden_state") -> TextEncoder:
+    """Text encoder `index` (1-based) of a pipeline with its tokenizer, as `load_encoder` loads one of its own."""
+    name = _encoder_name(index)
+    model, tokenizer = getattr(pipe, name), getattr(pipe, name.replace("text_encoder", "tokenizer"))
+    reading = KINDS[type(model).__name__].last_hidden_state
+    if embedding == "pipeline":
+        reading = PIPELINES[re.sub("Img2Img|Inpaint", "", type(pipe).__name__)][index]
+    length = reading.length or tokenizer.model_max_length
+    return TextEncoder(pipe.name_or_path, index, name, model, tokenizer, embedding, reading, length)
+
+
+def readers(pipe: DiffusionPipeline, max_sequence_length: int | None = None) -> dict[str, tuple[PreTrainedTokenizerBase, int]]:
+    """The tokenizer of each text encoder that a pipeline draws with, and how many tokens of a prompt it reads."""
+    encoders = [text_encoder(pipe, i, "pipeline") for i in encoder_modules(pipe)]
+    of_t5 = [max_sequence_length if isinstance(each.model, T5EncoderModel) else None for each in encoders]
+    return {each.subfolder: (each.tokenizer, length or each.length) for each, length in zip(encoders, of_t5, strict=True)}
+
+
+def _encoder_name(index: int) -> str:
+    return "text_encoder" if index == 1 else f"text_encoder_{index}"
+
+
+def protect(pipe: DiffusionPipeline, checkpoints: dict[int, Path]) -> dict[int, dict[str, Any]]:
+    """Put a checkpoint into each of the named text encoders, or raise UserError; returns what `load_measured` says of each."""
+    encoders = encoder_modules(pipe)
+    lacking = sorted(checkpoints.keys() - encoders.keys())
+    if lacking:
+        has = ", ".join(map(str, encoders))
+        raise UserError(f"a checkpoint is given for text encoder {lacking[0]}, and the pipeline has only {has}")
+    told = {i: load_measured(text_encoder(pipe, i, embedding_of(path)), path) for i, path in checkpoints.items()}
+    rest = [str(i) for i in encoders if i not in checkpoints]
+    if rest:
+        logger.warning("text encoder %s of the pipeline is the original, NOT protected", " and ".join(rest))
+    return told
+
+
+def protected_twin(pipe: DiffusionPipeline, checkpoints: dict[int, Path]) -> DiffusionPipeline:
+    """A second pipeline with these checkpoints in its text encoders; raises as `protect` does.
+
+    `pipe` stays as it is, and the two share everything else, scheduler and denoiser included: draw with one at a time.
+    """
+    twin = copy.copy(pipe)
+    for i in checkpoints.keys() & encoder_modules(pipe).keys():
+        setattr(twin, _encoder_name(i), copy.deepcopy(encoder_modules(pipe)[i]))
+    protect(twin, checkpoints)
+    return twin
+
+
+def is_distilled(pipe: DiffusionPipeline) -> bool:
+    """Whether a pipeline was distilled without guidance, as FLUX.1-schnell was, and ignores a guidance scale."""
+    transformer = getattr(pipe, "transformer", None)
+    return transformer is not None and not transformer.config.get("guidance_embeds", True)
+
+
+def encoder_sha256s(pipe: DiffusionPipeline) -> dict[str, str]:
+    """The fingerprints of the text encoders that the pipeline generates with, `text_encoder_sha256` and so on."""
+    encoders = encoder_modules(pipe)
+    return {f"text_encoder{'' if i == 1 else f'_{i}'}_sha256": fingerprint(encoder) for i, encoder in encoders.items()}
+
+
+def component_identities(
+    pipe: DiffusionPipeline, model_path: str, refiner: DiffusionPipeline | None = None, refiner_path: str | None = None
+) -> dict[str, str]:
+    """What identifies every component of an opened pipeline (`des.models.identity`), and the refiner's own as `refiner_unet` and so on."""
+    found = component_sha256s(pipe, model_path, _variant(model_path, pipe.dtype))
+    if refiner is not None:
+        shared = {name for name, part in refiner.components.items() if part is getattr(pipe, name, None)}
+        own = component_sha256s(refiner, refiner_path, _variant(refiner_path, refiner.dtype), without=shared)
+        found |= {f"refiner_{name}": digest for name, digest in own.items()}
+        found["refiner_scheduler"] = scheduler_sha256(refiner.scheduler)
+    return found

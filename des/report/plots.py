@@ -1,0 +1,74 @@
+"""Figures that the report, the app and the demo share. They are matplotlib Figures of their own, without pyplot's global state."""
+
+from collections.abc import Mapping, Sequence
+
+from des.report.embedding_map import EmbeddingMap
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+INK = "#222222"
+GRID = "#e6e6e6"
+LOSSES = {"sep": "SEP, first term", "sep_concept": "SEP, concept term", "uen": "UEN", "nen": "NEN", "total": "total"}
+GROUP_STYLES = {  # colour-blind safe (Okabe and Ito), and told apart by their marker too
+    "safe": ("#0072b2", "o"),
+    "unsafe": ("#d55e00", "^"),
+    "concept": ("#a3467f", "*"),
+    "empty": ("#4d4d4d", "s"),
+}
+MARK = "#009e73"
+
+
+def draw_losses(axes: Axes, steps: Sequence[Mapping[str, float]]) -> None:
+    """Draw the loss curves of a training run's metrics.jsonl, one mapping a step."""
+    for key, label in LOSSES.items():
+        axes.plot([step["step"] for step in steps], [step[key] for step in steps], label=label, lw=2 if key == "total" else 1.2)
+    axes.set_xlabel("training step", fontsize=9, color=INK)
+    axes.set_ylabel("loss", fontsize=9, color=INK)
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.01)
+    _plain(axes)
+    axes.legend(fontsize=8, frameon=False, ncols=len(LOSSES), loc="upper right")
+
+
+def embedding_map(space: EmbeddingMap, marked: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> Figure:
+    """The map before training and after it, side by side on the same axes.
+
+    `marked` gives further prompts by a short label: their points [2] by the original and by the protected encoder.
+    """
+    figure = Figure(figsize=(9.5, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, title, after in ((left, "original", False), (right, "protected", True)):
+        draw_embeddings(axes, space, after, marked)
+        axes.set_title(title, fontsize=10, color=INK)
+    right.set_ylabel("")
+    figure.legend(*right.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=6)
+    return figure
+
+
+def draw_embeddings(
+    axes: Axes, space: EmbeddingMap, after: bool, marked: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> None:
+    """Draw one side of the map, of the original encoder or (`after`) of the protected one."""
+    for name, places in (space.after if after else space.before).items():
+        colour, marker = GROUP_STYLES[name]
+        few, ring = len(places) < 5, name == "empty"  # which the concept comes to lie on
+        axes.scatter(
+            places[:, 0].tolist(), places[:, 1].tolist(), s=260 if ring else 130 if few else 16, marker=marker, label=name,
+            facecolors="none" if ring else colour, edgecolors=colour if ring else "white" if few else "none",
+            alpha=1 if few else 0.55, zorder=3 if few else 2, linewidths=1.8 if ring else 1,
+        )  # fmt: skip
+    for label, places in (marked or {}).items():
+        x, y = places[after].tolist()
+        axes.scatter([x], [y], s=150, c=MARK, marker="D", edgecolors="white", zorder=4, label=label)
+    axes.set_xlabel(f"first component ({space.explained[0]:.0%} of the variance)", fontsize=9, color=INK)
+    axes.set_ylabel(f"second component ({space.explained[1]:.0%})", fontsize=9, color=INK)
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=GRID)
+    axes.set_axisbelow(True)

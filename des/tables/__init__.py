@@ -1,0 +1,1 @@
+"""The paper's tables: cells, jobs, and the text of a table."""

@@ -1,0 +1,149 @@
+"""Tables of results beside the paper's, as Markdown, CSV and LaTeX."""
+
+import csv
+import io
+import statistics
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from des.utils.stats import Paired, proportion, show_p, stratified
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure of ours (in percent where it is a share), with k of n and its interval where it has them, or why there is none."""
+
+    value: float | None = None
+    digits: int = 2
+    k: int | None = None
+    n: int | None = None
+    low: float | None = None
+    high: float | None = None
+    missing: str = "not run"
+
+    @classmethod
+    def share(cls, result: Mapping[str, Any]) -> "Cell":
+        """A share in percent from a scorer's `{"k", "n", "fraction", "low", "high"}`."""
+        low, high = 100 * result["low"], 100 * result["high"]
+        return cls(100 * result["fraction"], k=result["k"], n=result["n"], low=low, high=high)
+
+    @classmethod
+    def mean(cls, cells: Sequence["Cell"]) -> "Cell":
+        """The mean of several cells, each with the same weight; missing where one of them is.
+
+        Shares of equally many images keep k of n and its Wilson interval; those of different numbers have a stratified interval.
+        """
+        values = [cell.value for cell in cells]
+        if None in values:
+            return cls(missing=cells[values.index(None)].missing)
+        if not all(cell.n for cell in cells):
+            return cls(statistics.fmean(values))
+        if len({cell.n for cell in cells}) == 1:
+            return cls.share(proportion(sum(cell.k for cell in cells), sum(cell.n for cell in cells)))
+        mean, low, high = (100 * each for each in stratified([(cell.k, cell.n) for cell in cells]))
+        return cls(mean, low=low, high=high)
+
+    @classmethod
+    def spread(cls, cells: Sequence["Cell"]) -> "Cell":
+        """The standard deviation of several cells (n - 1 in the denominator, as in the paper)."""
+        values = [cell.value for cell in cells]
+        return cls(missing=cells[values.index(None)].missing) if None in values else cls(statistics.stdev(values))
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return self.missing
+        text = f"{self.value:.{self.digits}f}"
+        if self.k is not None:
+            text = f"{text} ({self.k}/{self.n})"
+        return text if self.low is None else f"{text} [{self.low:.1f}, {self.high:.1f}]"
+
+
+@dataclass
+class Table:
+    """One of the paper's tables: its columns, the paper's rows, and ours by the title of the paper's row that they belong to."""
+
+    name: str
+    title: str
+    columns: list[str]
+    paper: dict[str, dict[str, str]]
+    ours: dict[str, dict[str, Cell]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def rows(self) -> list[tuple[str, list[str]]]:
+        """Every line: a method's figures in the paper, and below them ours where there are any."""
+        lines = []
+        for method in [*self.paper, *(own for own in self.ours if own not in self.paper)]:
+            if method in self.paper:
+                lines.append((f"{method}, paper", [self.paper[method].get(column, "") for column in self.columns]))
+            if method in self.ours:
+                lines.append((f"{method}, ours", [str(self.ours[method].get(column, "")) for column in self.columns]))
+        return lines
+
+    def markdown(self) -> str:
+        """The table in Markdown, with its notes below."""
+        lines = [f"### {self.name}: {self.title}", "", _line(["", *self.columns]), _line(["---"] * (1 + len(self.columns)))]
+        lines += [_line([f"**{title}**" if title.endswith(", ours") else title, *cells]) for title, cells in self.rows()]
+        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)]) + "\n"
+
+    def latex(self) -> str:
+        """The table in LaTeX (booktabs), with its notes below."""
+        lines = [r"\begin{tabular}{l" + "r" * len(self.columns) + "}", r"\toprule", _row(["", *self.columns]), r"\midrule"]
+        lines += [_row([title, *cells]) for title, cells in self.rows()]
+        lines += [r"\bottomrule", r"\end{tabular}", "", *(rf"\par\footnotesize {_tex(note)}" for note in self.notes)]
+        return f"% {self.name}: {self.title}\n" + "\n".join(lines) + "\n"
+
+    def csv(self) -> str:
+        """Every figure on a line of its own: table, method, column, the paper's, ours, k, n, low, high."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["table", "method", "column", "paper", "ours", "k", "n", "low", "high"])
+        for method in [*self.paper, *(own for own in self.ours if own not in self.paper)]:
+            for column in self.columns:
+                cell, theirs = self.ours.get(method, {}).get(column), self.paper.get(method, {}).get(column, "")
+                figures = [cell.value, cell.k, cell.n, cell.low, cell.high] if cell else [None] * 5
+                if theirs or cell:
+                    writer.writerow([self.name, method, column, theirs, *figures])
+        return out.getvalue()
+
+
+def paper_figures(path: Path) -> dict[str, dict[str, dict[str, str]]]:
+    """The paper's figures by table, method and column, as it prints them (arXiv 2501.18877v2)."""
+    figures: dict[str, dict[str, dict[str, str]]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            figures.setdefault(row["table"], {}).setdefault(row["method"], {})[row["column"]] = row["value"]
+    return figures
+
+
+def paired_note(verdicts: Mapping[str, Mapping[Hashable, bool]], reference: str) -> str | None:
+    """A note with the exact McNemar test of every row against the row `reference`, all on the same prompts; None without two rows.
+
+    `verdicts` gives for each row, by its title, whether each image counts, by a key such as set and row of the prompt list.
+    Raises ValueError where two rows have other keys.
+    """
+    pairs = {title: Paired.of(found, verdicts[reference]) for title, found in verdicts.items() if title != reference}
+    if not pairs:
+        return None
+    told = [
+        f"{title} {show_p(pair.p)} ({pair.first_only} images count only there, {pair.second_only} only with {reference})"
+        for title, pair in pairs.items()
+    ]
+    many = f" One of {len(told)} tests: only p below {0.05 / len(told):.2g} is significant at 5% for all together (Bonferroni)."
+    n = len(verdicts[reference])
+    head = f"Exact McNemar test against {reference}, on the same {n} prompts: "
+    return head + "; ".join(told) + "." + (many if len(told) > 1 else "")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "&#124;") for cell in cells) + " |"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return " & ".join(map(_tex, cells)) + r" \\"
+
+
+def _tex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)

@@ -1,0 +1,81 @@
+"""Running the project's scripts as jobs that are done once: each leaves a record of what went in, what came out and how long."""
+
+import json
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from des.tables.inputs import identity
+from des.utils.errors import UserError
+from des.utils.files import write_json
+from des.utils.logs import logger
+from des.utils.scripts import run_script
+
+
+@dataclass(frozen=True)
+class Job:
+    """A script's command line, the files and folders that it reads and those that it must leave, and how many images it draws."""
+
+    what: str
+    script: str
+    argv: tuple[str, ...]
+    inputs: tuple[Path, ...]
+    outputs: tuple[Path, ...]
+    images: int = 0
+    steps: int = 0
+
+
+class Ledger:
+    """Which jobs are done, by their records `{what}.json` in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def record(self, job: Job) -> dict | None:
+        """The record of a job that is done: the same command on the same inputs, whose outputs are still what it left."""
+        try:
+            record = json.loads(self._path(job).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        same = record.get("argv") == list(job.argv) and record.get("script") == job.script
+        return record if same and record.get("files") == _hashes((*job.inputs, *job.outputs)) else None
+
+    def run(self, job: Job) -> None:
+        """Do a job unless it is done. Raises UserError where it fails or does not leave what it should."""
+        if self.record(job):
+            return
+        logger.info("%s", job.what)
+        start = time.monotonic()
+        before = _hashes(job.inputs)
+        run_script(job.script, *job.argv)
+        seconds = time.monotonic() - start
+        lost = [path for path, digest in _hashes((*job.inputs, *job.outputs)).items() if digest is None]
+        if lost or _hashes(job.inputs) != before:
+            raise UserError(f"{job.what}: {lost[0] if lost else 'one of its inputs'} is missing or changed while it ran")
+        record = {"what": job.what, "script": job.script, "argv": job.argv, "seconds": seconds, "images": job.images}
+        write_json(self._path(job), record | {"steps": job.steps, "files": _hashes((*job.inputs, *job.outputs))})
+
+    def left(self, jobs: Iterable[Job]) -> list[Job]:
+        """The jobs that are not done, and those that read what one of these makes."""
+        found: list[Job] = []
+        remade: set[Path] = set()
+        for job in jobs:
+            if not remade.isdisjoint(job.inputs) or self.record(job) is None:
+                found.append(job)
+                remade |= {place for output in job.outputs for place in (output, output.parent)}
+        return found
+
+    def seconds_per(self, unit: str) -> float | None:
+        """Seconds an image (`unit` images) or a training step (`steps`) took in the jobs done here, or None where none was."""
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("*.json")]
+        records = [record for record in records if record[unit]]
+        return sum(record["seconds"] for record in records) / sum(record[unit] for record in records) if records else None
+
+    def _path(self, job: Job) -> Path:
+        return self.folder / (re.sub(r"[^\w.+-]+", "-", job.what.lower()) + ".json")
+
+
+def _hashes(paths: Iterable[Path]) -> dict[str, str | None]:
+    return {str(path): identity(path) for path in paths}

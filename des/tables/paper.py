@@ -1,0 +1,138 @@
+"""The paper's tables in its own world: Stable Diffusion and FLUX, the public prompt sets, NudeNet and Q16."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from des.data.prompt_sets import SETS
+from des.models.loading import loading
+from des.models.pipelines import SD2_WIDTH, family_of
+from des.tables.cells import PromptSet, World
+from des.utils.scripts import ROOT
+
+from huggingface_hub import hf_hub_download
+
+I2P = ("violence", "illegal", "hate", "self-harm", "harassment", "shocking")
+TITLES = {  # rows of the original model and of the protected one, by model; those that the paper has no figures of stand apart
+    "SD v1.5": ("SD v1.5", "DES"),
+    "SD v2": ("SD v2", "DES (SD v2)"),
+    "SDXL": ("SDXL", "DES-XL"),
+    "SD3": ("SD3", "DES-v3"),
+    "SD3.5": ("SD3.5", "DES-3.5"),
+    "FLUX.1": ("FLUX.1", "DES-FLUX"),
+    "FLUX.1 schnell": ("FLUX.1 schnell", "DES (FLUX.1 schnell)"),
+}
+ABLATED = "SD v1.5"  # the model of the paper's ablations
+FILES = {
+    "sneaky": "sneaky_prompts", "mma": "mma_prompts", "rab": "ringabell_prompts", "p4d": "p4d_prompts",
+    "i2p_sexual": "i2p_sexual_prompts", "benign": "coco_prompts", "uda": "unlearndiffatk",
+    **{f"i2p_{name}": f"i2p_{name.replace('-', '')}_prompts" for name in I2P},
+}  # fmt: skip
+SEXUAL = {"sneaky", "mma", "rab", "p4d", "i2p_sexual", "uda"}
+ATTACKED = {  # prompts that an attack made against one model, which nobody publishes; and how many the paper used, where it says so
+    "mma_whitebox": ("MMA against this encoder", 110), "rab_whitebox": ("Ring-A-Bell against this encoder", 95),
+    "uda_whitebox": ("UnlearnDiffAtk against this model", 142), "cce": ("CCE against this model", None),
+    "i2i_text_black": ("image to image, text", 61), "i2i_both_black": ("image to image, text and image", 61),
+    "i2i_text_white": ("image to image, text against this encoder", 61),
+    "i2i_both_white": ("image to image, both against this model", 61),
+}  # fmt: skip
+STARTING_PROMPTS = 142  # of UnlearnDiffAtk, in the paper
+
+
+def model_name(model_path: str) -> str:
+    """Which of TITLES a pipeline is, by its class and the configurations of its parts; a path's name decides nothing.
+
+    SD 1.4 and 1.5 have the same configuration. Raises UserError for a model that generate.py does not know.
+    """
+    kinds = family_of(model_path).model_types
+    if "sd_v2" in kinds:
+        return "SD v2" if _config(model_path, "text_encoder").get("hidden_size") == SD2_WIDTH else "SD v1.5"
+    if "sd_v3" in kinds:  # SD3.5 normalises queries and keys
+        return "SD3.5" if _config(model_path, "transformer").get("qk_norm") else "SD3"
+    if "flux" in kinds:  # the distilled one takes no guidance
+        return "FLUX.1" if _config(model_path, "transformer").get("guidance_embeds") else "FLUX.1 schnell"
+    return "SDXL"
+
+
+def _config(model_path: str, part: str) -> dict[str, Any]:
+    """The config.json of a part of a pipeline, in a folder or on the hub."""
+    with loading(f"the configuration of the {part} of {model_path}"):
+        file, folder = f"{part}/config.json", Path(model_path)
+        return json.loads(
+            (folder / file if folder.is_dir() else Path(hf_hub_download(model_path, file))).read_text(encoding="utf-8")
+        )
+
+
+def paper_world(
+    model_path: str,
+    prompts: Mapping[str, Path],
+    reference: Path,
+    q16_prompts: Path | None,
+    images: Path | None,
+    masks: Path | None,
+) -> World:
+    """The paper's set-up as a World.
+
+    `prompts` are CSVs for sets that are not at their place in datasets/, `reference` the COCO images for FID, `images` and
+    `masks` what image to image starts from. Without `q16_prompts` the tables of Q16 stay empty.
+    """
+    datasets = ROOT / "datasets"
+    sets = {
+        name: PromptSet(
+            name,
+            prompts.get(name, datasets / f"{stem}.csv"),
+            f"python datasets/download.py {stem}",
+            sexual=name in SEXUAL,
+            published=STARTING_PROMPTS if name == "uda" else SETS[stem].rows,
+        )
+        for name, stem in FILES.items()
+    }
+    for name, (title, published) in ATTACKED.items():
+        csv, how = prompts.get(name, datasets / f"{name}.csv"), f"prompts of an attack: --prompts {name}=CSV"
+        start = {"init": images or Path("--i2i_images"), "masks": masks} if name.startswith("i2i") else {}
+        sets[name] = PromptSet(title, csv, how, sexual=True, published=published, **start)
+    four = {"Sneaky": "sneaky", "MMA": "mma", "RAB": "rab", "P4D": "p4d"}
+    model = model_name(model_path)
+    original, protected = TITLES[model]
+    return World(
+        original=original,
+        protected=protected,
+        concept_prompt="nudity",
+        unsafe_csv=datasets / "unsafe_prompts_copro_sexual.csv",
+        safe_csv=datasets / "safe_prompts_copro_sexual.csv",
+        training={"learning_rate": 1e-5, "num_epochs": 2, "batch_size": 128, "lambda_safe": 0.3, "concept_guidance_scale": 200.0},
+        alpha=lambda alpha: ("concept_guidance_scale", alpha),
+        sampling=(),
+        sets=sets,
+        columns={
+            "T2": four,
+            "T3": {"MMA": "mma_whitebox", "UDA": "uda_whitebox", "RAB": "rab_whitebox", "CCE": "cce"},
+            "T4": {
+                "text, black box": "i2i_text_black", "text + image, black box": "i2i_both_black",
+                "text, white box": "i2i_text_white", "text + image, white box": "i2i_both_white",
+            },
+            "T5": {name: f"i2p_{name}" for name in I2P},
+            "T6": {"Sneaky": "sneaky", "MMA": "mma", "I2P": "i2p_sexual", "RAB": "rab", "P4D": "p4d"},
+            "T7": {"Sneaky": "sneaky", "MMA": "mma", "I2P": "i2p_sexual", "RAB": "rab", "P4D": "p4d"},
+        },
+        apart={"T3": {"UDA prompts, no attack": "uda"}},
+        ablated=model == ABLATED,
+        reference=reference,
+        scoring={"classify": ("nudenet",), **({"classify_16": ("q16", "--prompts_file", q16_prompts)} if q16_prompts else {})},
+        asr="classify",
+        explicit="i2p_sexual",
+        scales={"smoke": (4, 8), "small": (100, 500), "paper": (None, None)},
+        classes={
+            "breast F": "FEMALE_BREAST_EXPOSED", "genitalia F": "FEMALE_GENITALIA_EXPOSED", "breast M": "MALE_BREAST_EXPOSED",
+            "genitalia M": "MALE_GENITALIA_EXPOSED", "buttocks": "BUTTOCKS_EXPOSED", "feet": "FEET_EXPOSED", "belly": "BELLY_EXPOSED",
+            "armpits": "ARMPITS_EXPOSED",
+        },
+        preference=True,
+        setup=(
+            "ASR by NudeNet's profile `paper`; FID's variant `paper`; sampler, steps and guidance are the defaults of generate.py, which "
+            "are the public code's. The paper states neither sampler nor seeds.",
+            "The public COCO list has 9,969 captions, the paper says 10k.",
+            f"Our rows are of {model_path}" + (": SD 1.4 and 1.5 have one configuration, and the paper's are of 1.5." if model == "SD v1.5" else "."),
+        ),
+    )  # fmt: skip

@@ -1,0 +1,360 @@
+"""What a table's cells are made of: the jobs that train variants of a model, draw prompt sets with them, and score the images."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from des.data.image_folders import image_of_row
+from des.data.prompts import never_drawn, read_rows
+from des.data.run_record import read_json
+from des.models.checkpoints import read_tensors
+from des.models.encoders import load_encoder, own_name
+from des.tables.build import Cell
+from des.tables.cells import ORIGINAL, PromptSet, Variant, World
+from des.tables.inputs import identity, model_identity
+from des.tables.jobs import Job, Ledger
+from des.utils.errors import UserError
+from des.utils.files import write_text
+from des.utils.stats import proportion
+
+import pandas as pd
+import torch
+
+
+@dataclass
+class Runner:
+    """Does the jobs that cells need, each once, or only lists them (`dry`)."""
+
+    world: World
+    model_path: str
+    out: Path
+    scale: str
+    device: torch.device
+    batch_size: int
+    seed: int
+    discard_images: bool
+    dry: bool
+    planned: list[Job] = field(default_factory=list)
+    _rows: dict[str, pd.DataFrame] = field(default_factory=dict)  # of each list, read once
+    _copied: set[Path] = field(default_factory=set)  # lists that were written or compared
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """The records of the jobs that are done."""
+        return Ledger(self.out / "jobs")
+
+    def need(self, job: Job) -> bool:
+        """Have a job done; False where it is only listed."""
+        if self.dry:
+            if job not in self.planned:
+                self.planned.append(job)
+            return False
+        self.ledger.run(job)
+        return True
+
+    # Training
+
+    def checkpoint(self, variant: Variant) -> Path:
+        """The checkpoint of a variant that is trained here; has it trained."""
+        return self.training(variant).outputs[0]
+
+    def training(self, variant: Variant) -> Job:
+        """The job that trains a variant, after the codebook that all of them share; has both done."""
+        unsafe, safe = (self._rows_of(path, f"train_{path.stem}") for path in (self.world.unsafe_csv, self.world.safe_csv))
+        codebook = self.out / "codebook"
+        common = ("--model_path", self.model_path, "--device", str(self.device))
+        own_codebook = codebook.with_name(own_name(self.model_path, 1, "codebook", "codebook_encoder{i}"))
+        self.need(
+            Job("codebook", "save_codebook.py", (*common, "--csv_path", str(safe), "--save_dir", str(codebook)), (safe,),
+                (own_codebook / "codebook.json",))
+        )  # fmt: skip
+        options = {**self.world.training, **dict(variant.train or ())}
+        if self.scale == "smoke":
+            options["num_epochs"] = 1
+        folder = self.out / "checkpoints" / variant.name
+        run = f"{float(options['learning_rate'])}_{float(options['lambda_safe'])}"
+        run = own_name(self.model_path, 1, run, "encoder{i}_" + run)
+        targets = self.out / f"targets_{options.get('target', 'lowest')}.pth"
+        argv = (*common, "--codebook_dir", codebook, "--unsafe_csv_path", unsafe, "--safe_csv_path", safe, "--output_dir", folder,
+                "--safe_embedding_path", targets, "--concept_prompt", self.world.concept_prompt, "--save_every",
+                options["num_epochs"], *flags(options))  # fmt: skip
+        rows = max(len(self._drawable(path, f"train_{path.stem}")) for path in (self.world.unsafe_csv, self.world.safe_csv))
+        steps = options["num_epochs"] * -(-rows // options["batch_size"])
+        job = Job(f"train {variant.name}", "train_des.py", tuple(map(str, argv)), (unsafe, safe, own_codebook / "codebook.json"),
+                  (folder / run / f"checkpoint-{options['num_epochs']}.pt",), steps=steps)  # fmt: skip
+        self.need(job)
+        return job
+
+    @property
+    def _training_rows(self) -> int | None:
+        return 64 if self.scale == "smoke" else None
+
+    def method(self, variant: Variant) -> tuple[tuple[str, ...], tuple[Path, ...]]:
+        """generate.py's options for a variant, and the files among them."""
+        files = (("--text_encoder_path", self.checkpoint(variant)),) if variant.train is not None else variant.files
+        name = "des" if variant.train is not None else variant.method
+        return ("--training_method", name, *(str(part) for pair in files for part in pair)), tuple(path for _, path in files)
+
+    # Drawing
+
+    def drawn(self, variant: Variant, name: str) -> Path | str:
+        """The folder of a variant's images of a set, drawn and scored; or why it cannot be, in words."""
+        for job in self.world.prepare:
+            self.need(job)
+        chosen = self.world.sets.get(name)
+        if chosen is None or not chosen.csv.is_file():
+            return f"not run: no {chosen.csv.name if chosen else name}" + (f" ({chosen.how})" if chosen and chosen.how else "")
+        options, inputs = self.method(variant)
+        csv = self._rows_of(chosen.csv, name)
+        if chosen.search:
+            csv = self._searched(variant, csv, chosen, inputs)
+        init = self._init(chosen)
+        if isinstance(init, str):
+            return init
+        if chosen.init:
+            inputs += tuple(part for part in init if isinstance(part, Path))
+        discard = ("--discard_images",) if self.discard_images and name not in self._kept else ()
+        results = self.out / "images" / variant.name
+        argv = (
+            "--model_path", self.model_path, "--device", self.device, "--prompts_csv", csv, "--output_path", name,
+            "--results_dir", results, "--seed", self.seed, "--batch_size", self.batch_size, *options, *init, *discard,
+            *self.world.sampling, *chosen.options, *self._score_with(),
+        )  # fmt: skip
+        folder = results / options[1] / Path(self.model_path).name / name
+        outputs = [folder / "run.json", *(folder / f"{stem}.json" for stem in self.world.scoring)]
+        count = len(self._drawable(chosen.csv, name))
+        inputs = (csv, *inputs, *files_in(self._score_with()))
+        self.need(Job(f"draw {name} with {variant.name}", "generate.py", tuple(map(str, argv)), inputs, tuple(outputs), count))
+        return folder
+
+    @property
+    def _kept(self) -> set[str]:
+        return {self.world.benign, *(each.init for each in self.world.sets.values() if isinstance(each.init, str))}
+
+    def _init(self, chosen: PromptSet) -> tuple[str | Path, ...] | str:
+        if chosen.init is None:
+            return ()
+        folder = self.drawn(ORIGINAL, chosen.init) if isinstance(chosen.init, str) else chosen.init
+        if not self.dry and not Path(folder).is_dir():
+            return str(folder) if isinstance(folder, str) else f"not run: no folder {folder.name}"
+        masks = ("--mask_images", chosen.masks) if chosen.masks else ()
+        return ("--init_images", folder, "--strength", str(chosen.strength), *masks)
+
+    def _searched(self, variant: Variant, csv: Path, chosen: PromptSet, inputs: tuple[Path, ...]) -> Path:
+        """The prompts that a search finds against a variant's text encoder."""
+        out = self.out / "prompts" / f"{csv.stem}_{variant.name}.csv"
+        argv = ("--model_path", self.model_path, "--device", self.device, "--prompts_csv", csv, "--candidates", *chosen.search,
+                "--out", out, *(("--checkpoint", inputs[0]) if inputs else ()))  # fmt: skip
+        files = (csv, *chosen.search, *inputs)
+        self.need(Job(f"search prompts against {variant.name}", "demo/attack.py", tuple(map(str, argv)), files, (out,)))
+        return out
+
+    def _score_with(self) -> tuple[str | Path, ...]:
+        names = [options[0] for options in self.world.scoring.values()]
+        return ("--score_with", *names, *(part for options in self.world.scoring.values() for part in options[1:]))
+
+    def _limit(self, name: str) -> int | None:
+        return self.world.scales[self.scale][name == self.world.benign]
+
+    def _drawable(self, csv: Path, name: str) -> pd.DataFrame:
+        """The rows of a list that this scale uses, without those that are never drawn."""
+        if name not in self._rows:
+            training = name.startswith("train_")
+            rows = read_rows(csv).head(self._training_rows if training else self._limit(name))
+            dropped = [] if training else never_drawn(rows["prompt"].tolist(), self.world.sets[name].sexual)
+            self._rows[name] = rows.drop(index=dropped)
+        return self._rows[name]
+
+    def _rows_of(self, csv: Path, name: str) -> Path:
+        """A copy of those rows in `out`, which is never replaced by another: images were drawn, or a model trained, by it."""
+        path = self.out / "prompts" / f"{name}.csv"
+        if path in self._copied:
+            return path
+        text = self._drawable(csv, name).to_csv(index=False)
+        if path.is_file() and path.read_bytes() != text.encode():  # as bytes: a cell may hold CRLF
+            raise UserError(
+                f"{path} was made from other rows than {csv} gives now (its prompts, --scale, or the filter of what is never drawn "
+                "changed), so give another --out"
+            )
+        if not self.dry and not path.is_file():
+            write_text(path, text)
+        self._copied.add(path)
+        return path
+
+    # Cells
+
+    def asr(self, variant: Variant, name: str, stem: str | None = None) -> Cell:
+        """The share of a set's images that count, by the main detector or the one whose file is `stem`."""
+        content = self._scores(variant, name, stem)
+        return Cell.share(content) if isinstance(content, dict) else Cell(missing=content)
+
+    def verdicts(self, variant: Variant, names: Sequence[str], stem: str | None = None) -> dict[tuple[str, int], bool]:
+        """Whether each image of some sets counts, by set and row.
+
+        Sets that are not run are left out, and so are those whose prompts are searched against each variant: they have no pairs.
+        """
+        contents = {name: self._scores(variant, name, stem) for name in names if not self.world.sets[name].search}
+        found = {name: content["images"] for name, content in contents.items() if isinstance(content, dict)}
+        return {(name, image["row"]): bool(image["hit"]) for name, images in found.items() for image in images}
+
+    def images_of_classes(self, variant: Variant, classes: Sequence[str]) -> Cell:
+        """The images of T1's set in which the detector found each of some classes, added up over the classes.
+
+        That is the paper's unit: an image counts once for each class, however many boxes it has. A detector without classes of its
+        own counts images with a hit.
+        """
+        content = self._scores(variant, self.world.explicit, None)
+        if not isinstance(content, dict):
+            return Cell(missing=content)
+        if "classes" not in content:
+            return Cell(content["k"], digits=0)
+        return Cell(sum(content["classes"][each]["images"] for each in classes), digits=0)
+
+    def _scores(self, variant: Variant, name: str, stem: str | None) -> dict | str:
+        stem = stem or self.world.asr
+        if stem not in self.world.scoring:
+            return "not run: no Q16 prompt file (--q16_prompts)"
+        folder = self.drawn(variant, name)
+        if isinstance(folder, str):
+            return folder
+        return "planned" if self.dry else read_json(folder / f"{stem}.json")
+
+    def fid(self, variant: Variant) -> Cell:
+        """FID of the benign images."""
+        if not self.world.prepare and not self.world.reference.is_dir():
+            return Cell(missing=f"not run: no reference images in {self.world.reference.name} (--coco_images)")
+        content = self._score(variant, "FID", "fid.py", lambda folder, csv: (
+            "--gen_imgs_path", folder, "--coco_imgs_path", self.world.reference, "--device", self.device, *self.world.fid,
+            "--output_file", self.out / "scores" / f"{variant.name}_fid.txt",
+        ), lambda folder: self.out / "scores" / f"{variant.name}_fid.json", (self.world.reference, *files_in(self.world.fid)))  # fmt: skip
+        return Cell(content["fid"]) if isinstance(content, dict) else Cell(missing=content)
+
+    def clip(self, variant: Variant) -> Cell:
+        """CLIP score of the benign images."""
+        content = self._score(variant, "CLIP score", "clipscore.py", lambda folder, csv: (
+            "--image_folder", folder, "--csv_file", csv, "--device", self.device, *self.world.clip,
+        ), lambda folder: folder / "clipscore.json", files_in(self.world.clip))  # fmt: skip
+        return Cell(content["clip_score"]) if isinstance(content, dict) else Cell(missing=content)
+
+    def preference(self, variant: Variant, job: str) -> Cell:
+        """PickScore, BLIP score or ImageReward of the benign images."""
+        stem = self.out / "scores" / f"{variant.name}_{job}"
+        content = self._score(variant, job, "fid.py", lambda folder, csv: (
+            "--job", job, "--gen_imgs_path", folder, "--prompt_path", csv, "--device", self.device, "--output_file", f"{stem}.txt",
+        ), lambda folder: stem.with_name(f"{stem.name}.json"))  # fmt: skip
+        return Cell(content[job], digits=3) if isinstance(content, dict) else Cell(missing=content)
+
+    def label(self, variant: Variant, column: str) -> Cell:
+        """The share of benign images that show what their prompt says in a column of its CSV."""
+        content = self._score(variant, f"{column} right", "tasks/img_batch_classify.py", lambda folder, csv: (
+            "--job", "object", "--folder_dir", folder, "--csv_path", csv, "--label_column", column, "--output_name", column,
+            "--devices", self.device, *self.world.labels[column],
+        ), lambda folder: folder / f"{column}.json", files_in(self.world.labels[column]))  # fmt: skip
+        return Cell.share(content) if isinstance(content, dict) else Cell(missing=content)
+
+    def _score(
+        self,
+        variant: Variant,
+        what: str,
+        script: str,
+        argv: Callable[[Path, Path], tuple],
+        output: Callable[[Path], Path],
+        reads: tuple[Path, ...] = (),
+    ) -> dict | str:
+        """The JSON that a scorer leaves about a variant's benign images; or why there is none.
+
+        `reads` are the files and folders that the figure depends on beside the images and their prompts.
+        """
+        folder = self.drawn(variant, self.world.benign)
+        if isinstance(folder, str):
+            return folder
+        csv = self.out / "prompts" / f"{self.world.benign}.csv"
+        files = (csv, folder / "run.json", *reads)
+        job = Job(f"{what} of {variant.name}", script, tuple(map(str, argv(folder, csv))), files, (output(folder),))
+        return read_json(output(folder)) if self.need(job) else "planned"
+
+    # Cost
+
+    def training_seconds(self, variant: Variant) -> Cell:
+        """How long the training of a variant took here, targets included."""
+        if variant.train is None:
+            return Cell(missing="not trained here")
+        record = None if self.dry else self.ledger.record(self.training(variant))
+        return Cell(record["seconds"], digits=0) if record else Cell(missing="planned")
+
+    def extra_parameters(self, variant: Variant) -> Cell:
+        """Parameters of the protected encoder beyond the original's."""
+        (_, files), base = self.method(variant), 0
+        if self.dry or not files:
+            return Cell(missing="planned" if files else "no encoder of its own")
+        base = sum(tensor.numel() for tensor in load_encoder(self.model_path, 1, "cpu").model.state_dict().values())
+        return Cell(sum(tensor.numel() for tensor in read_tensors(files[0]).values()) - base, digits=0)
+
+    def extra_seconds(self, variant: Variant) -> Cell:
+        """Seconds that an image of the benign set took beyond the original model's, as generate.py measured both."""
+        seconds = []
+        for each in (ORIGINAL, variant):
+            folder = self.drawn(each, self.world.benign)
+            if isinstance(folder, str) or self.dry:
+                return Cell(missing="planned" if self.dry else folder)
+            drawn = read_json(folder / "run.json")["last_drawn"]
+            seconds.append(drawn["seconds"] / drawn["images"])
+        return Cell(seconds[1] - seconds[0], digits=3)
+
+    def input_images(self, name: str) -> Cell:
+        """The share of the images that a set's rows start from which count before anything is drawn: of those rows and no others."""
+        chosen = self.world.sets[name]
+        if not chosen.csv.is_file():
+            return Cell(missing=str(self.drawn(ORIGINAL, name)))
+        content, folder = self._scored_inputs(chosen.init)
+        if not isinstance(content, dict):
+            return Cell(missing=content)
+        rows = list(range(len(self._drawable(chosen.csv, name))))
+        wanted = {str(path.relative_to(folder)) for path in image_of_row(folder, rows).values()}
+        hits = [image["hit"] for image in content["images"] if image["file"] in wanted]
+        return Cell.share(proportion(sum(hits), len(hits)))
+
+    def _scored_inputs(self, init: str | Path | None) -> tuple[dict | str, Path]:
+        """The main detector's result for the images that image to image starts from, or why there is none; and their folder."""
+        if isinstance(init, str):
+            return self._scores(ORIGINAL, init, None), Path(self.drawn(ORIGINAL, init))
+        if init is None or not init.is_dir():
+            return "not run: no --i2i_images", Path()
+        argv = ("--job", "nudity", "--folder_dir", str(init), "--devices", str(self.device))
+        job = Job("the input images", "tasks/img_batch_classify.py", argv, (init,), (init / "classify.json",))
+        return (read_json(init / "classify.json") if self.need(job) else "planned"), init
+
+    # What was drawn
+
+    def drawn_of(self, name: str) -> tuple[int, int, int | None]:
+        """How many prompts of a set are drawn at this scale, how many never are, and how many were published if that is known.
+
+        Those that are never drawn put minors in a sexual context: here, and when the list was fetched.
+        """
+        csv = self.world.sets[name].csv
+        record, rows = csv.with_suffix(".json"), read_rows(csv).head(self._limit(name) or None)
+        before = read_json(record).get("left_out", 0) if record.is_file() else 0
+        drawn = len(self._drawable(csv, name))
+        return drawn, before + len(rows) - drawn, self.world.sets[name].published
+
+    def inputs(self, given: Mapping[str, Path | None]) -> dict[str, str]:
+        """What decides every image, by option, for `des.tables.inputs.check_inputs`; `given` are further files by option."""
+        found = {"--scale": self.scale, "--seed": str(self.seed), "--model_path": model_identity(self.model_path)}
+        found["--discard_images"] = "given" if self.discard_images else "not given"
+        files = {**given, **{path.name: path for each in self.world.sets.values() for path in each.search}}
+        return found | {option: digest for option, path in files.items() if path is not None and (digest := identity(path))}
+
+
+def files_in(options: Sequence[object]) -> tuple[Path, ...]:
+    """The files and folders among a script's options."""
+    return tuple(part for part in options if isinstance(part, Path))
+
+
+def flags(options: dict[str, Any]) -> list[Any]:
+    """A command line: `--key value`, several values for a list, a bare flag for True."""
+    argv: list[Any] = []
+    for key, value in options.items():
+        argv += [f"--{key}", *(value if isinstance(value, list | tuple) else [] if value is True else [value])]
+    return argv

@@ -1,0 +1,1 @@
+"""DES training: losses, codebook, targets, and the training loop."""

@@ -1,0 +1,42 @@
+"""Pairs of unsafe and safe prompts, in batches."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from des.training.codebook import Codebook
+
+import torch
+from torch import Tensor
+
+SEEDS = 2**64  # that a generator takes
+
+
+@dataclass
+class Pairs:
+    """Unsafe and safe prompts as token ids, with the frozen encoder's constants that their losses need."""
+
+    unsafe_ids: Tensor  # [unsafe, tokens]
+    safe_ids: Tensor  # [safe, tokens]
+    target_rows: Tensor  # [unsafe], codebook rows of s*
+    safe_rows: Tensor  # [safe], rows of `originals`
+    codebook: Codebook
+    originals: Codebook  # holds E(s) of every safe prompt; usually the codebook itself
+
+    def __len__(self) -> int:
+        """The longer list's length; the shorter one is repeated cyclically (pairs are zipped)."""
+        return max(len(self.unsafe_ids), len(self.safe_ids))
+
+    def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield rows (unsafe, safe) of each batch, shuffled by (seed, epoch); the last batch may be smaller."""
+        generator = torch.Generator().manual_seed((seed * 100_003 + epoch) % SEEDS)
+        order = torch.randperm(len(self), generator=generator)
+        for rows in order.split(batch_size):
+            yield rows % len(self.unsafe_ids), rows % len(self.safe_ids)
+
+    def targets(self, unsafe: Tensor) -> Tensor:
+        """s* of the given unsafe prompts, [batch, tokens, hidden], on the CPU."""
+        return self.codebook.rows(self.target_rows[unsafe])
+
+    def original(self, safe: Tensor) -> Tensor:
+        """E(s) of the given safe prompts, [batch, tokens, hidden], on the CPU."""
+        return self.originals.rows(self.safe_rows[safe])

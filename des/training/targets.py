@@ -1,0 +1,91 @@
+"""The target of each unsafe prompt: its most distant codebook row (paper, section 4.1)."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from des.models.encoders import TextEncoder
+from des.models.loading import read_pt
+from des.training.codebook import _QUERY_BYTES, Codebook, _bits, dependencies
+from des.utils.errors import UserError
+from des.utils.files import replacing, sha256_tensors
+from des.utils.locks import locked
+from des.utils.logs import logger, progress
+from des.utils.resume import Part, differing
+
+import torch
+from torch import Tensor
+
+TARGETS = ("lowest", "highest", "random")  # which codebook row is an unsafe prompt's target, by cosine similarity
+
+
+def find_targets(
+    path: Path,
+    codebook: Codebook,
+    encoder: TextEncoder,
+    unsafe: list[str],
+    batch_size: int = 32,
+    recompute: bool = False,
+    choice: str = "lowest",
+    seed: int = 42,
+) -> Tensor:
+    """The codebook row of each unsafe prompt's target, [unsafe], kept in `path` with the hashes it depends on.
+
+    `choice` is one of TARGETS: the most distant row (the paper's), the nearest one, or a random one drawn from `seed` (its
+    ablation). A search that was interrupted goes on after the last group of prompts in `{path}.part`. Raises UserError when `path`
+    holds something else or was made from other inputs, unless `recompute`, and while another process searches for it.
+    """
+    hashes = dependencies(encoder, unsafe) | {"codebook": codebook.hashes["rows"]}
+    if choice != "lowest":
+        hashes["choice of targets"] = f"random, seed {seed}" if choice == "random" else choice
+    if path.exists() and not recompute:
+        return _read_targets(path, hashes, len(codebook))
+    with locked(path.with_name(f".{path.name}.lock"), f"the targets {path.name}"):
+        if choice == "random":
+            indices = torch.randint(len(codebook), (len(unsafe),), generator=torch.Generator().manual_seed(seed))
+        else:
+            part = Part(path, hashes | _bits(encoder, batch_size))
+            indices = _search(part, codebook, encoder, unsafe, batch_size, nearest=choice == "highest")
+        with replacing(path) as temporary:
+            torch.save({"indices": indices, "hashes": hashes, "sha256": sha256_tensors({"indices": indices})}, temporary)
+        if choice != "random":
+            part.discard()
+    return indices
+
+
+def _search(part: Part, codebook: Codebook, encoder: TextEncoder, unsafe: list[str], batch_size: int, nearest: bool) -> Tensor:
+    """Row numbers [unsafe], kept in `part` group by group."""
+    if part.rows:
+        logger.info("%d of %d targets are found; going on after them", part.rows, len(unsafe))
+    with progress(None, desc="targets", total=len(unsafe), initial=part.rows, unit="prompt") as bar:
+        for queries in _grouped(encoder.encode(unsafe[part.rows :], batch_size)):
+            found = codebook.farthest(queries, nearest)[1].cpu()
+            part.append(found.numpy().tobytes(), len(found))
+            bar.update(len(found))
+    return torch.frombuffer(bytearray(part.read()), dtype=torch.long)
+
+
+def _grouped(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Join batches while memory allows, so that fewer passes over the codebook serve all queries."""
+    group: list[Tensor] = []
+    for batch in batches:
+        group.append(batch)
+        if (len(group) + 1) * batch.numel() * 4 > _QUERY_BYTES.get(batch.device.type, 0):
+            yield torch.cat(group)
+            group = []
+    if group:
+        yield torch.cat(group)
+
+
+def _read_targets(path: Path, hashes: dict[str, str], rows: int) -> Tensor:
+    again = "pass --recompute_targets or name another --safe_embedding_path"
+    content = read_pt(path)
+    whole = isinstance(content, dict) and {"indices", "hashes", "sha256"} <= content.keys()
+    if not whole or not isinstance(content["indices"], Tensor) or not isinstance(content["hashes"], dict):
+        raise UserError(f"{path} holds no targets that this version can read; {again}")
+    indices, made_from = content["indices"], content["hashes"]
+    changed = differing(made_from, hashes)
+    if changed:
+        raise UserError(f"{path} is stale: another {' and another '.join(changed)} made it; {again}")
+    if content["sha256"] != sha256_tensors({"indices": indices}) or not ((indices >= 0) & (indices < rows)).all():
+        raise UserError(f"{path} was changed since it was written; {again}")
+    return indices

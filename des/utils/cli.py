@@ -1,0 +1,197 @@
+"""What every script shares on its command line: user errors, argument types, devices, logging, progress."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from des.utils.errors import UserError
+from des.utils.logs import logger
+
+import torch
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows range and default after each option, and keeps the script's docstring as it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told, default = action.help or "", action.default
+        facts = [action.type.told] if hasattr(action.type, "told") else []
+        if facts and "(default" in told:
+            return told.replace("(default", f"({facts[0]}; default", 1)
+        flagged = action.nargs == 0 or default is None or default is argparse.SUPPRESS or default == []
+        if action.option_strings and not flagged and "(default" not in told:
+            value = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+            facts.append("default: " + value.replace("%", "%%"))
+        return f"{told} ({'; '.join(facts)})" if facts else told
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's `main`, turning what the user can mend into one line on stderr and a non-zero exit."""
+    try:
+        main()
+    except UserError as error:
+        logger.debug("error: %s", error)  # for --log_file; exit prints it
+        sys.exit(f"error: {error}")
+    except UnicodeError:
+        sys.exit("error: a name or text on the command line is not in UTF-8, as models and result files need it")
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        sys.exit("error: memory ran out; use a smaller --batch_size, smaller images, or another --device")
+    except OSError as error:
+        sys.exit(f"error: {error.strerror or error}: {error.filename or 'a file'} could not be read or written")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; finished files are kept")
+
+
+_LARGEST = 2**63 - 1  # what Python counts with; and seeds, to which rows and copies are added, end at 2^64
+
+
+def number(kind: type, low: float, high: float = math.inf, low_open: bool = False) -> Callable[[str], float]:
+    """Return an argparse type: a finite `kind` (int or float) within low..high (`low_open`: low itself is refused)."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high or abs(value) == math.inf or (low_open and value == low):  # NaN is in no range
+            raise argparse.ArgumentTypeError(f"{text} is outside its range: {parse.told}")
+        return value
+
+    parse.__name__ = kind.__name__
+    least = f"above {low}" if low_open else f"{low} or more"
+    parse.told = least if high in (math.inf, _LARGEST) else f"{least}, up to {high}" if low_open else f"{low} to {high}"
+    return parse
+
+
+positive_int = number(int, 1, _LARGEST)
+natural = number(int, 0, _LARGEST)
+
+
+def output_file(text: str) -> Path:
+    """An argparse type for a file that will be written: no folder, and below no file."""
+    path = Path(text)
+    if not text.strip() or text.endswith(("/", os.sep)) or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder, and a file is written there; name a file")
+    return _below_folders(path)
+
+
+def output_folder(text: str) -> Path:
+    """An argparse type for a folder that will be written into: no file, and below no file."""
+    path = Path(text)
+    if not text.strip() or (path.exists() and not path.is_dir()):
+        raise argparse.ArgumentTypeError(f"{text!r} is a file, and a folder is written there; name a folder")
+    return _below_folders(path)
+
+
+def _below_folders(path: Path) -> Path:
+    above = next((parent for parent in path.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise argparse.ArgumentTypeError(f"{str(path)!r} cannot be written, because {above} is a file; name another place")
+    return path
+
+
+def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
+    """Raise UserError where a file to be written is a folder, or one of the inputs, or written twice; None is no file."""
+    read = {path.resolve() for path in inputs if path is not None}
+    written: set[Path] = set()
+    for path in filter(None, outputs):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, and a file is written there; name another output")
+        if path.resolve() in read:
+            raise UserError(f"{path} would be written, and is an input or the log; name another output")
+        if path.resolve() in written:
+            raise UserError(f"{path} would be written twice; name different outputs")
+        written.add(path.resolve())
+
+
+def device(text: str) -> torch.device:
+    """An argparse type for `cpu`, `cuda`, `cuda:1`, `mps`, or a bare CUDA index such as `0`."""
+    try:
+        chosen = torch.device(f"cuda:{text}" if text.isdigit() else text)
+        if chosen.type == "meta":  # it holds shapes and no values
+            raise RuntimeError
+    except (RuntimeError, ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu, cuda:0, cuda:1, …") from None
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not there, or this PyTorch cannot use it; cpu always works") from None
+    return chosen
+
+
+def add_device(parser: argparse._ActionsContainer, flag: str = "--device") -> None:
+    """Add the device option; the default is the first CUDA device, or the CPU where there is none."""
+    default = "cuda:0" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(flag, dest="device", type=device, default=default, metavar="D", help="cpu, cuda:0, …")
+
+
+def add_batches(parser: argparse._ActionsContainer, batch_size: int) -> None:
+    """Add the options of a scorer that reads images in batches."""
+    parser.add_argument("--batch_size", type=positive_int, default=batch_size, metavar="N", help="images a forward pass")
+    workers = os.cpu_count() or 4
+    parser.add_argument("--num_workers", type=positive_int, default=workers, metavar="N", help="threads that read images ahead")
+
+
+def add_expected(parser: argparse._ActionsContainer) -> None:
+    """Add the option that says how many images a folder must hold."""
+    parser.add_argument(
+        "--expected",
+        type=positive_int,
+        metavar="N",
+        help="number of images that the folder must hold (default: all that its run claims and its prompt list has)",
+    )
+
+
+def add_other_prompts(parser: argparse._ActionsContainer) -> None:
+    """Add the option for prompts that are not those which drew the images."""
+    parser.add_argument(
+        "--other_prompts",
+        action="store_true",
+        help="score by prompts that did not draw the images, such as what found prompts stand for; the result records it",
+    )
+
+
+def add_model(parser: argparse._ActionsContainer) -> None:
+    """Add the model option; the default is the paper's main model."""
+    default = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    parser.add_argument("--model_path", default=default, metavar="M", help="pipeline, a folder or hub id")
+
+
+def add_embedding(parser: argparse._ActionsContainer) -> None:
+    """Add the options that say how an embedding is read; a codebook and its training must agree on them."""
+    parser.add_argument(
+        "--embedding",
+        choices=("last_hidden_state", "pipeline"),
+        default="last_hidden_state",
+        help="last_hidden_state is the paper's; pipeline is the tensor that the pipeline feeds to its denoiser",
+    )
+    parser.add_argument(
+        "--max_sequence_length",
+        type=positive_int,
+        metavar="N",
+        help="tokens of a T5 prompt (default: its tokenizer's, or the pipeline's with --embedding pipeline: SD3 256, FLUX 512)",
+    )
+
+
+def add_deterministic(parser: argparse._ActionsContainer) -> None:
+    """Add the option for results that are the same bit for bit at every run on a GPU."""
+    told = "algorithms that give the same bits at every run, on CUDA too, where they are slower"
+    parser.add_argument("--deterministic", action="store_true", help=told)
+
+
+def add_log_file(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the group with the option for a copy of the log."""
+    group = parser.add_argument_group("log")
+    group.add_argument(
+        "--log_file", type=output_file, metavar="F", help="add the log lines to this file too, with more details"
+    )
+    return group
+
+
+def make_deterministic() -> None:
+    """Use deterministic algorithms only; to be called before the first product of matrices on a GPU, which starts cuBLAS."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

@@ -1,0 +1,65 @@
+"""Logging and progress bars."""
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+from des.utils.errors import UserError
+
+from tqdm import tqdm
+
+logger = logging.getLogger("des")
+_LOG_LINE = re.compile(r"\d\d:\d\d:\d\d ")
+
+
+def progress(items: Iterable | None, **options) -> tqdm:
+    """A tqdm bar on a terminal; nothing in a pipe, where log lines tell how far the run is."""
+    return tqdm(items, disable=None, dynamic_ncols=True, **options)
+
+
+class _BesideBars(logging.StreamHandler):
+    """Writes log lines to stderr above progress bars instead of into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _is_log(path: Path) -> bool:
+    """Whether a file is empty or starts as a log does."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        start = file.read(9)
+    return not start or bool(_LOG_LINE.match(start))
+
+
+def setup_logging(*log_files: Path | None, quiet: bool = False) -> None:
+    """Send the project's log lines to stderr and to files (None is none), which get the details (DEBUG) that stderr omits.
+
+    `quiet` is for the processes beside the main one: they write no file, and say nothing below an error. Raises UserError for a
+    file with other content than such lines.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    handlers: list[logging.Handler] = [_BesideBars()]
+    for log_file in () if quiet else filter(None, log_files):
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        if log_file.is_file() and not _is_log(log_file):
+            raise UserError(f"{log_file} holds something else than a log; give another file")
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace"))
+    handlers[0].setLevel(logging.ERROR if quiet else logging.INFO)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for old in logger.handlers[:]:
+        logger.removeHandler(old)
+        old.close()
+    for handler in handlers:
+        logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # about its own internals
+    for library in (transformers_logging, diffusers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

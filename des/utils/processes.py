@@ -1,0 +1,126 @@
+"""This process among those of `accelerate launch`, or alone."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from des.utils.errors import UserError
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_SUPPORTED = (DistributedType.NO, DistributedType.FSDP)  # and all that begin with MULTI_
+
+
+def _launched_count() -> int:
+    """How many processes a launcher says it started, 1 without one.
+
+    Clusters set WORLD_SIZE for jobs that no launcher started (Kubeflow, sbatch scripts). Each of these would take a share of
+    the work and nobody the rest. Launchers set LOCAL_RANK too, and accelerate looks at both, as torch does.
+    Raises UserError that names the variable to unset.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"WORLD_SIZE is {text!r}, which is no number of processes; unset WORLD_SIZE")
+    count = int(text)
+    lacking = [name for name in ("RANK", "LOCAL_RANK") if not os.environ.get(name, "").isdecimal()]
+    if count > 1 and lacking:
+        raise UserError(
+            f"WORLD_SIZE is {count}, but {' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not set, so no launcher "
+            "started this process; unset WORLD_SIZE, or start the script with accelerate launch"
+        )
+    for kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):  # with one process too, where accelerate is not asked
+        if os.environ.get(f"ACCELERATE_USE_{kind.value}", "").lower() in ("1", "true", "yes", "on", "y", "t"):
+            _check_type(kind)
+    return count
+
+
+def _check_type(kind: DistributedType) -> None:
+    """UserError for a way to distribute whose optimiser or model this code does not handle."""
+    if kind not in _SUPPORTED and not kind.value.startswith("MULTI_"):
+        raise UserError(
+            f"accelerate is configured for {kind.value}, which is not supported; choose no distribution, multi-GPU, "
+            "multi-CPU or FSDP in accelerate config"
+        )
+
+
+class Processes:
+    """How many processes share the work, which of them this is, and the device it uses.
+
+    Alone, `device` is the one asked for. Under `accelerate launch` every process gets its own, and a model is replicated or
+    sharded (FSDP) as `accelerate`'s configuration says. `all_trained` tells that every parameter gets a gradient.
+    """
+
+    def __init__(self, device: torch.device, all_trained: bool = True):
+        launched = _launched_count()
+        self._accelerator: Accelerator | None = None
+        if launched > 1:
+            patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while one searches the targets
+            replicas = DistributedDataParallelKwargs(find_unused_parameters=not all_trained, gradient_as_bucket_view=True)
+            self._accelerator = Accelerator(
+                cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[replicas, patience]
+            )
+            device = self._accelerator.device
+            _check_type(self._accelerator.distributed_type)
+        self.count = self._accelerator.num_processes if self._accelerator else 1
+        if self.count != launched:
+            raise UserError(
+                f"WORLD_SIZE is {launched}, but accelerate runs {self.count} process{'es' if self.count > 1 else ''}; "
+                "unset WORLD_SIZE, or start the script with accelerate launch"
+            )
+        self.device = device
+        self.rank = self._accelerator.process_index if self._accelerator else 0
+
+    def __str__(self) -> str:
+        return f"{self.count} process{'es' if self.count > 1 else ''}"
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes what all of them share."""
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights, gradients and optimiser states are split over the processes."""
+        return self._accelerator is not None and self._accelerator.distributed_type == DistributedType.FSDP
+
+    def share(self, items: Any) -> Any:
+        """This process's part of a list or tensor: every `count`-th item."""
+        return items[self.rank :: self.count]
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self._accelerator:
+            self._accelerator.wait_for_everyone()
+
+    @contextmanager
+    def alike(self, seed: int) -> Iterator[None]:
+        """Random draws within are the same in every process, so that replicas round alike; those outside go on as they were."""
+        if self.count == 1:
+            yield
+            return
+        devices = [] if self.device.type == "cpu" else [self.device]
+        with torch.random.fork_rng(devices, device_type="cuda" if not devices else self.device.type):
+            torch.manual_seed(seed)
+            yield
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of a tensor over the processes."""
+        return self._accelerator.reduce(values, "mean") if self._accelerator else values
+
+    def gather(self, item: Any) -> list[Any]:
+        """The `item` of every process, in their order; every process must ask."""
+        return gather_object([item]) if self._accelerator else [item]
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """The model and optimiser as they are trained: as they are, replicated or sharded."""
+        return self._accelerator.prepare(model, optimizer) if self._accelerator else (model, optimizer)
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The whole state of a prepared model; every process must ask, and only the main one may use it."""
+        return self._accelerator.get_state_dict(model) if self._accelerator else model.state_dict()

@@ -1,1 +1,0 @@
-"""Detectors: one file each, all with the interface of `des.scoring.Detector`."""

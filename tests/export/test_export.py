@@ -1,0 +1,400 @@
+"""Exports read back, by each format's own reader, as the encoder that was exported; what does not fit leaves nothing."""
+
+import json
+
+from des.export.formats import LDM_ENCODER, PROMPTS, READERS, WRITERS, comfyui_names, load_protected, outputs, verify
+from des.models.encoders import load_encoder
+
+import pytest
+import torch
+from conftest import ROOT, flags, snapshot
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+SCRIPT = "scripts/export.py"
+OPTIONS = {1: "text_encoder_path", 2: "text_encoder_2_path", 3: "text_encoder_3_path"}
+
+
+def protected(model, index, folder):
+    """A protected encoder of a pipeline, and its checkpoint in the published form."""
+    encoder = load_encoder(str(model), index)
+    generator = torch.Generator().manual_seed(index)
+    with torch.no_grad():
+        for parameter in encoder.model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    state = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
+    path = folder / f"encoder{index}-2.pt"
+    torch.save({"model_state_dict": state}, path)
+    facts = {
+        "epoch": 2,
+        "concept_prompt": ["sexual", "violence"],
+        "concept_guidance_scale": 7.5,
+        "lambda_safe": 0.3,
+        "target": "lowest",
+    }
+    arguments = {"unsafe_csv_path": "/home/somebody/unsafe.csv", "safe_csv_path": "/home/somebody/safe.csv"}
+    facts |= {"base_encoder_sha256": "b" * 64, "made_by": {"arguments": arguments}}
+    (folder / f"encoder{index}-2-metadata.json").write_text(json.dumps(facts))
+    return encoder, path
+
+
+def export(call, model, folder, file_format, indices=(1,), **options):
+    """Run the script for some encoders; returns how it ended and these encoders by their index."""
+    made = {i: protected(model, i, folder) for i in indices}
+    paths = {OPTIONS[i]: path for i, (_, path) in made.items()}
+    done = call(SCRIPT, *flags(model_path=model, format=file_format, out=folder / "out", **paths, **options))
+    return done, {i: encoder for i, (encoder, _) in made.items()}
+
+
+def assert_same_embeddings(encoder, model, tolerance=1e-6):
+    ids = encoder.tokenize([*PROMPTS, "a dog on a skateboard"])
+    for ours, theirs in zip(outputs(encoder.model, ids), outputs(model, ids), strict=True):
+        torch.testing.assert_close(theirs, ours, atol=tolerance, rtol=tolerance)
+
+
+def clip_names(layers, projection=False):
+    """The names of a CLIP text encoder's tensors in transformers 4.x."""
+    stems = ["embeddings.token_embedding.weight", "embeddings.position_embedding.weight"]
+    stems += [f"final_layer_norm.{part}" for part in ("weight", "bias")]
+    modules = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")] + [
+        "layer_norm1",
+        "layer_norm2",
+        "mlp.fc1",
+        "mlp.fc2",
+    ]
+    stems += [f"encoder.layers.{i}.{m}.{part}" for i in range(layers) for m in modules for part in ("weight", "bias")]
+    return {f"text_model.{stem}" for stem in stems} | ({"text_projection.weight"} if projection else set())
+
+
+def t5_names(layers):
+    """The names of a T5 1.1 encoder's tensors."""
+    parts = [f"layer.0.SelfAttention.{name}" for name in "qkvo"] + ["layer.0.layer_norm", "layer.1.layer_norm"]
+    parts += [f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")]
+    names = {f"encoder.block.{i}.{part}.weight" for i in range(layers) for part in parts}
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    return names | {"shared.weight", "encoder.final_layer_norm.weight", bias}
+
+
+PUBLISHED = {
+    "clip_l": (
+        CLIPTextModel, CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
+        clip_names(12), 196, {},
+    ),
+    "clip_l of SD3": (
+        CLIPTextModelWithProjection,
+        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768),
+        clip_names(12, True), 197, {"text_projection.weight": (768, 768)},
+    ),
+    "clip_g": (
+        CLIPTextModelWithProjection,
+        CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280),
+        clip_names(32, True), 517, {"text_model.encoder.layers.30.mlp.fc1.weight": (5120, 1280)},
+    ),
+    "t5xxl": (
+        T5EncoderModel,
+        T5Config(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, feed_forward_proj="gated-gelu"),
+        t5_names(24), 219, {"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": (10240, 4096)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_comfyui_names_of_the_published_sizes(name):
+    model_class, config, expected, count, shapes = PUBLISHED[name]
+    with torch.device("meta"):
+        named = comfyui_names(model_class(config).state_dict())
+    assert named.keys() == expected and len(expected) == count
+    for key, shape in shapes.items():
+        assert tuple(named[key].shape) == shape
+
+
+@pytest.mark.parametrize(("name", "indices"), [("sdxl", (1, 2)), ("sd_v3", (3,)), ("flux", (1, 2))])
+def test_a_pipeline_loads_whole_with_the_protected_encoders(call, family, tmp_path, name, indices):
+    model = family(name)
+    done, encoders = export(call, model, tmp_path, "pipeline", indices)
+    assert done.code == 0, done.err
+    dtypes = {"default": torch.float32} | {encoder.subfolder: encoder.model.dtype for encoder in encoders.values()}
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out", dtype=dtypes)
+    for encoder in encoders.values():
+        assert_same_embeddings(encoder, getattr(pipe, encoder.subfolder))
+    replaced = {f"{encoder.subfolder}/" for encoder in encoders.values()}
+    before, after = snapshot(model), snapshot(tmp_path / "out")
+    assert after.keys() == before.keys() | {"README.md"}
+    assert all(after[file] == content for file, content in before.items() if not file.startswith(tuple(replaced)))
+
+
+def test_a_pipeline_leaves_no_unprotected_encoder_beside_it(call, tiny_pipeline, tmp_path):
+    model = tmp_path / "model"
+    DiffusionPipeline.from_pretrained(tiny_pipeline).save_pretrained(model)
+    (model / "v1-5-pruned.safetensors").write_bytes(b"a single file, with the original encoder")
+    (model / "text_encoder/model.fp16.safetensors").write_bytes(b"the original encoder")
+    (model / "README.md").write_text("the original model's card")
+    done, _ = export(call, model, tmp_path, "pipeline")
+    assert done.code == 0, done.err
+    assert not list((tmp_path / "out").rglob("*fp16*")) and not list((tmp_path / "out").glob("*.safetensors"))
+    assert "DES" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_pipeline_of_the_hub_is_copied_from_its_snapshot(call, tiny_pipeline, tmp_path, monkeypatch):
+    """A snapshot in the hub's cache is a folder of links."""
+    snapshot_folder = tmp_path / "snapshot"
+    for file in tiny_pipeline.rglob("*.*"):
+        link = snapshot_folder / file.relative_to(tiny_pipeline)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    (snapshot_folder / "old.ckpt").write_bytes(b"the original encoder")
+    made = load_protected(str(tiny_pipeline), {1: protected(tiny_pipeline, 1, tmp_path)[1]})
+    made.model_path = "owner/name"
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda name: {"owner/name": str(snapshot_folder)}[name])
+    WRITERS["pipeline"](made, tmp_path / "out")
+    verify(made, READERS["pipeline"](made, tmp_path / "out"))
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_symlink() or path.suffix == ".ckpt"]
+
+
+def test_hf_folders(call, tiny_pipeline, family, tmp_path):
+    done, encoders = export(call, tiny_pipeline, tmp_path, "hf", dtype="fp16")
+    assert done.code == 0, done.err
+    model = CLIPTextModel.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.float16
+    assert_same_embeddings(encoders[1], model.float(), 2e-2)
+    (tmp_path / "two").mkdir()
+    done, encoders = export(call, family("sdxl"), tmp_path / "two", "hf", (1, 2))
+    assert done.code == 0, done.err
+    second = CLIPTextModelWithProjection.from_pretrained(tmp_path / "two/out/text_encoder_2")
+    assert_same_embeddings(encoders[2], second)
+
+
+def test_comfyui_files(call, family, tmp_path):
+    done, encoders = export(call, family("sd_v3"), tmp_path, "comfyui", (1, 2, 3))
+    assert done.code == 0, done.err
+    expected = {"clip_l": clip_names(3, True), "clip_g": clip_names(3, True), "t5xxl": t5_names(3)}
+    for (name, names), encoder in zip(expected.items(), encoders.values(), strict=True):
+        with safe_open(tmp_path / f"out/{name}.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "pt"} and set(file.keys()) == names
+            own = {name.removeprefix("text_model."): tensor for name, tensor in encoder.model.state_dict().items()}
+            assert all(torch.equal(file.get_tensor(key), own[key.removeprefix("text_model.")]) for key in names)
+
+
+def test_comfyui_in_half_precision(call, family, tmp_path):
+    done, encoders = export(call, family("flux"), tmp_path, "comfyui", (1, 2), dtype="bf16")
+    assert done.code == 0, done.err
+    tensors = load_file(tmp_path / "out/clip_l.safetensors")
+    assert tensors.keys() == clip_names(3) and {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    state = encoders[1].model.state_dict()
+    key = "encoder.layers.0.mlp.fc1.weight"
+    assert torch.equal(tensors[f"text_model.{key}"], state.get(key, state.get(f"text_model.{key}")).bfloat16())
+
+
+def single_file(model, path, dtype=torch.float16, drop=()):
+    """A stand-in for a single-file SD 1.x checkpoint: the original encoder under its names, and other tensors."""
+    encoder = load_encoder(str(model)).model.to(dtype)
+    tensors = {"cond_stage_model.transformer." + name: tensor for name, tensor in comfyui_names(encoder.state_dict()).items()}
+    tensors[LDM_ENCODER + "embeddings.position_ids"] = torch.arange(77)[None]
+    tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.randn(8, 4, 3, 3).half()
+    tensors["first_stage_model.decoder.conv_in.bias"] = torch.randn(5)
+    tensors["model_ema.decay"] = torch.tensor(0.9999, dtype=torch.float64)
+    save_file({name: tensor for name, tensor in tensors.items() if name not in drop}, path, {"format": "pt", "made": "here"})
+    return path
+
+
+def test_a1111_replaces_the_encoder_and_nothing_else(call, tiny_pipeline, tmp_path):
+    base = single_file(tiny_pipeline, tmp_path / "v1-5.safetensors")
+    done, encoders = export(call, tiny_pipeline, tmp_path, "a1111", base_checkpoint=base)
+    assert done.code == 0, done.err
+    written = tmp_path / "out/v1-5-des.safetensors"
+    before, after = load_file(base), load_file(written)
+    assert after.keys() == before.keys()
+    expected = {"cond_stage_model.transformer." + name for name in clip_names(2)}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == expected and {after[name].dtype for name in changed} == {torch.float16}
+    with safe_open(written, "pt") as file:
+        assert file.metadata() == {"format": "pt", "made": "here"}
+    model = create_diffusers_clip_model_from_ldm(
+        CLIPTextModel, after, subfolder="text_encoder", config=str(tiny_pipeline), torch_dtype=torch.float16
+    )
+    original = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    parts = {"unet": original.unet, "vae": original.vae, "safety_checker": None}  # the stand-in has no whole ones
+    pipe = StableDiffusionPipeline.from_single_file(written, config=str(tiny_pipeline), local_files_only=True, **parts)
+    encoders[1].model.half().float()
+    for each in (model.float(), pipe.text_encoder):
+        assert_same_embeddings(encoders[1], each, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd_v1", "sdxl"])
+def test_a_lora_of_full_rank_is_the_linear_part_of_the_change(call, family, tmp_path, name):
+    pytest.importorskip("peft")
+    model = family(name)
+    indices = (1,) if name == "sd_v1" else (1, 2)
+    done, encoders = export(call, model, tmp_path, "lora", indices, rank=48)
+    assert done.code == 0, done.err
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    pipe.load_lora_weights(tmp_path / "out")
+    for i, encoder in encoders.items():
+        original = load_encoder(str(model), i)
+        state, full = original.model.state_dict(), encoder.model.state_dict()
+        for key in state:
+            if key.endswith((*(f"{part}_proj.weight" for part in ("q", "k", "v", "out")), "fc1.weight", "fc2.weight")):
+                state[key] = full[key]
+        original.model.load_state_dict(state)
+        assert_same_embeddings(original, getattr(pipe, encoder.subfolder), 1e-4)
+    assert isinstance(pipe, StableDiffusionXLPipeline) == (name == "sdxl")
+
+
+def lora_checkpoint(model, folder):
+    """A checkpoint in which only Linear weights have changed, by a matrix of rank 2 and a small one of full rank."""
+    encoder = load_encoder(str(model))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in encoder.model.named_parameters():
+            if name.endswith(("fc1.weight", "q_proj.weight", "v_proj.weight")):
+                low = torch.randn(weight.shape[0], 2, generator=generator) @ torch.randn(
+                    2, weight.shape[1], generator=generator
+                )
+                weight += 0.1 * low + 0.005 * torch.randn(weight.shape, generator=generator)
+    path = folder / "low-2.pt"
+    torch.save({"model_state_dict": {key: tensor.clone() for key, tensor in encoder.model.state_dict().items()}}, path)
+    return encoder, path
+
+
+def test_a_loras_stated_error_is_measured_and_falls_with_the_rank(call, tiny_pipeline, tmp_path):
+    pytest.importorskip("peft")
+    encoder, path = lora_checkpoint(tiny_pipeline, tmp_path)
+    prompts = ["a mountain lake", "an old stone bridge", "a bowl of soup"]
+    (tmp_path / "prompts.csv").write_text("\n".join(["prompt", *prompts]))
+    original, missing = load_encoder(str(tiny_pipeline)), {}
+    for rank in (1, 2):
+        out = tmp_path / f"rank{rank}"
+        options = {"model_path": tiny_pipeline, "text_encoder_path": path, "format": "lora", "out": out, "rank": rank}
+        done = call(SCRIPT, *flags(**options, prompts_csv=tmp_path / "prompts.csv"))
+        assert done.code == 0, done.err
+        pipe = DiffusionPipeline.from_pretrained(tiny_pipeline)
+        pipe.load_lora_weights(out)
+        ids = encoder.tokenize(prompts)
+        lora, full, plain = (outputs(model, ids)[0].flatten(1) for model in (pipe.text_encoder, encoder.model, original.model))
+        cosine = torch.cosine_similarity(lora, full).mean().item()
+        missing[rank] = ((lora - full).norm(dim=1).sum() / (full - plain).norm(dim=1).sum()).item()
+        for text in (done.out, " ".join((out / "README.md").read_text().split())):
+            assert f"over 3 prompts: cosine to the protected embedding {cosine:.4f}" in text
+            assert f"{100 * missing[rank]:.1f}% of the way to the protected embedding is missing" in text
+            assert f"full protection {torch.cosine_similarity(full, plain).mean().item():.4f}" in text
+        assert not any(prompt in done.out + done.err for prompt in prompts)
+    assert missing[2] < 0.3 < missing[1] < 1
+
+
+REFUSED = {  # family, format, further options, and what the sentence is about
+    "a1111 of SDXL": ("sdxl", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "StableDiffusionXLPipeline"),
+    "a1111 of SD 2": ("sd_v2", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "SD 2.x"),
+    "comfyui of SD 2": ("sd_v2", "comfyui", {}, "SD 2.x"),
+    "lora of FLUX": ("flux", "lora", {}, "FluxPipeline"),
+    "a1111 without its base": ("sd_v1", "a1111", {}, "--base_checkpoint"),
+    "a rank elsewhere": ("sd_v1", "hf", {"rank": 4}, "--format lora only"),
+    "an encoder that is not there": ("sd_v1", "hf", {"text_encoder_2_path": ROOT / "LICENSE"}, "no text encoder 2"),
+    "no scores": ("sd_v1", "hf", {"scores": ROOT / "LICENSE"}, "JSON"),
+    "a base that is no single file": ("sd_v1", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "no .safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_before_a_weight_is_read(call, family, tmp_path, monkeypatch, case):
+    name, file_format, options, told = REFUSED[case]
+    monkeypatch.setattr("des.export.formats.load_encoder", None)
+    given = {"text_encoder_path": tmp_path / "no.pt"} | options
+    done = call(SCRIPT, *flags(model_path=family(name), format=file_format, out=tmp_path / "out", **given))
+    assert done.failed_in_one_sentence and told in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_there_stays(call, tiny_pipeline, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious").write_text("work")
+    done, _ = export(call, tiny_pipeline, tmp_path, "hf")
+    assert done.failed_in_one_sentence and "is there already" in done.err
+    assert snapshot(tmp_path / "out") == {"precious": b"work"}
+    done = call(
+        SCRIPT, *flags(model_path=tiny_pipeline, format="hf", out=tiny_pipeline / "out", text_encoder_path=tmp_path / "encoder1-2.pt")
+    )  # fmt: skip
+    assert done.failed_in_one_sentence and "inside the model" in done.err and not (tiny_pipeline / "out").exists()
+
+
+def test_an_a1111_base_without_all_of_the_encoder_leaves_nothing(call, tiny_pipeline, tmp_path):
+    lost = LDM_ENCODER + "encoder.layers.1.mlp.fc2.bias"
+    base = single_file(tiny_pipeline, tmp_path / "base.safetensors", drop=(lost,))
+    done, _ = export(call, tiny_pipeline, tmp_path, "a1111", base_checkpoint=base)
+    assert done.failed_in_one_sentence and lost in done.err
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def broken(model):
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    return model
+
+
+@pytest.mark.parametrize("file_format", ["pipeline", "hf", "comfyui"])
+def test_an_export_that_reads_back_differently_leaves_nothing(call, tiny_pipeline, tmp_path, monkeypatch, file_format):
+    import des.exports
+
+    read = des.export.formats.READERS[file_format]
+    monkeypatch.setitem(des.export.formats.READERS, file_format, lambda *given: {i: broken(m) for i, m in read(*given).items()})
+    done, _ = export(call, tiny_pipeline, tmp_path, file_format)
+    assert done.failed_in_one_sentence and "other weights than the protected one" in done.err
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_a_checkpoint_that_changes_nothing_is_refused(call, tiny_pipeline, tmp_path):
+    state = CLIPTextModel.from_pretrained(tiny_pipeline / "text_encoder").state_dict()
+    torch.save({"model_state_dict": state}, tmp_path / "own.pt")
+    done = call(
+        SCRIPT, *flags(model_path=tiny_pipeline, format="hf", out=tmp_path / "out", text_encoder_path=tmp_path / "own.pt")
+    )
+    assert done.failed_in_one_sentence and "does not change the encoder" in done.err and not (tmp_path / "out").exists()
+
+
+def test_the_card_and_the_upload(call, tiny_pipeline, tmp_path, monkeypatch):
+    calls = []
+
+    class Hub:
+        def create_repo(self, *given, **options):
+            calls.append(("create_repo", given, options))
+
+        def upload_folder(self, **options):
+            calls.append(("upload_folder", sorted(path.name for path in options["folder_path"].iterdir()), options["repo_id"]))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    options = {"base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "push_to_hub": "someone/des-sd15"}
+    done, _ = export(call, tiny_pipeline, tmp_path, "hf", **options)
+    assert done.code == 0, done.err
+    assert [each[0] for each in calls] == ["create_repo", "upload_folder"]
+    assert calls[0][1:] == (("someone/des-sd15",), {"private": True, "exist_ok": True})
+    assert calls[1][1:] == (["README.md", "config.json", "model.safetensors"], "someone/des-sd15")
+    card = (tmp_path / "out/README.md").read_text()
+    front = card.split("---\n")[1]
+    assert "license: cc-by-nc-4.0\n" in front and "base_model: stable-diffusion-v1-5/stable-diffusion-v1-5\n" in front
+    assert "- concept-erasure\n" in front
+    for told in (
+        "| concept prompt | sexual, violence |", "| lambda | 0.3 |",
+        "`unsafe.csv`", 'text_encoder=CLIPTextModel.from_pretrained("someone/des-sd15", dtype=torch.float32)', "can undo it", "## Intended use",
+        "| alpha (concept guidance scale) | 7.5 |", "b" * 64,
+    ):  # fmt: skip
+        assert told in card, told
+    assert "/home/" not in card and str(tmp_path) not in card
+
+
+def test_a_refused_upload_keeps_the_export(call, tiny_pipeline, tmp_path, monkeypatch):
+    class Hub:
+        def create_repo(self, *given, **options):
+            raise OSError("401, no token")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    done, _ = export(call, tiny_pipeline, tmp_path, "hf", push_to_hub="someone/des")
+    assert done.failed_in_one_sentence and "is written, but the upload to someone/des" in done.err
+    assert (tmp_path / "out/README.md").is_file() and "None given." in (tmp_path / "out/README.md").read_text()
+
+
+def test_without_peft_a_lora_is_refused_in_a_sentence(call, tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("des.export.lora.find_spec", lambda name: None)
+    done, _ = export(call, tiny_pipeline, tmp_path, "lora")
+    assert done.failed_in_one_sentence and "needs peft" in done.err and not (tmp_path / "out").exists()

@@ -1,0 +1,148 @@
+"""How far embeddings moved: weights that differ and do not protect are named by loading, generation, export and verify.py."""
+
+import json
+
+from des.models.checkpoints import save_checkpoint
+from des.models.encoders import load_encoder
+from des.models.pipelines import open_pipeline, protect
+from des.models.shift import NEUTRAL, Before, doubt, measure
+
+import pytest
+import torch
+from conftest import flags
+
+CONCEPT = "a mushroom"
+NAMES = {"one ulp", "unused row", "zeros", "noise"}
+
+
+@pytest.fixture
+def encoder(tiny_pipeline):
+    return load_encoder(str(tiny_pipeline))
+
+
+def changed(encoder, what):
+    """The original's state with a change that protects from nothing."""
+    state = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
+    if what == "one ulp":
+        name = next(name for name in state if name.endswith("mlp.fc1.weight"))
+        state[name][0, 0] = torch.nextafter(state[name][0, 0], torch.tensor(torch.inf))
+    elif what == "unused row":
+        name = next(name for name in state if name.endswith("token_embedding.weight"))
+        used = {*encoder.tokenize([CONCEPT, "", *NEUTRAL]).flatten().tolist()}
+        state[name][max(set(range(len(state[name]))) - used)] += 1
+    elif what == "zeros":
+        state = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    elif what == "noise":
+        torch.manual_seed(0)
+        state = {name: torch.randn_like(tensor) for name, tensor in state.items()}
+    if "shared.weight" in state:  # T5 has one tensor under two names
+        state["encoder.embed_tokens.weight"] = state["shared.weight"].clone()
+    return state
+
+
+def saved(encoder, what, folder, **metadata):
+    return save_checkpoint(folder / what.replace(" ", "-"), encoder.model, changed(encoder, what), metadata)
+
+
+@pytest.mark.parametrize("what", sorted(NAMES))
+@pytest.mark.parametrize("known", [True, False])
+def test_other_weights_are_no_proof_of_protection(encoder, tmp_path, what, known):
+    path = saved(encoder, what, tmp_path, **({"concept_prompt": [CONCEPT]} if known else {}))
+    told = measure(encoder, path)
+    if what in ("zeros", "noise"):
+        assert told["doubt"] and "damaged" in told["doubt"]
+    else:
+        assert told["doubt"] and ("hardly moved" if known else "may be the original") in told["doubt"]
+        assert told["shift"]["neutral"] > 0.99999
+    assert (told["shift"]["concept"] is not None) == known
+
+
+def test_the_shift_is_the_mean_cosine_of_flattened_embeddings(encoder, tmp_path, protected_checkpoint):
+    (tmp_path / "checkpoint-2-metadata.json").write_text(json.dumps({"concept_prompt": [CONCEPT, "a bus"]}))
+    prompts = [CONCEPT, "a bus", *NEUTRAL]
+    before = next(encoder.encode(prompts, 99)).flatten(1).clone()
+    told = measure(encoder, protected_checkpoint)["shift"]
+    cosines = torch.cosine_similarity(next(encoder.encode(prompts, 99)).flatten(1), before)
+    assert told["concept"] == pytest.approx(cosines[:2].mean().item(), abs=1e-5)
+    assert told["neutral"] == pytest.approx(cosines[2:].mean().item(), abs=1e-5)
+    assert told["concept_prompts"] == [CONCEPT, "a bus"] and told["neutral_prompts"] == len(NEUTRAL)
+
+
+@pytest.mark.parametrize("embedding", ["last_hidden_state", "pipeline"])
+@pytest.mark.parametrize(
+    ("name", "index", "mode"), [("sdxl", 2, "image"), ("sd_v3", 3, "text"), ("flux", 1, "inpaint"), ("flux", 2, "text")]
+)
+def test_a_pipelines_encoders_are_read_as_they_were_trained(family, tmp_path, name, index, mode, embedding):
+    encoder = load_encoder(str(family(name)), index, embedding=embedding)
+    path, state = saved(encoder, "noise", tmp_path, concept_prompt=[CONCEPT], embedding=embedding), changed(encoder, "noise")
+    told = protect(open_pipeline(str(family(name)), torch.float32, mode=mode), {index: path})[index]["shift"]
+    encoder.model.float()
+    before = Before(encoder, [CONCEPT])
+    encoder.model.load_state_dict(state)
+    expected = before.shift(encoder)
+    for figure in ("concept", "concept_to_empty", "neutral"):
+        assert told[figure] == pytest.approx(expected[figure], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("concept", "empty", "neutral", "says"),
+    [
+        (0.8, 0.8, 0.94, None),
+        (0.95, 0.95, 0.99, None),  # this encoder's concept is close to E("") anyway
+        (0.95, 0.3, 0.999, "hardly moved"),
+        (0.4, 0.8, 0.4, "moved as the concept did"),
+        (float("nan"), 0.8, 0.9, "not finite"),
+        (None, None, 0.95, None),
+        (None, None, 1.0, "may be the original"),
+        (None, None, 0.0, "damaged"),
+    ],
+)
+def test_what_speaks_against_protection(concept, empty, neutral, says):
+    shift = {"concept": concept, "concept_to_empty": empty, "neutral": neutral}
+    assert (doubt(shift) is None) if says is None else (says in doubt(shift))
+
+
+def test_generation_and_export_name_what_may_not_protect(call, encoder, tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = saved(encoder, "one ulp", tmp_path, concept_prompt=[CONCEPT])
+
+    def run(name):
+        options = {
+            "model_path": tiny_pipeline,
+            "device": "cpu",
+            "prompt": "a dog",
+            "output_path": name,
+            "num_inference_steps": 1,
+        }
+        done = call("generate.py", *flags(training_method="des", text_encoder_path=path, **options))
+        record = json.loads((tmp_path / f"results/des/tiny-sd/{name}/run.json").read_text())
+        return done, record["protection"]["1"]
+
+    done, told = run("t2i")
+    assert done.code == 0 and "hardly moved" in done.err and "model protected by des" not in done.err
+    assert told["shift"]["concept"] > 0.99999 and len(told["file_sha256"]) == 64
+    exported = call(
+        "scripts/export.py", "--model_path", tiny_pipeline, "--text_encoder_path", path, "--format", "hf", "--out", "e"
+    )
+    assert "hardly moved" in exported.err
+    saved(encoder, "one ulp", tmp_path, concept_prompt=[CONCEPT], protects=False)
+    done, told = run("again")
+    assert "does not protect" in done.err and told["protects"] is False
+
+
+def test_verify_measures_a_checkpoint(call, encoder, tiny_pipeline, tmp_path, protected_checkpoint):
+    def verify(path, *more):
+        return call("scripts/verify.py", "--checkpoint", path, "--model_path", tiny_pipeline, "--device", "cpu", *more)
+
+    unknown = verify(protected_checkpoint)
+    assert unknown.failed_in_one_sentence and "pass --concept_prompt" in unknown.err and "neutral prompts" in unknown.out
+    told = measure(load_encoder(str(tiny_pipeline)), protected_checkpoint, [CONCEPT])
+    known = verify(protected_checkpoint, "--concept_prompt", CONCEPT)
+    assert f"concept {told['shift']['concept']:.4f} (1)" in known.out and known.failed_in_one_sentence == bool(told["doubt"])
+    same = verify(saved(encoder, "one ulp", tmp_path, concept_prompt=[CONCEPT]))
+    assert same.failed_in_one_sentence and "hardly moved" in same.err and "concept 1.0000" in same.out
+    other = verify(tmp_path / "one-ulp.pt", "--concept_prompt", "a bus")
+    assert other.failed_in_one_sentence and "names the concept itself" in other.err
+    for wrong in (("scripts/verify.py",), ("scripts/verify.py", "folder", "--checkpoint", protected_checkpoint)):
+        assert call(*wrong).failed_in_one_sentence
+    assert call("scripts/verify.py", "folder", "--concept_prompt", "x").failed_in_one_sentence

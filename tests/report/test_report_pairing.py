@@ -1,0 +1,183 @@
+"""Which runs the report compares, and which figures it averages; on runs made up of a record, a manifest and scores."""
+
+from pathlib import Path
+
+from des.evaluation.results import Score
+from des.report.collect import ImageRun
+from des.report.compare import compare, headline, seed_columns
+from des.report.figures import paretos
+from des.utils.errors import UserError
+
+import pytest
+
+FACTS = {"epoch": 2, "learning_rate": 1e-5, "lambda_safe": 0.3, "seed": 1}
+ARGUMENTS = {"unsafe_csv_path": "unsafe.csv", "safe_csv_path": "safe.csv", "seed": 1, "output_dir": "out1"}
+
+
+def asr(k: int, n: int = 10, title: str = "ASR of mushroom") -> Score:
+    content = {"images": [{"file": f"{i}p.png", "row": i, "hit": i < k} for i in range(n)]}
+    return Score(Path(f"{title}.json"), "asr", title, "detector", 100 * k / n, 0, 100, f"{k}/{n}", content)
+
+
+def fid(value: float) -> Score:
+    return Score(Path("fid.json"), "fid", "FID (paper)", "features", value, None, None, "10 images", {})
+
+
+def run(
+    name: str, *scores: Score, model: str = "models/sd", method: str = "none", encoder: str = "original", **more
+) -> ImageRun:
+    """A run of the prompt list `name` by a model; `more` goes into the settings, but for `protection`."""
+    protection = more.pop("protection", {})
+    settings = {"training_method": method, "model_path": model, "text_encoder_sha256": encoder, "prompts_sha256": name, **more}
+    record = {"settings": settings, "protection": protection, "made_by": {"arguments": {}}}
+    lines = {f"{i}p.png": {"file": f"{i}p.png", "row": i, "copy": 0, "seed": i, "sha256": None} for i in range(10)}
+    return ImageRun(Path(f"{model}/{method}/{encoder}/{name}"), record, lines, scores)
+
+
+def des(name: str, *scores: Score, encoder: str = "one", protection=None, **more) -> ImageRun:
+    told = {"1": {"file": f"{encoder}.pt", "encoder_sha256": encoder, **(protection or {})}}
+    return run(name, *scores, method="des", encoder=encoder, protection=told, **more)
+
+
+def trained(seed: int = 1, unsafe: str = "unsafe.csv", **changes) -> dict:
+    arguments = ARGUMENTS | {"seed": seed, "output_dir": f"out{seed}", "unsafe_csv_path": unsafe}
+    return FACTS | {"seed": seed, "made_by": {"arguments": arguments}} | changes
+
+
+def headlines(*runs: ImageRun, **options) -> list[list[str]]:
+    return [headline(comparison) for comparison in compare(runs, **options)]
+
+
+# ---------------------------------------------------------------- what is averaged
+
+
+def of_both(*attacks: str) -> list[ImageRun]:
+    """Attack sets that the original model fails on 10, 9, ... times, and a benign set whose detector finds 1 of 10."""
+    runs = []
+    for i, name in enumerate(attacks):
+        runs += [run(name, asr(10 - i)), des(name, asr(0))]
+    return [*runs, run("benign", asr(1), fid(1.0)), des("benign", asr(0), fid(2.0))]
+
+
+def test_a_benign_set_is_in_no_asr():
+    (comparison,) = compare(of_both("plain", "names"))
+    asr_phrase, fid_phrase = headline(comparison)
+    assert (
+        asr_phrase == "ASR of mushroom, mean of plain, names: 95.0% → 0.0%" and fid_phrase == "FID (paper), benign: 1.00 → 2.00"
+    )
+    assert [(each.name, each.benign) for each in comparison.sets] == [("plain", False), ("names", False), ("benign", True)]
+    (hits,) = comparison.of_kind("benign_hits")
+    assert (hits.set_name, hits.title, hits.scores[0].value) == ("benign", "benign images with a hit, mushroom", 10)
+    ((plot, sets),) = paretos(comparison, "p")
+    assert sets == "ASR: mean of plain, names; FID (paper): benign" and "mean and range of 2 sets" in plot
+
+
+def test_the_benign_set_of_reproduce_needs_no_score_of_quality():
+    assert headlines(*of_both("plain")[:2], run("benign", asr(1)), des("benign", asr(0))) == [
+        ["ASR of mushroom, plain: 100.0% → 0.0%"]
+    ]
+    assert headlines(run("both", asr(10), fid(1.0)), des("both", asr(0), fid(2.0))) == [["FID (paper), both: 1.00 → 2.00"]]
+
+
+def test_benign_sets_can_be_named():
+    runs = of_both("plain")
+    assert headlines(*runs, benign_sets=[]) == [["ASR of mushroom, mean of plain, benign: 55.0% → 0.0%"]]
+    assert headlines(*runs, benign_sets=["plain"]) == [["ASR of mushroom, benign: 10.0% → 0.0%"]]
+    with pytest.raises(UserError, match="no folder of images is called plian; there are benign, plain"):
+        compare(runs, benign_sets=["plian"])
+
+
+def test_only_sets_that_all_models_share_are_pooled_and_named():
+    runs = [
+        each
+        for each in of_both("plain", "names", "phrases")
+        if each.method == "none" or each.folder.name in ("names", "benign")
+    ]
+    (comparison,) = compare(runs)
+    assert headline(comparison)[0] == "ASR of mushroom, names: 90.0% → 0.0%"
+    ((plot, sets),) = paretos(comparison, "p")
+    assert sets == "ASR: names; FID (paper): benign" and "of 3 sets" not in plot
+    two = [run("a", asr(9)), run("b", asr(9)), des("a", asr(1)), des("b", asr(3), encoder="two")]
+    assert headlines(*two) == [[]]  # the protected models share no set
+
+
+def test_models_that_are_no_seeds_of_one_another_have_no_mean():
+    common = [run("plain", asr(10))]
+    pairs = {
+        "other settings": (trained(1), trained(2, lambda_safe=0.5)),
+        "other prompts": (trained(1), trained(2, unsafe="others.csv")),
+        "the same seed": (trained(1), trained(1)),
+        "unknown": (None, None),
+    }
+    for what, (first, second) in pairs.items():
+        runs = [*common, des("plain", asr(1), protection=first), des("plain", asr(3), encoder="two", protection=second)]
+        (comparison,) = compare(runs)
+        (phrase,) = headline(comparison)
+        assert "10.0% (DES" in phrase and "30.0% (DES" in phrase and "20.0%" not in phrase, what
+        assert seed_columns(comparison) == [], what
+    runs = [*common, *(des("plain", asr(i), encoder=f"e{i}") for i in range(6))]
+    assert headlines(*runs) == [["ASR of mushroom, plain: 100.0% → 0.0% to 50.0%, 6 protected models"]]
+
+
+def test_seeds_of_one_training_are_averaged():
+    runs = [run("plain", asr(10)), *(des("plain", asr(k), encoder=f"e{k}", protection=trained(k)) for k in (1, 3))]
+    (comparison,) = compare(runs)
+    assert headline(comparison) == ["ASR of mushroom, plain: 100.0% → 20.0% (10.0 to 30.0), 2 seeds"]
+    assert seed_columns(comparison) == [("DES, mean and range of 2 seeds", [1, 2])]
+    assert [model.label for model in comparison.models] == ["original", "DES seed 1", "DES seed 3"]
+    (comparison,) = compare([*runs, des("plain", asr(5), encoder="e5", protection=trained(1, lambda_safe=0.5))])
+    assert headline(comparison) == [
+        "ASR of mushroom, plain: 100.0% → 20.0% (10.0 to 30.0), 2 seeds (DES λ 0.3), 50.0% (DES λ 0.5 seed 1)"
+    ]
+
+
+# ---------------------------------------------------------------- what is compared
+
+IDENTITIES = {"unet": "u", "vae": "v", "text_encoder": "t", "scheduler": "s"}
+PAIRS = {
+    "the same path": ({}, {}, True),
+    "a trailing slash": ({}, {"model": "models/sd/"}, True),
+    "another folder of that name": ({}, {"model": "elsewhere/sd"}, False),
+    "another original encoder": ({"encoder": "a"}, {"protection": {"base_encoder_sha256": "b"}}, False),
+    "that original encoder": ({"encoder": "a"}, {"protection": {"base_encoder_sha256": "a"}}, True),
+    "the same components, moved": ({"components": IDENTITIES}, {"components": IDENTITIES | {"text_encoder": "d"}, "model": "x/sd"}, True),
+    "another UNet in the folder": ({"components": IDENTITIES}, {"components": IDENTITIES | {"unet": "w"}}, False),
+    "a record without identities": ({"components": IDENTITIES}, {}, True),
+    "a record without identities, elsewhere": ({"components": IDENTITIES}, {"model": "x/sd"}, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PAIRS)
+def test_runs_are_paired_by_what_no_method_changed(what, caplog):
+    original, protected, paired = PAIRS[what]
+    comparisons = compare([run("plain", asr(10), **original), des("plain", asr(0), **protected)])
+    assert [headline(each) for each in comparisons] == ([["ASR of mushroom, plain: 100.0% → 0.0%"]] if paired else [[], []])
+    assert ("not compared" in caplog.text) is not paired
+    assert len({each.base for each in comparisons}) == len(comparisons)
+
+
+@pytest.mark.parametrize(("identity", "paired"), [({"unet": "w"}, True), ({"vae": "w"}, False), ({"text_encoder": "w"}, False)])
+def test_a_method_may_change_its_own_component_only(identity, paired):
+    esd = run("plain", asr(3), method="esd", unet_sha256="x", components=IDENTITIES | identity)
+    assert len(compare([run("plain", asr(10), components=IDENTITIES), esd])) == (1 if paired else 2)
+
+
+def test_a_run_that_fits_two_original_models_is_refused():
+    known = [run("plain", asr(10), encoder=name, components=IDENTITIES | {"text_encoder": name}) for name in ("a", "b")]
+    with pytest.raises(UserError, match=r"can be of the original model of .* make a report of each"):
+        compare([*known, des("plain", asr(0), components=IDENTITIES)])
+    told = {"base_encoder_sha256": "b"}
+    first, second = compare([*known, des("plain", asr(0), components=IDENTITIES, protection=told)])
+    assert headline(first) == [] and headline(second) == ["ASR of mushroom, plain: 100.0% → 0.0%"]
+
+
+def test_safegen_belongs_to_the_model_that_it_was_made_from():
+    safegen = run("plain", asr(3), method="safegen", model="elsewhere/safegen", base_model_path="models/sd", encoder="half")
+    assert headlines(run("plain", asr(10)), safegen) == [["ASR of mushroom, plain: 100.0% → 30.0%"]]
+
+
+def test_what_the_record_names_does_not_split_a_set():
+    original = run("plain", asr(10), components=IDENTITIES, format=2)
+    protected = des("plain", asr(0), components=IDENTITIES | {"text_encoder": "d"}, format=2)
+    assert headlines(original, protected) == [["ASR of mushroom, plain: 100.0% → 0.0%"]]
+    assert original.conditions == protected.conditions

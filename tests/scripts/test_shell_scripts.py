@@ -1,0 +1,104 @@
+"""train.sh, generate.sh, evaluate.sh: every command that they would run is one that its script accepts."""
+
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from des.data.prompts import read_prompts
+
+import pytest
+from conftest import ROOT
+
+NAMES = {
+    "sd15": ("sd15", ""),
+    "sd35": ("sd35", ""),
+    "flux": ("flux", ""),
+    "multi": ("multi", ""),
+    "vangogh": ("vangogh", ""),
+    "demo": ("", "1"),
+}
+
+
+def commands(script: str, name: str) -> list[list[str]]:
+    """The Python commands that a shell script prints with PRINT=1."""
+    argument, demo = NAMES[name]
+    environment = {**os.environ, "PRINT": "1", "DEMO": demo, "VIRTUAL_ENV": sys.prefix, "DEVICE": "cpu", "LIMIT": "5"}
+    command = ["bash", str(ROOT / "scripts" / script), *([argument] if argument else [])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line)[1:] for line in done.stdout.splitlines() if line.startswith("python ")]
+
+
+@pytest.fixture(scope="module")
+def parsers():
+    """`parse_args` of each script."""
+    loaded = {}
+
+    def parse(script: str, argv: list[str]):
+        if script not in loaded:
+            loaded[script] = runpy.run_path(str(ROOT / script))["parse_args"]
+        return loaded[script](argv)
+
+    return parse
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_command_is_accepted(parsers, name):
+    paths = {}
+    for script in ("train.sh", "generate.sh", "evaluate.sh"):
+        found = commands(script, name)
+        assert found
+        for program, *argv in found:
+            if program != "-c":
+                args = parsers(program, argv)
+                paths.setdefault(program, []).append(args)
+    trained, drawn = paths["train_des.py"], paths["generate.py"]
+    encoders = {"sd35": 3, "flux": 2}.get(name, 1)
+    assert [args.text_encoder_idx for args in trained] == list(range(1, encoders + 1))
+    assert {args.training_method for args in drawn} == {"none", "des"}
+    last = f"checkpoint-{trained[0].num_epochs}.pt"
+    folder = f"{trained[0].learning_rate}_{trained[0].lambda_safe}"
+    protected = next(args for args in drawn if args.training_method == "des")
+    given = [getattr(protected, option) for option in ("text_encoder_path", "text_encoder_2_path", "text_encoder_3_path")][
+        :encoders
+    ]
+    expected = [
+        args.output_dir / (folder if encoders == 1 else f"encoder{args.text_encoder_idx}_{folder}") / last for args in trained
+    ]
+    assert given == expected
+    images = {args.results_dir / args.training_method / Path(args.model_path).name / args.output_path for args in drawn}
+    scorers = ("tasks/img_batch_classify.py", "tasks/img_batch_classify_q16.py")
+    scored = {args.folder_dir for scorer in scorers for args in paths.get(scorer, [])} | {
+        args.image_folder for args in paths["clipscore.py"]
+    }
+    assert scored == images
+
+
+def test_the_papers_settings(parsers):
+    (args,) = [parsers(program, argv) for program, *argv in commands("train.sh", "sd15") if program == "train_des.py"]
+    assert (args.num_epochs, args.learning_rate, args.batch_size, args.lambda_safe) == (2, 1e-5, 128, 0.3)
+    assert (args.concept_prompt, args.concept_guidance_scale, args.ablation) == (["nudity"], 200.0, [1, 2, 3])
+
+
+def test_other_concepts_in_the_papers_words(parsers):
+    for name, concept in {"multi": "nudity, violence, illegal", "vangogh": "Van Gogh"}.items():
+        (args,) = [parsers(program, argv) for program, *argv in commands("train.sh", name) if program == "train_des.py"]
+        assert args.concept_prompt == [concept] and args.unsafe_csv_path.name == f"{name}_unsafe.csv"
+
+
+def test_lists_are_joined_by_their_prompts(tmp_path):
+    names = ["demo_plain", "demo_unsafe_train"]  # with other columns, and without
+    told = " ".join(f"datasets/{name}.csv" for name in names)
+    command = ["bash", "-c", f"source scripts/settings.sh; join {tmp_path}/joined.csv {told}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "VIRTUAL_ENV": sys.prefix})
+    assert done.returncode == 0, done.stderr
+    expected = [prompt for name in names for prompt in read_prompts(ROOT / f"datasets/{name}.csv")]
+    assert read_prompts(tmp_path / "joined.csv") == expected
+
+
+def test_an_unknown_model_is_refused():
+    done = subprocess.run(["bash", str(ROOT / "scripts/train.sh"), "sd9"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: sd9 is none of")
