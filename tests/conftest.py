@@ -24,6 +24,15 @@ from transformers import CLIPTextConfig, CLIPTextModel
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
 sys.path.insert(0, str(ROOT))
+SCRIPTS = [
+    "save_codebook.py", "train_des.py", "generate.py", "tasks/img_batch_classify.py", "tasks/img_batch_classify_q16.py", "clipscore.py",
+    "fid.py", "scripts/reproduce.py", "datasets/download.py", "datasets/style_prompts.py", "app.py",
+]  # fmt: skip
+TOOLS = [
+    "scripts/download_checkpoint.py", "scripts/rounding.py", "scripts/benchmark.py", "scripts/benchmark_detector.py",
+    "scripts/verify.py", "scripts/reliability.py", "scripts/export.py", "scripts/report.py",
+    "demo/attack.py", "demo/table_inputs.py",
+]  # fmt: skip
 
 
 @dataclass

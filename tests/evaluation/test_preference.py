@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 
-import des.preference
+import des.evaluation.text_image
 from demo.world import KINDS
 from des.evaluation.imagereward import UNREAD, ImageReward, rename
 from des.utils.resume import Partial

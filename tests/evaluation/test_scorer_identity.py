@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 
-import des.results
 from demo.world import KINDS, random_scene, render
 from des.evaluation.classify import Scorecards, stamp_of
 from des.evaluation.detectors.classifier import Classifier
@@ -88,7 +87,7 @@ def test_what_decides_nothing_is_not_scored_again(classify, model, tmp_path, mon
     before, _ = classify(model)
     nothing_that_counts(model)
     moved = shutil.move(model, tmp_path / "moved")
-    monkeypatch.setattr(des.results, "LIBRARIES", ("torch",))
+    monkeypatch.setattr("des.utils.provenance.LIBRARIES", ("torch",))
     after, log = classify(moved)
     assert f"{ROWS} of {ROWS} images were scored before" in log
     assert after["images"] == before["images"] and after["made_by"]["versions"] != before["made_by"]["versions"]

@@ -335,7 +335,7 @@ def broken(model):
 
 @pytest.mark.parametrize("file_format", ["pipeline", "hf", "comfyui"])
 def test_an_export_that_reads_back_differently_leaves_nothing(call, tiny_pipeline, tmp_path, monkeypatch, file_format):
-    import des.exports
+    import des.export.formats
 
     read = des.export.formats.READERS[file_format]
     monkeypatch.setitem(des.export.formats.READERS, file_format, lambda *given: {i: broken(m) for i, m in read(*given).items()})

@@ -160,7 +160,7 @@ def test_a_list_that_lost_rows_is_seeded_by_its_published_numbers(generate, tmp_
 
 
 def test_an_image_that_is_lost_meanwhile_is_not_counted(generate, tmp_path, monkeypatch):
-    import des.runs
+    import des.generation.image_run
 
     whole = des.generation.image_run.Run.save
 

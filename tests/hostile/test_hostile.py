@@ -23,10 +23,9 @@ from des.utils.errors import UserError
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, flags, snapshot
+from conftest import GOLDEN, ROOT, SCRIPTS, TOOLS, flags, snapshot
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_docs import SCRIPTS, TOOLS
 from test_q16 import CONFIG as OPEN_CLIP
 from transformers import CLIPTextModel
 

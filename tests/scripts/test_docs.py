@@ -3,17 +3,7 @@
 import re
 
 import pytest
-from conftest import ROOT
-
-SCRIPTS = [
-    "save_codebook.py", "train_des.py", "generate.py", "tasks/img_batch_classify.py", "tasks/img_batch_classify_q16.py", "clipscore.py",
-    "fid.py", "scripts/reproduce.py", "datasets/download.py", "datasets/style_prompts.py", "app.py",
-]  # fmt: skip
-TOOLS = [
-    "scripts/download_checkpoint.py", "scripts/rounding.py", "scripts/benchmark.py", "scripts/benchmark_detector.py",
-    "scripts/verify.py", "scripts/reliability.py", "scripts/export.py", "scripts/report.py",
-    "demo/attack.py", "demo/table_inputs.py",
-]  # fmt: skip
+from conftest import ROOT, SCRIPTS, TOOLS
 
 
 def test_each_formula_is_at_its_line():

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-import des.paper_world
+import des.tables.paper
 from des.tables.build import Cell
 from des.tables.cells import ORIGINAL, PromptSet
 from des.tables.demo import demo_world

@@ -12,8 +12,7 @@ import sys
 import termios
 
 import pytest
-from conftest import GOLDEN, ROOT, flags, spawn, training_line
-from test_docs import SCRIPTS, TOOLS
+from conftest import GOLDEN, ROOT, SCRIPTS, TOOLS, flags, spawn, training_line
 
 FOLDER = GOLDEN / "A"
 DEMO = ["demo/experiment.py", "demo/gates.py", "demo/train.py"]

@@ -11,7 +11,7 @@ import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
 
-from des.locks import locked
+from des.utils.locks import locked
 
 folder = Path({folder!r})
 with locked(folder / ".lock", "a codebook"), locked(folder / "rows", "images", 10, 5):

@@ -13,9 +13,8 @@ from des.utils.files import is_reserved, replacing, result_paths, write_text
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, flags, snapshot, training_line
+from conftest import GOLDEN, ROOT, SCRIPTS, TOOLS, flags, snapshot, training_line
 from safetensors.torch import load_file
-from test_docs import SCRIPTS, TOOLS
 from transformers import CLIPTextModel
 
 SMALL = ROOT / "demo/models/classifier_object"

@@ -74,7 +74,7 @@ def alone(codebook):
 SHARDED = """
 import sys
 sys.path.insert(0, {root!r})
-from des.processes import Processes
+from des.utils.processes import Processes
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -117,9 +117,9 @@ import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 
-from des.checkpoints import fingerprint
-from des import training
-from des.processes import Processes
+from des.models.checkpoints import fingerprint
+from des.training import loop as training
+from des.utils.processes import Processes
 
 import train_des
 
