@@ -14,7 +14,7 @@ for method in $METHODS; do
     prompts=datasets/$BENIGN.csv
     if [ -n "${LIMIT:-}" ]; then
         prompts=$OUT/$BENIGN-$LIMIT.csv
-        run python -c 'import sys; from des.prompts import read_rows; read_rows(sys.argv[1]).head(int(sys.argv[2])).to_csv(sys.argv[3], index=False)' \
+        run python -c 'import sys; from pathlib import Path; from des.data.prompts import read_rows; read_rows(Path(sys.argv[1])).head(int(sys.argv[2])).to_csv(sys.argv[3], index=False)' \
             "datasets/$BENIGN.csv" "$LIMIT" "$prompts"
     fi
     run python clipscore.py --image_folder "$images/$BENIGN" --csv_file "$prompts" --device "$DEVICE" "${CLIP[@]}"

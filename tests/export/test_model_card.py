@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 from html import unescape
 
@@ -31,9 +32,16 @@ def block(folder):
 def run_block(folder, monkeypatch):
     """Execute the block of a card as its reader would, beside the exported folder; returns its pipeline."""
     monkeypatch.chdir(folder.parent)
-    names = {}
-    exec(block(folder), names)
-    return names["pipe"]
+    return run_python(block(folder), folder)["pipe"]
+
+
+def run_python(code, folder):
+    """Run a card's code as a file in `folder`; returns its global names."""
+    (folder / "block.py").write_text(code)
+    try:
+        return runpy.run_path(str(folder / "block.py"))
+    finally:
+        (folder / "block.py").unlink()
 
 
 def export(call, model, out, file_format, paths, **options):
@@ -228,5 +236,5 @@ def test_names_stay_names(tmp_path, monkeypatch, file_format):
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda name, **options: asked.append(name) or Pipe)
     monkeypatch.setattr("transformers.CLIPTextModel.from_pretrained", lambda name, **options: asked.append(name))
     monkeypatch.chdir(tmp_path)
-    exec(block(tmp_path), {})
+    run_python(block(tmp_path), tmp_path)
     assert set(asked) == {HOSTILE} and not (tmp_path / "made").exists()

@@ -41,7 +41,7 @@ def train(script, folder, codebook, processes):
         "--batch_size", 11, "--learning_rate", "1e-4", "--concept_guidance_scale", 20, processes=processes, cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("protected encoder in") == 1
+    assert done.stderr.count("DOES NOT PROTECT") == 1
     assert f"by {processes} process" in done.stderr
     run = folder / "out/0.0001_0.3"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
