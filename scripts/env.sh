@@ -1,11 +1,26 @@
-# Sourced by quickstart.sh and test.sh: goes to the project's folder and puts a Python environment with the given requirements
-# file on PATH. Uses the virtual environment that is active, or makes .venv. Installs only what changed since the last time.
+# Sourced by the other shell scripts. It changes to the project's folder; `use_environment` puts a Python environment with a
+# requirements file's packages on PATH: the active virtual environment, or .venv, which it makes. It installs only what changed.
 
+SCRIPT=$(readlink -f "$0" 2>/dev/null || echo "$0")
+unset CDPATH # with it, cd could enter another folder of the same name
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() {
     echo "error: $*" >&2
     exit 1
+}
+
+# show_help ARGUMENTS...: where --help or -h is among them, print the comment at the top of the script, and exit
+show_help() {
+    local argument
+    for argument in "$@"; do
+        case "$argument" in
+        -h | --help)
+            sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$SCRIPT"
+            exit 0
+            ;;
+        esac
+    done
 }
 
 find_python() {
@@ -20,7 +35,11 @@ find_python() {
 }
 
 use_environment() {
-    local requirements=$1 wanted stamp python
+    local requirements=$1 wanted stamp python quiet
+    if [ -n "${VIRTUAL_ENV:-}" ] && [ ! -x "$VIRTUAL_ENV/bin/python" ]; then
+        echo "== VIRTUAL_ENV names $VIRTUAL_ENV, where no Python environment is; using .venv instead" >&2
+        unset VIRTUAL_ENV
+    fi
     if [ -z "${VIRTUAL_ENV:-}" ]; then
         if [ ! -x .venv/bin/python ]; then
             python=$(find_python) || exit 1
@@ -35,8 +54,10 @@ use_environment() {
     wanted=$(cat requirements*.txt | cksum)
     stamp="$VIRTUAL_ENV/.des-$requirements"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        echo "== Installing $requirements into $VIRTUAL_ENV (some minutes the first time)"
-        python -m pip install --quiet --disable-pip-version-check -r "$requirements" || fail "the packages could not be installed"
+        echo "== Installing $requirements into $VIRTUAL_ENV: about 6.5 GB with PyTorch's CUDA libraries the first time, in some minutes"
+        quiet=(--quiet)
+        [ -t 1 ] && quiet=() # a terminal shows pip's progress
+        python -m pip install "${quiet[@]}" --disable-pip-version-check -r "$requirements" || fail "the packages could not be installed"
         echo "$wanted" >"$stamp"
     fi
 }

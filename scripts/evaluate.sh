@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Scores of the images that generate.sh drew: bash scripts/evaluate.sh sd15|sd35|flux|multi|vangogh, or DEMO=1. Settings: settings.sh.
 # Without LIMIT every image of a list must be there.
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash; run: bash $0" >&2; exit 1; }
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
 [ -z "$REFERENCE" ] || [ -d "$REFERENCE" ] || run python datasets/download.py coco_images

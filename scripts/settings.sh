@@ -4,12 +4,14 @@
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+show_help "$@"
 NAME=${1:-sd15}
 DEVICE=${DEVICE:-cuda:0}
 METHODS=${METHODS:-none des}
 CONCEPT=nudity
 ALPHA=(--concept_guidance_scale 200)
 RATE=1e-05
+[ "${DEMO:-}" = 1 ] && EPOCHS=${EPOCHS:-20}
 EPOCHS=${EPOCHS:-2}
 UNSAFE=datasets/unsafe_prompts_copro_sexual.csv
 SAFE=datasets/safe_prompts_copro_sexual.csv
@@ -69,7 +71,6 @@ if [ "${DEMO:-}" = 1 ]; then
     CONCEPT=mushroom
     ALPHA=(--concept_guidance_ratio 0.3)
     RATE=0.002
-    [ "$EPOCHS" = 2 ] && EPOCHS=20
     UNSAFE=datasets/demo_unsafe_train.csv
     SAFE=datasets/demo_safe_train.csv
     CONCEPT_SETS=${SETS:-demo_plain demo_synonyms demo_indirect}
@@ -85,7 +86,7 @@ fi
 
 OUT=${OUT:-results/$NAME}
 END=(${LIMIT:+--end_idx "$LIMIT"})
-use_environment requirements.txt
+[ "${PRINT:-}" = 1 ] || use_environment requirements.txt
 
 run() {
     if [ "${PRINT:-}" = 1 ]; then

@@ -3,6 +3,7 @@
 import os
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,45 @@ def test_lists_are_joined_by_their_prompts(tmp_path):
 def test_an_unknown_model_is_refused():
     done = subprocess.run(["bash", str(ROOT / "scripts/train.sh"), "sd9"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: sd9 is none of")
+
+
+def shell(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    given = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CDPATH")} | environment
+    return subprocess.run(command, capture_output=True, text=True, env=given, cwd=ROOT)
+
+
+@pytest.mark.parametrize("script", ["train.sh", "generate.sh", "evaluate.sh", "quickstart.sh", "test.sh"])
+def test_help_and_sh_answer_in_one_step(script):
+    """--help prints the comment at the script's top before anything is installed; another shell than bash is refused in one line."""
+    done = shell("bash", f"scripts/{script}", "--help")
+    assert done.returncode == 0 and not done.stderr
+    assert (ROOT / "scripts" / script).read_text().splitlines()[1] == f"# {done.stdout.splitlines()[0]}"
+    if shutil.which("dash"):
+        done = shell("dash", f"scripts/{script}")
+        assert done.returncode == 1 and done.stderr == f"error: this script needs bash; run: bash scripts/{script}\n"
+
+
+def test_printing_installs_nothing():
+    done = shell("bash", "scripts/train.sh", "sd15", PRINT="1", PATH="/usr/bin:/bin")
+    assert done.returncode == 0 and "Installing" not in done.stdout + done.stderr and "train_des.py" in done.stdout
+
+
+def test_two_epochs_of_the_demo_are_two():
+    for given, epochs in ({"EPOCHS": "2"}, "2"), ({}, "20"):
+        done = shell("bash", "scripts/train.sh", PRINT="1", DEMO="1", **given)
+        assert f"--num_epochs {epochs} " in done.stdout
+
+
+def test_cdpath_changes_no_folder(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    done = shell("bash", "scripts/train.sh", PRINT="1", DEMO="1", CDPATH=str(tmp_path))
+    assert done.returncode == 0 and done.stdout.startswith("python save_codebook.py")
+
+
+def test_a_virtual_environment_that_is_gone_is_not_used(tmp_path):
+    """The system's own Python is never installed into: a folder without an environment counts as none."""
+    code = 'source scripts/env.sh; find_python() { fail "would make .venv"; }; rm() { :; }; use_environment requirements.txt'
+    if (ROOT / ".venv").exists():
+        pytest.skip("this checkout has an environment of its own")
+    done = shell("bash", "-c", code, VIRTUAL_ENV=str(tmp_path / "gone"))
+    assert done.returncode == 1 and "where no Python environment is" in done.stderr and "would make .venv" in done.stderr
