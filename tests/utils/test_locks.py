@@ -1,5 +1,9 @@
 """Two processes never write into one place, and a dead one keeps nobody out."""
 
+import errno
+import fcntl
+import os
+
 from des.utils.errors import UserError
 from des.utils.locks import locked
 
@@ -46,3 +50,29 @@ def test_a_lock_keeps_other_processes_out_until_its_holder_dies(call, tmp_path):
     (folder / "rows").unlink()
     with locked(folder / "rows", "images"):
         assert (folder / "rows").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, caplog, code):
+    def refuse(*given):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with caplog.at_level("WARNING", logger="des"), locked(tmp_path / ".lock", "its scores"):
+        pass
+    assert str(tmp_path / ".lock") in caplog.text and "its scores" in caplog.text
+
+
+def test_other_errors_of_a_lock_are_not_passed_over(tmp_path, monkeypatch):
+    def refuse(*given):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.raises(OSError, match="Input/output"), locked(tmp_path / ".lock", "its scores"):
+        pass
+
+
+def test_without_fcntl_there_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("des.utils.locks.fcntl", None)
+    with pytest.raises(UserError, match="WSL"), locked(tmp_path / ".lock", "its scores"):
+        pass
