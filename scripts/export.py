@@ -23,6 +23,7 @@ from des.generation.defences import ENCODER_OPTIONS
 from des.models.encoders import load_encoder
 from des.models.loading import loading
 from des.models.pipelines import DTYPES, family_of
+from des.models.shift import in_doubt
 from des.utils import cli, logs
 from des.utils.errors import UserError
 from des.utils.files import replacing
@@ -91,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         (folder / "README.md").write_text(card_of(args, export, folder, scores, lost), "utf-8", "backslashreplace")
     for line in lost:
         print(line)
-    print(f"{args.out} is written, and reads back as " + ("the LoRA" if lost else "the protected encoder"))
+    encoder = "the encoder, WHICH MAY NOT PROTECT (see the warning above)" if in_doubt(export.told) else "the protected encoder"
+    print(f"{args.out} is written, and reads back as {'the LoRA' if lost else encoder}")
     if args.push_to_hub:
         push(args.out, args.push_to_hub)
         print(f"{args.push_to_hub} on the hub holds it")

@@ -12,7 +12,7 @@ from pathlib import Path
 from des.models.checkpoints import PROJECTION, fingerprint, plain_names, published_names, read_tensors, save_published
 from des.models.encoders import TextEncoder, load_encoder, read_index, subfolder_of, text_encoders
 from des.models.loading import load_model, loading
-from des.models.shift import embedding_of, load_measured
+from des.models.shift import embedding_of, is_unprotected, load_measured
 from des.utils.errors import UserError
 from des.utils.logs import logger
 
@@ -58,9 +58,15 @@ class Export:
 
 
 def load_protected(model_path: str, checkpoints: Mapping[int, Path]) -> Export:
-    """Load the encoders that have a checkpoint, and protect them; raises as `load_encoder` and `load_checkpoint` do."""
+    """Load the encoders that have a checkpoint, and protect them.
+
+    Raises UserError as `load_encoder` and `load_checkpoint` do, and for a checkpoint that leaves its concept where it was.
+    """
     encoders = {i: load_encoder(model_path, i, embedding=embedding_of(path)) for i, path in checkpoints.items()}
     told = {i: load_measured(encoders[i], path) for i, path in checkpoints.items()}
+    for i, measured in told.items():
+        if is_unprotected(measured):
+            raise UserError(f"{checkpoints[i]} is not exported as protected: {measured['doubt']}")
     rest = [str(i) for i in text_encoders(model_path) if i not in checkpoints]
     if rest:
         logger.warning("text encoder %s of the model is the original, NOT protected", " and ".join(rest))

@@ -79,6 +79,11 @@ def model_card(
         f"# {_text(title)}",
         f"Text encoders of {_code(base)} fine-tuned with DES so that prompts for one concept no longer reach it: "
         f"{', '.join(f'{_code(name)} ({kind})' for name, kind in encoders.items())}. Text encoders not named here are the originals.",
+        *(
+            f"**Warning:** {_code(name)} may not protect. {_text(facts['doubt'])}."
+            for name, facts in told.items()
+            if facts.get("doubt")
+        ),
         "## Intended use",
         "Drawing images without the removed concept, in a service or on a machine whose users run the model as it is, and research "
         "on such defences. Not for commercial use. It is no detector and no replacement for one.",

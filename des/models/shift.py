@@ -95,6 +95,13 @@ def doubt(shift: Mapping[str, Any]) -> str | None:
     return None
 
 
+def is_unprotected(measured: Mapping[str, Any]) -> bool:
+    """Whether what `measure` returned shows no protection: training recorded that, or the concept (if known) did not move at all."""
+    shift = measured["shift"]
+    cosine = shift["neutral"] if shift["concept"] is None else shift["concept"]
+    return measured.get("protects") is False or cosine > _UNMOVED
+
+
 def measure(encoder: TextEncoder, path: Path, concepts: Sequence[str] | None = None) -> dict[str, Any]:
     """Put a checkpoint into `encoder` in place, and measure what it does to embeddings.
 

@@ -232,7 +232,7 @@ HOLD = """
 import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from des.locks import locked
+from des.utils.locks import locked
 with locked(Path({path!r}), "x", {start}, {length}):
     print("held", flush=True)
     time.sleep(60)

@@ -7,7 +7,7 @@ from des.models.encoders import load_encoder
 
 import pytest
 import torch
-from conftest import ROOT, flags, snapshot
+from conftest import ROOT, flags, published_form, snapshot
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors import safe_open
@@ -398,3 +398,14 @@ def test_without_peft_a_lora_is_refused_in_a_sentence(call, tiny_pipeline, tmp_p
     monkeypatch.setattr("des.export.lora.find_spec", lambda name: None)
     done, _ = export(call, tiny_pipeline, tmp_path, "lora")
     assert done.failed_in_one_sentence and "needs peft" in done.err and not (tmp_path / "out").exists()
+
+
+def test_what_moves_no_prompt_is_not_exported(call, tiny_pipeline, tmp_path):
+    """One changed row of an unused vocabulary entry makes other weights, and the original encoder."""
+    state = torch.load(published_form(tiny_pipeline, tmp_path / "row.pt"), weights_only=True)
+    name = "text_model.embeddings.token_embedding.weight"
+    state["model_state_dict"][name][state["model_state_dict"][name].shape[0] // 2] += 1
+    torch.save(state, tmp_path / "row.pt")
+    options = {"model_path": tiny_pipeline, "text_encoder_path": tmp_path / "row.pt", "format": "hf", "out": tmp_path / "out"}
+    done = call("scripts/export.py", *flags(**options))
+    assert done.failed_in_one_sentence and "is not exported as protected" in done.err and not (tmp_path / "out").exists()

@@ -82,7 +82,8 @@ def test_a_second_lora_does_not_switch_the_protection_off(call, tiny_pipeline, t
     torch.manual_seed(3)
     small = load_encoder(str(model))
     with torch.no_grad():
-        small.model.get_parameter("encoder.layers.0.mlp.fc2.weight").add_(1e-3)
+        weight = small.model.get_parameter("encoder.layers.0.mlp.fc2.weight")
+        weight += 0.03 * torch.randn_like(weight)
     torch.save({"model_state_dict": small.model.state_dict()}, style / "style-1.pt")
     export(call, model, style / "lora", "lora", {1: style / "style-1.pt"}, rank=4)
 

@@ -22,9 +22,10 @@ import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 
-from des.checkpoints import fingerprint
-from des.codebook import Codebook, find_targets, write_codebook
-from des.encoders import load_encoder
+from des.models.checkpoints import fingerprint
+from des.training.codebook import Codebook, write_codebook
+from des.training.targets import find_targets
+from des.models.encoders import load_encoder
 
 def status(key):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
