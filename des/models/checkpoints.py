@@ -261,8 +261,8 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     if broken:
         raise UserError(f"{path} does not fit into {own[broken[0]].dtype}: {_some(broken)} overflows; use --dtype bf16 or fp32")
     apart = _distance_of_bases(encoder, path, told)
-    own_name = {name.removeprefix(_PREFIX): name for name in encoder.state_dict()}
-    encoder.load_state_dict({own_name[name]: tensor for name, tensor in cast.items()}, strict=True)
+    stored_name = {name.removeprefix(_PREFIX): name for name in encoder.state_dict()}
+    encoder.load_state_dict({stored_name[name]: tensor for name, tensor in cast.items()}, strict=True)
     arrived = plain_names(encoder.state_dict())
     if not all(torch.equal(arrived[name].cpu(), tensor) for name, tensor in cast.items()):
         raise UserError(f"the weights of {path} did not arrive in the model's text encoder")

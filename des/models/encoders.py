@@ -212,9 +212,9 @@ def subfolder_of(model_path: str, index: int) -> str:
     return has[index]
 
 
-def own_name(model_path: str, index: int, single: str, many: str) -> str:
-    """`single` for a pipeline with one text encoder, `many` with its `{i}` filled in for one with several."""
-    return single if tuple(text_encoders(model_path)) == (1,) else many.format(i=index)
+def per_encoder_name(model_path: str, index: int, stem: str, pattern: str = "encoder{i}_{stem}") -> str:
+    """`stem`, or `encoder{i}_{stem}` (or another `pattern`) for a pipeline with several text encoders."""
+    return stem if tuple(text_encoders(model_path)) == (1,) else pattern.format(i=index, stem=stem)
 
 
 def _reading(model_path: str, index: int, kind: Kind, embedding: str, config: Mapping[str, Any]) -> Reading:
