@@ -32,9 +32,9 @@ from des.evaluation.detectors.base import Detector
 from des.evaluation.detectors.options import add_classifier, add_nudenet, open_classifier, open_nudenet
 from des.generation.defences import ENCODER_OPTIONS, add_encoders, given_encoders
 from des.models.encoders import TextEncoder, load_encoder
+from des.models.families import SCHEDULERS
 from des.models.pipelines import (
     DTYPES,
-    SCHEDULERS,
     dtype_for,
     encoder_modules,
     family_of,

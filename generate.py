@@ -29,10 +29,9 @@ from des.evaluation.detectors.options import OUTPUT_NAMES, add_scoring, check_sc
 from des.generation.defences import METHODS, add_method, check_method
 from des.generation.image_run import Run, finish, lines_of, reserved, settings_of
 from des.generation.sampler import Artist, batches, check_inputs, check_sizes, row_settings
+from des.models.families import MODEL_TYPES, SCHEDULERS
 from des.models.pipelines import (
     DTYPES,
-    MODEL_TYPES,
-    SCHEDULERS,
     dtype_for,
     family_of,
     is_distilled,
@@ -263,8 +262,8 @@ def settle(args: argparse.Namespace) -> torch.dtype:
     if args.negative_prompt is not None and not family.negative_prompt:
         raise UserError(f"{args.model_path} takes no --negative_prompt")
     if args.use_refiner:
-        if "sdxl" not in family.model_types:
-            raise UserError(f"--use_refiner is SDXL's, and {args.model_path} is a {family.model_types[0]}")
+        if family.name != "sdxl":
+            raise UserError(f"--use_refiner is SDXL's, and {args.model_path} is a {family.name}")
         args.refiner_path = args.refiner_path or "stabilityai/stable-diffusion-xl-refiner-1.0"
         args.high_noise_frac = args.high_noise_frac or 0.8
     args.num_inference_steps = args.num_inference_steps or family.num_inference_steps

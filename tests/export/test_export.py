@@ -286,8 +286,8 @@ def test_a_loras_stated_error_is_measured_and_falls_with_the_rank(call, tiny_pip
 
 REFUSED = {  # family, format, further options, and what the sentence is about
     "a1111 of SDXL": ("sdxl", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "StableDiffusionXLPipeline"),
-    "a1111 of SD 2": ("sd_v2", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "SD 2.x"),
-    "comfyui of SD 2": ("sd_v2", "comfyui", {}, "SD 2.x"),
+    "a1111 of SD 2": ("sd_v2", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "is for sd_v1, and"),
+    "comfyui of SD 2": ("sd_v2", "comfyui", {}, "is sd_v2"),
     "lora of FLUX": ("flux", "lora", {}, "FluxPipeline"),
     "a1111 without its base": ("sd_v1", "a1111", {}, "--base_checkpoint"),
     "a rank elsewhere": ("sd_v1", "hf", {"rank": 4}, "--format lora only"),
