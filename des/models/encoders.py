@@ -68,7 +68,8 @@ class TextEncoder:
     @property
     def masked_by_config(self) -> bool:
         """Whether the pipeline masks the padding because config.json says so."""
-        return self.embedding == "pipeline" and self.reading.attention_mask
+        asked = bool(getattr(self.model.config, "use_attention_mask", False))
+        return asked and self.embedding == "pipeline" and self.reading.attention_mask
 
     @property
     def identity(self) -> dict[str, str]:

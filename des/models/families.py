@@ -120,6 +120,17 @@ _FAMILIES = (
         negative_prompt=False,
         schedulers=FLOW,
     ),
+    # T5 masks the padding. The transformer then attends to the prompt's tokens and one padding token only.
+    Family(
+        "chroma",
+        "ChromaPipeline",
+        {1: Encoder(Reading("last", attention_mask=True, length=512), "t5xxl")},
+        "bf16",
+        num_inference_steps=35,
+        guidance_scale=5.0,
+        schedulers=FLOW,
+        modes=("text",),
+    ),
 )
 FAMILIES = {family.name: family for family in _FAMILIES}
 MODEL_TYPES = tuple(FAMILIES)
