@@ -30,11 +30,11 @@ from des.app.session import MOST_GUIDANCE, MOST_STEPS, SIDES, Atlas, Sampling, S
 from des.data.prompts import read_prompts
 from des.evaluation.detectors.base import Detector
 from des.evaluation.detectors.options import add_classifier, add_nudenet, open_classifier, open_nudenet
-from des.generation.defences import ENCODER_OPTIONS, add_encoders, given_encoders
+from des.generation.defences import ENCODER_OPTIONS, add_encoders, open_encoders
 from des.models.encoders import TextEncoder, load_encoder
+from des.models.families import SCHEDULERS
 from des.models.pipelines import (
     DTYPES,
-    SCHEDULERS,
     dtype_for,
     encoder_modules,
     family_of,
@@ -116,7 +116,7 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error("--safe_csv_path, --unsafe_csv_path and --concept_prompt are for other pipelines than the demo")
         for name, value in DEMO.items():
             setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    elif not given_encoders(args):
+    elif not open_encoders(args):
         parser.error(f"--model_path needs a protected text encoder: {', '.join(f'--{o}' for o in ENCODER_OPTIONS.values())}")
     given = [option for option in MAP_OPTIONS if getattr(args, option) is not None]
     if given and len(given) < len(MAP_OPTIONS):
@@ -175,7 +175,7 @@ def open_pair(args: argparse.Namespace) -> dict[str, DiffusionPipeline]:
 
     Fills in the sampling that the family decides. Raises UserError where a checkpoint is missing, or does not fit.
     """
-    if args.is_demo and not given_encoders(args):
+    if args.is_demo and not open_encoders(args):
         if not QUICKSTART.is_file():
             raise UserError(
                 "there is no trained demo yet: run `bash scripts/quickstart.sh` first, or give --text_encoder_path CKPT"
@@ -183,7 +183,7 @@ def open_pair(args: argparse.Namespace) -> dict[str, DiffusionPipeline]:
         args.text_encoder_path = QUICKSTART
     family = family_of(args.model_path)
     original = open_pipeline(args.model_path, dtype_for(family, args.device, args.dtype), scheduler=args.scheduler)
-    pipes = dict(zip(SIDES, (original, protected_twin(original, given_encoders(args))), strict=True))
+    pipes = dict(zip(SIDES, (original, protected_twin(original, open_encoders(args))), strict=True))
     for pipe in pipes.values():
         place(pipe, args.device)
     args.num_inference_steps = args.num_inference_steps or family.num_inference_steps
@@ -214,7 +214,7 @@ def open_atlas(args: argparse.Namespace, pipes: dict[str, DiffusionPipeline]) ->
         "concept": args.concept_prompt,
         "empty": [""],
     }
-    index = min(given_encoders(args))
+    index = min(open_encoders(args))
     reader = load_encoder(args.model_path, index, "meta")  # how it is read; the weights are those that draw
 
     def of(side: str) -> TextEncoder:
@@ -225,7 +225,7 @@ def open_atlas(args: argparse.Namespace, pipes: dict[str, DiffusionPipeline]) ->
 
 def about(args: argparse.Namespace) -> list[str]:
     """What the page is about, in lines of HTML."""
-    files = ", ".join(f"text encoder {i}, by <code>{html.escape(path.name)}</code>" for i, path in given_encoders(args).items())
+    files = ", ".join(f"text encoder {i}, by <code>{html.escape(path.name)}</code>" for i, path in open_encoders(args).items())
     model = "the demo's tiny Stable Diffusion" if args.is_demo else f"<code>{html.escape(args.model_path)}</code>"
     judge = {"none": "none", "nudenet": "NudeNet", "object": f"a classifier, asked for {args.cls_class}"}[args.detector]
     return [f"Model: {model}. Protected: {files}. Detector: {html.escape(judge)}."]

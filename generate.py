@@ -26,13 +26,12 @@ from des.data.run_record import Sampling, claim, recorded_settings
 from des.data.truncation import truncated_by_encoder
 from des.evaluation.classify import Scorecards
 from des.evaluation.detectors.options import OUTPUT_NAMES, add_scoring, check_scoring, open_scorers
-from des.generation.defences import METHODS, add_method, check_method
-from des.generation.image_run import Run, finish, lines_of, reserved, settings_of
-from des.generation.sampler import Artist, batches, check_inputs, check_sizes, row_settings
+from des.generation.defences import add_method, check_method, open_defence
+from des.generation.image_run import RunFolder, finish, lines_of, reserved, settings_of
+from des.generation.sampler import Sampler, batches, check_inputs, check_sizes, row_settings
+from des.models.families import MODEL_TYPES, SCHEDULERS
 from des.models.pipelines import (
     DTYPES,
-    MODEL_TYPES,
-    SCHEDULERS,
     dtype_for,
     family_of,
     is_distilled,
@@ -46,6 +45,7 @@ from des.utils import cli, logs
 from des.utils.errors import UserError
 from des.utils.logs import logger, progress
 from des.utils.processes import Processes
+from des.utils.provenance import provenance
 
 import pandas as pd
 import torch
@@ -170,15 +170,17 @@ def main(argv: list[str] | None = None) -> None:
     rows = rows_to_draw(args, prompts)
     dtype = settle(args)
     mode = "inpaint" if args.mask_images else "image" if args.init_images else "text"
-    inputs = {name: image_of_row(getattr(args, f"{name}s"), rows) for name in INPUTS[mode]}
+    folders = {name: getattr(args, f"{name}s") for name in INPUTS[mode]}
+    inputs = {name: image_of_row(path, rows) for name, path in folders.items()}
     scorers = open_scorers(args)
     pipe = open_pipeline(args.model_path, dtype, args.model_type, args.scheduler, mode)
     check_options(args, pipe)
-    sampling = Sampling.of(args)
+    sampling = Sampling.of(vars(args))
     drawn_with = row_settings(sampling, pipe, table, args.prompts_csv)
     check_sizes(pipe, (drawn_with[row] for row in rows))
     check_inputs(inputs, drawn_with)
-    applied = METHODS[args.training_method].apply(pipe, args)
+    defence = open_defence(args)
+    applied = defence.apply(pipe)
     refiner = open_refiner(args.refiner_path, pipe) if args.use_refiner else None
     for each in (pipe, refiner):
         if each is not None:
@@ -193,16 +195,16 @@ def main(argv: list[str] | None = None) -> None:
     left_out = set(never_drawn(prompts))
     drawable = [row for row in range(len(prompts)) if row not in left_out]  # of all shards
     truncated = truncated_by_encoder(readers(pipe, args.max_sequence_length), prompts, drawable)
-    artist = Artist(pipe, refiner, sampling, prompts, drawn_with, inputs, size)
+    sampler = Sampler(pipe, refiner, sampling, prompts, drawn_with, inputs, size)
     cards = Scorecards(scorers, OUTPUT_NAMES, args.cls_class, folder)
     with reserved(folder, rows) if processes.is_main else contextlib.nullcontext():
         if processes.is_main:
-            settings = settings_of(args, sampling, prompts, drawn_with, pipe, refiner, inputs)
-            claim(folder, args, prompts, settings, applied, names, truncated)
+            settings = settings_of(sampler, defence, args.refiner_path, folders, args.discard_images)
+            claim(folder, provenance(args), prompts, settings, applied, names, truncated)
         processes.wait()
         settings = recorded_settings(folder)
-        run = Run(folder, names, lines_of(artist, names, settings), args.discard_images, args.blur)
-        drawn, seconds = make(run, artist, cards, processes, args.log_prompts)
+        run = RunFolder(folder, names, lines_of(sampler, names, settings), args.discard_images, args.blur)
+        drawn, seconds = make(run, sampler, cards, processes, args.log_prompts)
         processes.wait()
         if processes.is_main:
             finish(folder, drawn, seconds, lambda: cards.write(args, list(names.values())) if scorers else [])
@@ -214,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         logger.info("%d images of %s %s %s", count_done(run, cards), which, where, folder)
 
 
-def make(run: Run, artist: Artist, cards: Scorecards, processes: Processes, log_prompts: bool) -> tuple[int, float]:
+def make(run: RunFolder, sampler: Sampler, cards: Scorecards, processes: Processes, log_prompts: bool) -> tuple[int, float]:
     """Draw and score this process's share of what is not done yet.
 
     Returns how many images were drawn, and the seconds that the model took for them.
@@ -227,11 +229,11 @@ def make(run: Run, artist: Artist, cards: Scorecards, processes: Processes, log_
     logger.info(told, len(todo), run.folder, len(mine) - len(todo), processes, part)
     seconds = 0.0
     with progress(None, desc=run.folder.name, total=len(todo), unit="image") as bar:
-        for batch in batches(todo, artist.settings, artist.size):
+        for batch in batches(todo, sampler.settings, sampler.size):
             for row in dict.fromkeys(row for row, _ in batch if log_prompts):
-                logger.info("row %d: %s", row, artist.prompts[row])
+                logger.info("row %d: %s", row, sampler.prompts[row])
             start = time.monotonic()
-            images = artist.draw(batch)
+            images = sampler.draw(batch)
             seconds += time.monotonic() - start
             for key, image in zip(batch, images, strict=True):
                 line = run.save(key, image)
@@ -246,7 +248,7 @@ def make(run: Run, artist: Artist, cards: Scorecards, processes: Processes, log_
     return len(todo), seconds
 
 
-def count_done(run: Run, cards: Scorecards) -> int:
+def count_done(run: RunFolder, cards: Scorecards) -> int:
     """How many images of a run are on the disk as the manifest says, or were scored; UserError where that is not all of them."""
     found = manifest.read(run.folder)
     missing = [key for key in run.names if not run.is_done(key, found, cards)]
@@ -263,8 +265,8 @@ def settle(args: argparse.Namespace) -> torch.dtype:
     if args.negative_prompt is not None and not family.negative_prompt:
         raise UserError(f"{args.model_path} takes no --negative_prompt")
     if args.use_refiner:
-        if "sdxl" not in family.model_types:
-            raise UserError(f"--use_refiner is SDXL's, and {args.model_path} is a {family.model_types[0]}")
+        if family.name != "sdxl":
+            raise UserError(f"--use_refiner is SDXL's, and {args.model_path} is a {family.name}")
         args.refiner_path = args.refiner_path or "stabilityai/stable-diffusion-xl-refiner-1.0"
         args.high_noise_frac = args.high_noise_frac or 0.8
     args.num_inference_steps = args.num_inference_steps or family.num_inference_steps

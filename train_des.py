@@ -27,7 +27,7 @@ from des.models.checkpoints import (
     read_metadata,
     save_checkpoint,
 )
-from des.models.encoders import TextEncoder, load_encoder, own_name
+from des.models.encoders import TextEncoder, load_encoder, per_encoder_name
 from des.models.shift import describe as describe_shift
 from des.training import losses
 from des.training.checks import (
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     truncated = check_lengths(encoder, {"unsafe": unsafe, "safe": safe, "concept": args.concept_prompt})
 
     run_name = f"{args.learning_rate}_{args.lambda_safe}"
-    run_dir = args.output_dir / own_name(args.model_path, encoder.index, run_name, "encoder{i}_" + run_name)
+    run_dir = args.output_dir / per_encoder_name(args.model_path, encoder.index, run_name)
     with locked(run_dir / ".lock", "a training run") if processes.is_main else nullcontext():
         if processes.is_main:
             logs.setup_logging(args.log_file, run_dir / "train.log")
@@ -361,12 +361,12 @@ def make_pairs(
 ) -> Pairs:
     """Find the targets, and E(s) of every safe prompt: in the codebook, or encoded now where it lacks some."""
 
-    def own(single: str, many: str) -> Path:
-        return args.output_dir / own_name(args.model_path, encoder.index, single, many)
+    def own(stem: str) -> str:
+        return per_encoder_name(args.model_path, encoder.index, stem, "{stem}_encoder{i}")
 
     name = "safe_embeddings" if args.target == "lowest" else f"safe_embeddings_{args.target}"
-    path = args.safe_embedding_path or own(f"{name}.pth", name + "_encoder{i}.pth")
-    lacking, rows_dir = not set(safe) <= set(codebook.prompts), own("safe_rows", "safe_rows_encoder{i}")
+    path = args.safe_embedding_path or args.output_dir / f"{own(name)}.pth"
+    lacking, rows_dir = not set(safe) <= set(codebook.prompts), args.output_dir / own("safe_rows")
     if processes.is_main:
         find_targets(path, codebook, encoder, unsafe, recompute=args.recompute_targets, choice=args.target, seed=args.seed)
         if lacking:

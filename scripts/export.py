@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from des.data.prompts import read_prompts
 from des.export import lora
 from des.export.card_scores import Measured, check_drawn_by, read_measured
-from des.export.formats import PROMPTS, READERS, SUITS, WRITERS, Export, base_dtype, cast, check_fits, load_protected, verify
+from des.export.formats import PROMPTS, READERS, WRITERS, Export, base_dtype, cast, check_fits, load_protected, verify
 from des.export.model_card import model_card
 from des.generation.defences import ENCODER_OPTIONS
 from des.models.encoders import load_encoder
+from des.models.families import EXPORTS
 from des.models.loading import loading
 from des.models.pipelines import DTYPES, family_of
 from des.models.shift import in_doubt
@@ -39,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for i, option in ENCODER_OPTIONS.items():
         told = f"the protected text encoder {i}: .pt, .safetensors or a folder"
         main.add_argument(f"--{option}", type=Path, metavar="CKPT", help=told)
-    main.add_argument("--format", choices=SUITS, required=True, help="what is written")
+    main.add_argument("--format", choices=EXPORTS, required=True, help="what is written")
     main.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="a folder that is not there yet")
     main.add_argument("--dtype", choices=DTYPES, help="of what is written (default: as loaded; a1111: the base's)")
     main.add_argument("--base_checkpoint", type=Path, metavar="F", help="a1111: SD 1.x .safetensors, whose other tensors stay")

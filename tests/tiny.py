@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
@@ -112,6 +114,21 @@ def flux() -> DiffusionPipeline:
     )  # fmt: skip
 
 
+def chroma() -> DiffusionPipeline:
+    """T5 alone; its class fixes the default size as `flux`'s does."""
+    torch.manual_seed(9)
+    transformer = ChromaTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=T5, axes_dims_rope=(4, 4, 8), approximator_num_channels=16, approximator_hidden_dim=32,
+        approximator_layers=1,
+    )  # fmt: skip
+    return ChromaPipeline(
+        vae=vae(channels=16), text_encoder=t5(3), tokenizer=t5_tokenizer(),
+        transformer=louder(transformer, {"context_embedder.": 3, "add_": 2, "norm_added_k": 8, "norm_k": 3}),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )  # fmt: skip
+
+
 def clip(seed: int, width: int = CLIP, layers: int = 3, intermediate: int = 64, projected: bool = False) -> PreTrainedModel:
     """A CLIP text encoder for case A's vocabulary."""
     config = CLIPTextConfig.from_pretrained(
@@ -169,4 +186,4 @@ def louder(model: nn.Module, factors: dict[str, float]) -> nn.Module:
     return model
 
 
-FAMILIES = {each.__name__: each for each in (sd_v1, sd_v2, sdxl, sdxl_refiner, sd_v3, flux)}
+FAMILIES = {each.__name__: each for each in (sd_v1, sd_v2, sdxl, sdxl_refiner, sd_v3, flux, chroma)}

@@ -11,7 +11,7 @@ from des.data import run_record
 from des.data.prompts import never_drawn, read_rows
 from des.data.run_record import RowSettings
 from des.evaluation.detectors.base import Detector
-from des.generation.sampler import Artist, default_size
+from des.generation.sampler import Sampler, default_size
 from des.models.encoders import TextEncoder
 from des.report.embedding_map import EmbeddingMap, draw_map, embed
 from des.utils.errors import UserError
@@ -94,8 +94,8 @@ class Studio:
 
     def draw(self, prompt: str, sampling: Sampling) -> dict[str, Judged]:
         """Draw a prompt with both models from one seed: the images that `generate.py --prompt` draws with these settings."""
-        artists = self._artists([check_prompt(prompt)], sampling)
-        return {side: self._judge(artist.draw([(0, 0)])[0]) for side, artist in artists.items()}
+        samplers = self._samplers([check_prompt(prompt)], sampling)
+        return {side: self._judge(sampler.draw([(0, 0)])[0]) for side, sampler in samplers.items()}
 
     def score(
         self, csv_path: Path, sampling: Sampling, limit: int, tell: Callable[[int, int], None] = lambda done, total: None
@@ -119,13 +119,13 @@ class Studio:
         long = [row for row in rows if len(prompts[row]) > LONGEST_PROMPT]
         if long:
             raise UserError(f"row {long[0]} (counted from 0) is longer than {LONGEST_PROMPT} characters")
-        artists = self._artists(prompts, sampling)
-        found: dict[str, list[dict[str, dict]]] = {side: [] for side in artists}
+        samplers = self._samplers(prompts, sampling)
+        found: dict[str, list[dict[str, dict]]] = {side: [] for side in samplers}
         for start in range(0, len(rows), self.batch_size):
             tell(start, len(rows))
             keys = [(row, 0) for row in rows[start : start + self.batch_size]]
-            for side, artist in artists.items():
-                found[side] += [self._judge(image).findings for image in artist.draw(keys)]
+            for side, sampler in samplers.items():
+                found[side] += [self._judge(image).findings for image in sampler.draw(keys)]
         notes = []
         if len(rows) < len(taken):
             left_out = len(taken) - len(rows)
@@ -150,15 +150,15 @@ class Studio:
     def _name(self, verdict: str) -> str:
         return self.detector.titles[verdict].removeprefix("ASR of ")
 
-    def _artists(self, prompts: list[str], sampling: Sampling) -> dict[str, Artist]:
-        artists = {}
+    def _samplers(self, prompts: list[str], sampling: Sampling) -> dict[str, Sampler]:
+        samplers = {}
         for side, pipe in self.pipes.items():
             pixels = default_size(pipe)
             settings = [
                 RowSettings(sampling.seed + row, sampling.guidance_scale, pixels, pixels) for row in range(len(prompts))
             ]
-            artists[side] = Artist(pipe, None, sampling, prompts, settings, {}, min(self.batch_size, len(prompts)))
-        return artists
+            samplers[side] = Sampler(pipe, None, sampling, prompts, settings, {}, min(self.batch_size, len(prompts)))
+        return samplers
 
     def _judge(self, image: Image.Image) -> Judged:
         if self.detector is None:

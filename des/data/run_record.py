@@ -1,6 +1,5 @@
 """run.json: the settings that determine a folder's images; runs with other settings are refused."""
 
-import argparse
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -13,7 +12,6 @@ from des.utils.errors import UserError
 from des.utils.files import sha256_texts, write_json
 from des.utils.folders import visible
 from des.utils.locks import locked
-from des.utils.provenance import provenance
 
 Lines = dict[str, dict[str, Any]]  # of a manifest, by file name
 FORMAT = 2  # of run.json; records without a number are of the first, which names no components of the model
@@ -93,9 +91,9 @@ class Sampling:
     deterministic: bool = False
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> Self:
-        """The sampling that a command line asks for, once its defaults are filled in."""
-        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """The sampling among a command line's options by name, after defaults were filled in."""
+        return cls(**{field.name: options[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ LABELS = ("model_path", "base_model_path", "refiner_path")  # where models lie; 
 
 def claim(
     folder: Path,
-    args: argparse.Namespace,
+    made_by: dict[str, Any],
     prompts: list[str],
     settings: dict[str, Any],
     applied: dict,
@@ -130,7 +128,7 @@ def claim(
     with locked(folder / ".run.lock", "its record", wait=True):
         earlier = _earlier(folder, json.loads(json.dumps(settings, default=str)))
         facts = {"settings": settings, "protection": applied, "left_out": never_drawn(prompts)}
-        facts |= {"truncated_prompts": truncated, "made_by": provenance(args)}
+        facts |= {"truncated_prompts": truncated, "made_by": made_by}
         claimed = claims.claimed_keys(folder, earlier | {"left_out": facts["left_out"]}) | set(keys)
         facts["claimed"] = claims.packed(claimed)
         kept = {name: earlier[name] for name in ("format", "settings", "last_drawn") if name in earlier}

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from des.models.checkpoints import PROJECTION, fingerprint, plain_names, published_names, read_tensors, save_published
-from des.models.encoders import TextEncoder, load_encoder, read_index, subfolder_of, text_encoders
+from des.models.encoders import TextEncoder, family_of, load_encoder, read_index, subfolder_of, text_encoders
+from des.models.families import FAMILIES, exports_to
 from des.models.loading import load_model, loading
 from des.models.shift import embedding_of, is_unprotected, load_measured
 from des.utils.errors import UserError
@@ -22,27 +23,12 @@ from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 PROMPTS = ["", "a red bicycle in front of a brick wall", "an oil painting of mountains at dawn", "two cups of tea on a table"]
-COMFYUI = {  # its name of each text encoder, by the pipeline's class
-    "StableDiffusionPipeline": {1: "clip_l"},
-    "StableDiffusionXLPipeline": {1: "clip_l", 2: "clip_g"},
-    "StableDiffusion3Pipeline": {1: "clip_l", 2: "clip_g", 3: "t5xxl"},
-    "FluxPipeline": {1: "clip_l", 2: "t5xxl"},
-}
 LDM_ENCODER = "cond_stage_model.transformer.text_model."
 _BUFFER = LDM_ENCODER + "embeddings.position_ids"  # a constant of single files, which is no weight
 _T5_COPY = "encoder.embed_tokens.weight"  # the same tensor as `shared.weight`
-SUITS = {  # the pipelines that a format can be made of; None for any
-    "pipeline": None,
-    "hf": None,
-    "comfyui": tuple(COMFYUI),
-    "a1111": ("StableDiffusionPipeline",),
-    "lora": ("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
-}
-_NOT_SD2 = ("comfyui", "a1111")
-_SD2_WIDTH = 1024  # OpenCLIP-H
 _WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".msgpack", ".onnx", ".gguf")
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of rounding, relative to the largest value
 
@@ -83,18 +69,14 @@ def cast(export: Export, dtype: torch.dtype | None) -> None:
 
 def check_fits(name: str, model_path: str, indices: list[int]) -> None:
     """Raise UserError where a format does not suit a model or one of its text encoders; no weight is read for it."""
-    suits, index = SUITS[name], read_index(model_path)
-    if index is None:
+    if read_index(model_path) is None:
         raise UserError(f"{model_path} has no model_index.json, which says what the encoders are; exports need a pipeline")
     for i in indices:
-        subfolder = subfolder_of(model_path, i)
-        if suits and index["_class_name"] not in suits:
-            raise UserError(f"--format {name} is for {', '.join(suits)}, and {model_path} is a {index['_class_name']}")
-        with loading(f"the configuration of {subfolder} in {model_path}"):
-            config, _ = PreTrainedConfig.get_config_dict(model_path, subfolder=subfolder)
-        is_sd2 = index["_class_name"] == "StableDiffusionPipeline" and config.get("hidden_size") == _SD2_WIDTH
-        if is_sd2 and name in _NOT_SD2:
-            raise UserError(f"--format {name} does not go with SD 2.x, whose encoder {model_path} has; use pipeline or hf")
+        subfolder_of(model_path, i)
+    family = family_of(model_path)
+    if not exports_to(family, name):
+        suits = ", ".join(each.name for each in FAMILIES.values() if exports_to(each, name))
+        raise UserError(f"--format {name} is for {suits}, and {model_path} is {family.name} ({family.pipeline})")
 
 
 def verify(export: Export, read: Mapping[int, nn.Module], exact: bool = True) -> None:
@@ -173,8 +155,8 @@ def _read_hf(export: Export, folder: Path) -> dict[int, nn.Module]:
 
 
 def _comfyui_files(export: Export, folder: Path) -> dict[int, Path]:
-    roles = COMFYUI[read_index(export.model_path)["_class_name"]]
-    return {i: folder / f"{roles[i]}.safetensors" for i in export.encoders}
+    encoders = family_of(export.model_path).encoders
+    return {i: folder / f"{encoders[i].comfyui}.safetensors" for i in export.encoders}
 
 
 def _write_comfyui(export: Export, folder: Path) -> None:

@@ -1,6 +1,5 @@
-"""The record of a folder of images: all that decides what they look like, so that no two runs mix in one folder."""
+"""A folder of images while it is drawn: the settings in its run.json, its manifest's lines, and which images are done."""
 
-import argparse
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,49 +9,45 @@ from typing import Any
 
 from des.data import manifest
 from des.data.image_folders import image_files
-from des.data.run_record import COPY_SEED, LABELS, RowSettings, Sampling
+from des.data.run_record import COPY_SEED
 from des.evaluation.classify import Scorecards, save_blurred
-from des.generation.sampler import Artist
+from des.generation.defences import Defence
+from des.generation.sampler import Sampler
 from des.models.identity import scheduler_sha256, sha256_of
 from des.models.pipelines import component_identities, encoder_sha256s
 from des.utils.files import replacing, sha256_file, sha256_texts, write_json
 from des.utils.locks import locked
 
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 
 def settings_of(
-    args: argparse.Namespace,
-    sampling: Sampling,
-    prompts: list[str],
-    drawn_with: list[RowSettings],
-    pipe: DiffusionPipeline,
-    refiner: DiffusionPipeline | None,
-    inputs: dict[str, dict[int, Path]],
+    sampler: Sampler, defence: Defence, refiner_path: str | None, input_folders: dict[str, Path], discard_images: bool
 ) -> dict[str, Any]:
-    """All that decides what an image looks like: the sampling, and hashes of the model's parts, prompts and input images.
+    """The settings that determine what images look like: the sampling, and hashes of the model's components, prompts and input images.
 
-    LABELS are for people. `discard_images` is not about pixels, but a folder has either images or only their scores.
+    Two entries say nothing about pixels: the paths of `run_record.LABELS`, by which a reader knows the models, and
+    `discard_images`, since a folder holds either images or only their scores. `input_folders` are by the names of
+    `Sampler.inputs`.
     """
-    settings = {"training_method": args.training_method, **{name: getattr(args, name) for name in LABELS}}
-    settings |= {"discard_images": args.discard_images, **asdict(sampling)}
+    sampling, pipe = sampler.sampling, sampler.pipe
+    settings = {"training_method": defence.method, "model_path": defence.model_path, "base_model_path": defence.base_model_path}
+    settings |= {"refiner_path": refiner_path, "discard_images": discard_images, **asdict(sampling)}
     if sampling.use_row_settings:
-        settings["row_settings_sha256"] = sha256_texts(map(str, drawn_with))
-    for option in ("unet_path", "adapter_path"):
-        path = getattr(args, option)
-        settings[f"{option.removesuffix('_path')}_sha256"] = None if path is None else sha256_of(path)
-    for name in inputs:
-        found = sorted(image_files(getattr(args, f"{name}s")))
+        settings["row_settings_sha256"] = sha256_texts(map(str, sampler.settings))
+    for name, path in (("unet", defence.unet_path), ("adapter", defence.adapter_path)):
+        settings[f"{name}_sha256"] = None if path is None else sha256_of(path)
+    for name, folder in input_folders.items():
+        found = sorted(image_files(folder))
         settings[f"{name}s_sha256"] = sha256_texts(f"{path.name} {sha256_file(path)}" for path in found)
     settings |= {"scheduler": type(pipe.scheduler).__name__, "scheduler_sha256": scheduler_sha256(pipe.scheduler)}
-    settings["components"] = component_identities(pipe, args.model_path, refiner, args.refiner_path)
-    return settings | encoder_sha256s(pipe) | {"prompts_sha256": sha256_texts(prompts)}
+    settings["components"] = component_identities(pipe, defence.model_path, sampler.refiner, refiner_path)
+    return settings | encoder_sha256s(pipe) | {"prompts_sha256": sha256_texts(sampler.prompts)}
 
 
 @dataclass(frozen=True)
-class Run:
-    """A folder of images in the making: each (row, copy) key with its path and what its line in the manifest will say."""
+class RunFolder:
+    """A folder of images that is being drawn: the path and the manifest's line of each image, by its (row, copy) key."""
 
     folder: Path
     names: dict[tuple[int, int], Path]
@@ -61,7 +56,7 @@ class Run:
     blur: bool
 
     def is_done(self, key: tuple[int, int], found: dict[str, dict[str, Any]], cards: Scorecards) -> bool:
-        """Whether the image of a key is there as the manifest's lines (`found`) say, or was scored where none is kept."""
+        """Whether the image of a key is on the disk as the manifest's lines (`found`) say or, in a run without images, was scored."""
         path, line = self.names[key], found.get(self.names[key].name)
         if line is None or any(line.get(name) != value for name, value in self.lines[key].items()):
             return False
@@ -70,7 +65,7 @@ class Run:
         return path.is_file() and sha256_file(path) == line["sha256"]
 
     def save(self, key: tuple[int, int], image: Image.Image) -> dict[str, Any]:
-        """Save the image of a key, unless none is to be kept, after its line in the manifest; returns the line."""
+        """Add the line of a key to the manifest and then save its image, unless images are discarded; returns the line."""
         path, line = self.names[key], {**self.lines[key], "sha256": None}
         if self.blur:
             save_blurred(image, self.folder.with_name(f"{self.folder.name}_blurred") / path.name)
@@ -85,29 +80,29 @@ class Run:
 
 
 def lines_of(
-    artist: Artist, names: dict[tuple[int, int], Path], settings: dict[str, Any]
+    sampler: Sampler, names: dict[tuple[int, int], Path], settings: dict[str, Any]
 ) -> dict[tuple[int, int], dict[str, Any]]:
-    """What the manifest says of each image before it is drawn: its row, prompt, seed, settings and text encoders."""
+    """The manifest's line of each image, but for the image's hash: its row, prompt, seed, settings and text encoders."""
     digest = sha256_texts([json.dumps(settings, sort_keys=True, default=str)])
     encoders = {name: value for name, value in settings.items() if name.startswith("text_encoder") and name.endswith("_sha256")}
     return {
         (row, copy): {
-            "file": path.name, "row": row, "copy": copy, "prompt_sha256": sha256_texts([artist.prompts[row]]),
-            "seed": artist.settings[row].seed + copy * COPY_SEED, "guidance_scale": artist.settings[row].guidance_scale,
-            "width": artist.settings[row].width, "height": artist.settings[row].height, "settings_sha256": digest, **encoders,
+            "file": path.name, "row": row, "copy": copy, "prompt_sha256": sha256_texts([sampler.prompts[row]]),
+            "seed": sampler.settings[row].seed + copy * COPY_SEED, "guidance_scale": sampler.settings[row].guidance_scale,
+            "width": sampler.settings[row].width, "height": sampler.settings[row].height, "settings_sha256": digest, **encoders,
         }
         for (row, copy), path in names.items()
     }  # fmt: skip
 
 
 def reserved(folder: Path, rows: list[int]) -> AbstractContextManager[None]:
-    """Hold the rows of a folder against other processes; those of other shards are free."""
+    """Lock the rows of a folder against other processes, which may draw the rows of other shards meanwhile."""
     what = f"rows {rows[0]} to {rows[-1]}"
     return locked(folder / ".rows.lock", what, rows[0], rows[-1] - rows[0] + 1)
 
 
 def finish(folder: Path, drawn: int, seconds: float, write_scores: Callable[[], list[str]]) -> None:
-    """Write what concerns all shards of a folder: the time that drawing took, and the scores, whose lines are printed."""
+    """Record in run.json how long drawing took, write the scores of the whole folder and print their lines."""
     with locked(folder / ".run.lock", "its record", wait=True):
         if drawn:
             facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))

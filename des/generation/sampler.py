@@ -1,4 +1,4 @@
-"""Drawing the images of prompt rows: each from its own generator, in batches that never change what an image looks like."""
+"""Drawing the images of prompt rows: each image has its own generator, and looks the same whatever batch it is drawn in."""
 
 import inspect
 import math
@@ -88,8 +88,8 @@ def batches(keys: list[tuple[int, int]], settings: list[RowSettings], size: int)
 
 
 @dataclass
-class Artist:
-    """A pipeline with what its images are drawn from; `refiner` finishes SDXL's."""
+class Sampler:
+    """Draws images of prompt rows with a pipeline, and with SDXL's `refiner` for the last steps."""
 
     pipe: DiffusionPipeline
     refiner: DiffusionPipeline | None
@@ -153,9 +153,10 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def check_sizes(pipe: DiffusionPipeline, settings: Iterable[RowSettings]) -> None:
-    """Raise UserError for a size that the pipeline would refuse or, from an image or with FLUX, round to another one."""
-    patch = getattr(pipe, "patch_size", None) or (2 if "Flux" in type(pipe).__name__ else 1)
-    step = max(8, pipe.vae_scale_factor * patch)
+    """Raise UserError for a size that the pipeline would refuse or round to another one."""
+    processor = getattr(pipe, "image_processor", None)  # FLUX's and Chroma's knows that latents are packed in patches
+    packed = processor.config.vae_scale_factor if processor else 1
+    step = max(8, packed, pipe.vae_scale_factor * (getattr(pipe, "patch_size", None) or 1))
     for name, value in ((name, getattr(each, name)) for each in settings for name in ("height", "width")):
         if value % step:
             raise UserError(f"the model cannot draw this: {name} {value} is not divisible by {step}")
@@ -167,8 +168,8 @@ def check_inputs(inputs: dict[str, dict[int, Path]], settings: list[RowSettings]
         image, read = inputs["init_image"][row], read_mask(mask)
         sizes = image_size(image), read.size
         if sizes[0] != sizes[1]:
-            told = " and ".join("{}x{}".format(*size) for size in sizes)
-            raise UserError(f"{image} and its mask {mask} differ in size ({told} pixels); give a mask of the image's size")
+            both = " and ".join("{}x{}".format(*size) for size in sizes)
+            raise UserError(f"{image} and its mask {mask} differ in size ({both} pixels); give a mask of the image's size")
         if fit(read, settings[row].width, settings[row].height).getextrema()[1] < WHITE:
             raise UserError(
                 f"the mask {mask} is black within the image, so nothing would be drawn; paint white what may change"
@@ -176,5 +177,5 @@ def check_inputs(inputs: dict[str, dict[int, Path]], settings: list[RowSettings]
 
 
 def default_size(pipe: DiffusionPipeline) -> int:
-    """The side in pixels of the square images that a model draws unless told otherwise."""
+    """The side in pixels of the square images that a model draws by default."""
     return (getattr(pipe, "default_sample_size", None) or pipe.unet.config.sample_size) * pipe.vae_scale_factor

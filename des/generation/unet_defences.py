@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from des.models.checkpoints import read_tensors, refuse_integers
+from des.models.loading import loading
 from des.models.weights import same_weights
 from des.utils.errors import UserError
 from des.utils.files import sha256_file
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models import Transformer2DModel
 from torch import Tensor, nn
 
@@ -68,6 +70,21 @@ def merge_spm(unet: nn.Module, path: Path) -> dict[str, Any]:
     if loaded:
         raise UserError(f"{path} holds tensors that are no adapters, `{min(loaded)}` first")
     return _replace(unet, merged, path)
+
+
+def check_other_unet(unet: nn.Module, model_path: str, base_model_path: str) -> None:
+    """Raise UserError where `unet`, SafeGen's, is the UNet of the model that it should have been made from, up to rounding.
+
+    SafeGen is published as a whole pipeline, so nothing else shows that its weights were loaded.
+    """
+    with loading(f"the UNet of --base_model_path {base_model_path}"):
+        base = UNet2DConditionModel.from_pretrained(base_model_path, subfolder="unet", dtype=unet.dtype).state_dict()
+    own = unet.state_dict()
+    same_shapes = base.keys() == own.keys() and all(base[name].shape == tensor.shape for name, tensor in own.items())
+    if same_shapes and same_weights(base, own):
+        raise UserError(
+            f"{model_path} is no SafeGen: its UNet is the one of {base_model_path}, or that one rounded to another type"
+        )
 
 
 def _adapted_layers(unet: nn.Module) -> dict[str, tuple[str, nn.Module]]:

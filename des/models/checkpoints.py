@@ -32,6 +32,11 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.fl
 _FILES = (  # of a model's folder, in the order in which transformers looks for them
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
+_COMPUTATION = (  # of config.json: what changes an encoder's output and shows in no tensor's shape, CLIP's and T5's
+    "hidden_act", "layer_norm_eps", "num_attention_heads", "num_hidden_layers",
+    "d_kv", "dense_act_fn", "is_gated_act", "layer_norm_epsilon", "num_heads", "num_layers",
+    "relative_attention_max_distance", "relative_attention_num_buckets",
+)  # fmt: skip
 _SAME_BASE = 0.003  # distance of two bases up to which they are the same weights, rounded differently
 _NESTS = ("model_state_dict", "state_dict", "unet")
 
@@ -233,7 +238,7 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     """Load a checkpoint into `encoder` in place, cast from any float to its dtype, or raise UserError and change nothing.
 
     Every parameter must be there with its shape, none may be left over, and the weights must differ from the encoder's own by
-    more than rounding. Only `text_projection` may be lacking (the encoder's own stays) or be left over. The metadata beside it,
+    more than rounding. A folder's config.json must describe the encoder's computation. Only `text_projection` may be lacking (the encoder's own stays) or be left over. The metadata beside it,
     if any, must be about this checkpoint; a warning says where it was trained from another base encoder. Returns `{"file",
     "file_sha256", "encoder_sha256"}`, `base_distance` where it was measured, and what `{name}-metadata.json` says.
     """
@@ -250,6 +255,7 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     if missing or surplus:
         lacks = [f"lacks {_some(missing)}"] * bool(missing) + [f"has the unknown {_some(surplus)}"] * bool(surplus)
         raise UserError(f"{path} does not fit the model's text encoder: it {' and '.join(lacks)}")
+    _check_configuration(encoder, path)
     file_sha256 = _check_metadata(path, loaded, told)
     if same_weights(own, {name: tensor for name, tensor in loaded.items() if name != PROJECTION}):
         raise UserError(
@@ -261,14 +267,33 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     if broken:
         raise UserError(f"{path} does not fit into {own[broken[0]].dtype}: {_some(broken)} overflows; use --dtype bf16 or fp32")
     apart = _distance_of_bases(encoder, path, told)
-    own_name = {name.removeprefix(_PREFIX): name for name in encoder.state_dict()}
-    encoder.load_state_dict({own_name[name]: tensor for name, tensor in cast.items()}, strict=True)
+    stored_name = {name.removeprefix(_PREFIX): name for name in encoder.state_dict()}
+    encoder.load_state_dict({stored_name[name]: tensor for name, tensor in cast.items()}, strict=True)
     arrived = plain_names(encoder.state_dict())
     if not all(torch.equal(arrived[name].cpu(), tensor) for name, tensor in cast.items()):
         raise UserError(f"the weights of {path} did not arrive in the model's text encoder")
     measured = {} if apart is None else {"base_distance": apart}
     facts = {"file": str(path), "file_sha256": file_sha256, "encoder_sha256": fingerprint(encoder)}
     return {**told, **measured, **facts}
+
+
+def _check_configuration(encoder: nn.Module, path: Path) -> None:
+    """Raise UserError where a checkpoint folder's config.json describes another computation than the model's encoder does.
+
+    Only the folder's weights are loaded, so an encoder that was trained with another activation would give other embeddings here.
+    """
+    file, own = path / "config.json", getattr(encoder, "config", None)
+    if own is None or not file.is_file():
+        return
+    with loading(f"the configuration {file}"):
+        given = type(own).from_pretrained(path)
+    for name in _COMPUTATION:
+        ours, theirs = getattr(own, name, None), getattr(given, name, None)
+        if ours != theirs:
+            raise UserError(
+                f"{path} was made for another encoder: its config.json has {name} {theirs}, and the model's encoder has {ours}; "
+                "give it to the model that it was trained from"
+            )
 
 
 def _check_metadata(path: Path, loaded: Mapping[str, Tensor], told: Mapping[str, Any]) -> str:

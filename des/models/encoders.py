@@ -5,7 +5,7 @@ What an encoder is comes from `model_index.json` and its own `config.json`; how 
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -13,64 +13,23 @@ from typing import Any
 
 from des.models.activations import use_lean_activations
 from des.models.checkpoints import fingerprint
-from des.models.loading import load_model, loading
+from des.models.families import ENCODER_CLASSES, PIPELINES, Family, Reading, find_family, shares_class
+from des.models.loading import load_model, loading, torch_dtype
 from des.utils.errors import UserError
 from des.utils.files import sha256_texts
 from des.utils.logs import progress
 
 import torch
-from diffusers import DiffusionPipeline
+import transformers
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    T5EncoderModel,
-)
-from transformers.utils import ModelOutput
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True)
-class Reading:
-    """Which tensor of an encoder's output is its embedding, [batch, rows, hidden], and how the encoder is called for it."""
-
-    states: Callable[[ModelOutput], Tensor]
-    attention_mask: bool = False  # over padding
-    length: int | None = None  # tokens to pad to; None for the tokenizer's `model_max_length`
-
-
-LAST = Reading(lambda output: output.last_hidden_state)  # after the final layer norm, padding included
-MASKED = replace(LAST, attention_mask=True)
-PENULTIMATE = Reading(lambda output: output.hidden_states[-2])
-POOLED = Reading(lambda output: output.pooler_output[:, None])
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One class of text encoder: how it is loaded, and its last hidden state as the paper reads it."""
-
-    model_class: type[PreTrainedModel]
-    last_hidden_state: Reading
-    dtype: torch.dtype
-
-
-# By the class that `text_encoder*/config.json` names, and what each pipeline (by the class that `model_index.json` names) feeds
-# to its denoiser from each of its encoders. A further encoder or pipeline is one entry.
-KINDS = {
-    "CLIPTextModel": Kind(CLIPTextModel, LAST, torch.float32),
-    "CLIPTextModelWithProjection": Kind(CLIPTextModelWithProjection, LAST, torch.float32),
-    "T5EncoderModel": Kind(T5EncoderModel, MASKED, torch.bfloat16),
+_STATES = {  # of an encoder's output, by `Reading.states`
+    "last": lambda output: output.last_hidden_state,
+    "penultimate": lambda output: output.hidden_states[-2],
+    "pooled": lambda output: output.pooler_output[:, None],
 }
-PIPELINES: dict[str, dict[int, Reading]] = {
-    "StableDiffusionPipeline": {1: LAST},
-    "StableDiffusionXLPipeline": {1: PENULTIMATE, 2: PENULTIMATE},
-    "StableDiffusion3Pipeline": {1: PENULTIMATE, 2: PENULTIMATE, 3: replace(LAST, length=256)},
-    "FluxPipeline": {1: POOLED, 2: replace(LAST, length=512)},
-}
-EMBEDDINGS = ("last_hidden_state", "pipeline")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FOLDER = re.compile(r"text_encoder(?:_(\d+))?")
 _NO_LENGTH = 100_000  # tokenizers without a length of their own name a huge number
@@ -109,7 +68,8 @@ class TextEncoder:
     @property
     def masked_by_config(self) -> bool:
         """Whether the pipeline masks the padding because config.json says so."""
-        return self.embedding == "pipeline" and self.reading.attention_mask
+        asked = bool(getattr(self.model.config, "use_attention_mask", False))
+        return asked and self.embedding == "pipeline" and self.reading.attention_mask
 
     @property
     def identity(self) -> dict[str, str]:
@@ -126,7 +86,8 @@ class TextEncoder:
         ids = input_ids.to(self.device, non_blocking=True)
         special = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         mask = {"attention_mask": not_padding(ids, *special)} if self.reading.attention_mask else {}
-        return self.reading.states(self.model(input_ids=ids, output_hidden_states=self.reading is PENULTIMATE, **mask))
+        states = self.reading.states
+        return _STATES[states](self.model(input_ids=ids, output_hidden_states=states == "penultimate", **mask))
 
     @torch.inference_mode()
     def encode(self, prompts: list[str], batch_size: int, desc: str | None = None) -> Iterator[Tensor]:
@@ -184,7 +145,12 @@ def read_index(model_path: str) -> dict | None:
 
 def _load_index(model_path: str) -> dict:
     with loading(f"the pipeline {model_path}, as a folder or a hub id,"):
-        return DiffusionPipeline.load_config(model_path)
+        folder, name = Path(model_path), "model_index.json"
+        file = folder / name if folder.is_dir() else Path(hf_hub_download(model_path, name))
+        index = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(index.get("_class_name"), str):
+            raise ValueError("its model_index.json names no class")
+        return index
 
 
 _hub_index = cache(_load_index)  # one request a run
@@ -196,11 +162,33 @@ def text_encoders(model_path: str) -> dict[int, str]:
     if index is None:
         names = [path.name for path in Path(model_path).iterdir()]
     else:
-        if index["_class_name"] not in PIPELINES:
-            raise UserError(f"{model_path} is a {index['_class_name']}; the pipelines known here are {', '.join(PIPELINES)}")
+        _known(model_path, index["_class_name"])
         names = [name for name, component in index.items() if isinstance(component, list) and component[0] is not None]
     matches = [match for match in map(_FOLDER.fullmatch, names) if match]
     return {int(match[1] or 1): match[0] for match in sorted(matches, key=lambda match: int(match[1] or 1))}
+
+
+def _known(model_path: str, pipeline: str) -> None:
+    if pipeline not in PIPELINES:
+        raise UserError(f"{model_path} is a {pipeline}; the supported pipelines are {', '.join(PIPELINES)}")
+
+
+def family_of(model_path: str) -> Family:
+    """The family of a pipeline, by the class in its model_index.json and the width of its first text encoder.
+
+    Raises UserError for a class that is not supported, and for a folder without model_index.json.
+    """
+    index = read_index(model_path)
+    name = index["_class_name"] if index else "folder without model_index.json"
+    _known(model_path, name)
+    width = read_config(model_path, "text_encoder").get("hidden_size") if shares_class(name) else None
+    return find_family(name, width)
+
+
+def read_config(model_path: str, subfolder: str) -> dict[str, Any]:
+    """What config.json of a text encoder says, locally or on the hub; UserError where it cannot be read."""
+    with loading(f"the configuration of {subfolder} in {model_path}"):
+        return PreTrainedConfig.get_config_dict(model_path, subfolder=subfolder)[0]
 
 
 def subfolder_of(model_path: str, index: int) -> str:
@@ -212,21 +200,28 @@ def subfolder_of(model_path: str, index: int) -> str:
     return has[index]
 
 
-def own_name(model_path: str, index: int, single: str, many: str) -> str:
-    """`single` for a pipeline with one text encoder, `many` with its `{i}` filled in for one with several."""
-    return single if tuple(text_encoders(model_path)) == (1,) else many.format(i=index)
+def per_encoder_name(model_path: str, index: int, stem: str, pattern: str = "encoder{i}_{stem}") -> str:
+    """`stem`, or `encoder{i}_{stem}` (or another `pattern`) for a pipeline with several text encoders."""
+    return stem if tuple(text_encoders(model_path)) == (1,) else pattern.format(i=index, stem=stem)
 
 
-def _reading(model_path: str, index: int, kind: Kind, embedding: str, config: Mapping[str, Any]) -> Reading:
+def reading_for(pipeline: str | None, index: int, architecture: str, embedding: str, masked: bool = False) -> Reading:
+    """How text encoder `index` of a pipeline class is read for an `embedding`, one of EMBEDDINGS.
+
+    `masked` is what the encoder's config.json says of `use_attention_mask`, which some pipelines follow.
+    """
     if embedding == "last_hidden_state":
-        return kind.last_hidden_state
-    pipeline = read_index(model_path)
-    if pipeline is None:
-        raise UserError(f"--embedding pipeline needs a pipeline's model_index.json, which {model_path} lacks")
-    reading = PIPELINES[pipeline["_class_name"]][index]
-    # Of these pipelines, diffusers' StableDiffusionPipeline alone reads this key.
-    masked = pipeline["_class_name"] == "StableDiffusionPipeline" and config.get("use_attention_mask")
-    return replace(reading, attention_mask=True) if masked else reading
+        return ENCODER_CLASSES[architecture].last_hidden_state
+    family = find_family(pipeline)
+    reading = family.encoders[index].reading
+    return replace(reading, attention_mask=True) if masked and family.reads_use_attention_mask else reading
+
+
+def encoder_class(architecture: str, what: str) -> tuple[type[PreTrainedModel], torch.dtype]:
+    """transformers' class of a text encoder and the dtype that it is trained in; UserError about `what` for other classes."""
+    if architecture not in ENCODER_CLASSES:
+        raise UserError(f"{what} is {architecture}; the supported text encoders are {', '.join(ENCODER_CLASSES)}")
+    return getattr(transformers, architecture), torch_dtype(ENCODER_CLASSES[architecture].dtype)
 
 
 def load_encoder(
@@ -248,24 +243,25 @@ def load_encoder(
         tokenizer = AutoTokenizer.from_pretrained(
             model_path, subfolder=subfolder.replace("text_encoder", "tokenizer"), trust_remote_code=False
         )
-    with loading(f"the configuration of {subfolder} in {model_path}"):
-        config, _ = PreTrainedConfig.get_config_dict(model_path, subfolder=subfolder)
+    config = read_config(model_path, subfolder)
     architecture = (config.get("architectures") or ["a model of no named class"])[0]
-    if architecture not in KINDS:
-        raise UserError(f"{subfolder} in {model_path} is {architecture}; the text encoders known here are {', '.join(KINDS)}")
-    kind = KINDS[architecture]
-    if max_sequence_length and kind.model_class is not T5EncoderModel:
+    model_class, dtype = encoder_class(architecture, f"{subfolder} in {model_path}")
+    if max_sequence_length and not ENCODER_CLASSES[architecture].any_length:
         raise UserError(f"--max_sequence_length is T5's, and text encoder {index} of {model_path} is {architecture}")
-    reading = _reading(model_path, index, kind, embedding, config)
+    pipeline = read_index(model_path)
+    if embedding == "pipeline" and pipeline is None:
+        raise UserError(f"--embedding pipeline needs a pipeline's model_index.json, which {model_path} lacks")
+    masked = bool(config.get("use_attention_mask"))
+    reading = reading_for(pipeline and pipeline["_class_name"], index, architecture, embedding, masked)
     length = max_sequence_length or reading.length or tokenizer.model_max_length
     if length > _NO_LENGTH:
         raise UserError(f"the tokenizer of {subfolder} in {model_path} names no length; pass --max_sequence_length")
     if str(device) == "meta":
         with torch.device("meta"):
-            model = kind.model_class(kind.model_class.config_class.from_dict(config)).to(kind.dtype)
+            model = model_class(model_class.config_class.from_dict(config)).to(dtype)
     else:
         options = {"subfolder": subfolder, "device_map": device_map}
-        model = load_model(kind.model_class, model_path, device, f"the {subfolder} of", kind.dtype, **options)
+        model = load_model(model_class, model_path, device, f"the {subfolder} of", dtype, **options)
     use_lean_activations(model)
     return TextEncoder(model_path, index, subfolder, model, tokenizer, embedding, reading, length)
 

@@ -6,11 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from des.models.families import DTYPES
 from des.utils.errors import UserError
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype for one of the names of `--dtype`."""
+    return getattr(torch, DTYPES[name])
 
 
 @contextlib.contextmanager

@@ -3,14 +3,15 @@
 import contextlib
 import copy
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from des.models.checkpoints import fingerprint
-from des.models.encoders import KINDS, PIPELINES, TextEncoder, read_index, text_encoders
+from des.models.encoders import TextEncoder, encoder_class, family_of, read_index, reading_for, text_encoders
+from des.models.families import DIFFUSION, ENCODER_CLASSES, MOST_ENCODERS, REFINER_CLASS, Family
+from des.models.families import DTYPES as _DTYPES
 from des.models.identity import component_sha256s, scheduler_sha256
-from des.models.loading import load_model, loading
+from des.models.loading import load_model, loading, torch_dtype
 from des.models.shift import embedding_of, load_measured
 from des.utils.errors import UserError
 from des.utils.logs import logger
@@ -21,64 +22,16 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, Dif
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
-from transformers import PreTrainedTokenizerBase, T5EncoderModel
+from transformers import PreTrainedTokenizerBase
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-MODES = {"text": None, "image": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpainting}
-DIFFUSION = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "dpm": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
+DTYPES = {name: torch_dtype(name) for name in _DTYPES}
+_FROM_PIPE = {"image": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpainting}
 LATENT_DIFFUSION = {  # as the published scheduler files of Stable Diffusion say; without them latents would be clipped to -1..1
     "clip_sample": False,
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
     "steps_offset": 1,
 }
-FLOW = {"flow_euler": "FlowMatchEulerDiscreteScheduler", "flow_heun": "FlowMatchHeunDiscreteScheduler"}
-SCHEDULERS = (*DIFFUSION, *FLOW)
-
-
-@dataclass(frozen=True)
-class Family:
-    """How pipelines of one class are opened and what they draw with by default; a further family is one entry of FAMILIES."""
-
-    dtype: str
-    model_types: tuple[str, ...]  # its names for `--model_type`
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
-    negative_prompt: bool = True
-    schedulers: dict[str, str] = field(default_factory=lambda: DIFFUSION)
-    options: dict[str, Any] = field(default_factory=dict)  # for `from_pretrained`
-
-
-FAMILIES = {
-    "StableDiffusionPipeline": Family(
-        "fp32", ("sd_v1", "sd_v2"), options={"safety_checker": None, "requires_safety_checker": False}
-    ),
-    "StableDiffusionXLPipeline": Family("fp16", ("sdxl",), options={"add_watermarker": False}),
-    "StableDiffusion3Pipeline": Family("bf16", ("sd_v3",), 28, 7.0, schedulers=FLOW),
-    "FluxPipeline": Family("bf16", ("flux",), 50, 3.5, negative_prompt=False, schedulers=FLOW),
-}
-MODEL_TYPES = tuple(name for family in FAMILIES.values() for name in family.model_types)
-REFINER_CLASS = "StableDiffusionXLImg2ImgPipeline"
-SD2_WIDTH = 1024  # OpenCLIP-H, which tells SD 2.x from 1.x
-_PAPERS_SCHEDULER = {"sd_v1": "ddim", "sd_v2": "euler"}  # the others keep their own
-
-
-def family_of(model_path: str) -> Family:
-    """The family of a pipeline, by the class in its model_index.json; UserError where it has none that is known here."""
-    index = read_index(model_path)
-    name = index["_class_name"] if index else "folder without model_index.json"
-    if name not in FAMILIES:
-        raise UserError(f"{model_path} is a {name}; generation knows {', '.join(FAMILIES)}")
-    return FAMILIES[name]
 
 
 def dtype_for(family: Family, device: torch.device, asked: str | None) -> torch.dtype:
@@ -98,28 +51,27 @@ def open_pipeline(
     Raises UserError for a class that is not known here, one that is not the `model_type` asked for, or incomplete files.
     """
     family, index = family_of(model_path), read_index(model_path)
+    if model_type and model_type != family.name:
+        raise UserError(f"--model_type {model_type} was asked for, but {model_path} is a {family.name}")
+    if scheduler and scheduler not in family.schedulers:
+        raise UserError(f"--scheduler {scheduler} does not suit a {family.name}, which takes {', '.join(family.schedulers)}")
+    if mode not in family.modes:
+        raise UserError(f"{model_path} is a {family.name}, which draws from text only; leave --init_images out")
     variant = _variant(model_path, dtype)
     encoders = {}
     for name in text_encoders(model_path).values():
-        kind = KINDS.get(index[name][1])
-        if kind is None:
-            raise UserError(f"{name} of {model_path} is a {index[name][1]}; those known here are {', '.join(KINDS)}")
+        model_class, _ = encoder_class(index[name][1], f"{name} of {model_path}")
         options = {"subfolder": name, "variant": variant}
-        encoders[name] = load_model(kind.model_class, model_path, "cpu", f"the {name} of", dtype, **options)
+        encoders[name] = load_model(model_class, model_path, "cpu", f"the {name} of", dtype, **options)
     with loading(f"the pipeline {model_path}"):
         pipeline_class = getattr(diffusers, index["_class_name"])
         pipe = pipeline_class.from_pretrained(model_path, dtype=dtype, variant=variant, **family.options, **encoders)
     _check_complete(pipe, model_path)
-    actual = family.model_types[-1 if pipe.text_encoder.config.hidden_size == SD2_WIDTH else 0]
-    if model_type and model_type != actual:
-        raise UserError(f"--model_type {model_type} was asked for, but {model_path} is a {actual}")
-    scheduler = scheduler or _PAPERS_SCHEDULER.get(actual)
+    scheduler = scheduler or family.scheduler
     if scheduler:
-        if scheduler not in family.schedulers:
-            raise UserError(f"--scheduler {scheduler} does not suit a {actual}, which takes {', '.join(family.schedulers)}")
         pipe.scheduler = as_scheduler(pipe.scheduler, getattr(diffusers, family.schedulers[scheduler]))
-    if MODES[mode]:
-        pipe = MODES[mode].from_pipe(pipe, **family.options)
+    if mode in _FROM_PIPE:
+        pipe = _FROM_PIPE[mode].from_pipe(pipe, **family.options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -190,7 +142,7 @@ def _check_complete(pipe: DiffusionPipeline, model_path: str) -> None:
 
 def encoder_modules(pipe: DiffusionPipeline) -> dict[int, nn.Module]:
     """The text encoders that a pipeline draws with, by their 1-based index."""
-    names = {i: _encoder_name(i) for i in range(1, 1 + max(map(max, PIPELINES.values())))}
+    names = {i: _encoder_name(i) for i in range(1, 1 + MOST_ENCODERS)}
     return {i: getattr(pipe, name) for i, name in names.items() if getattr(pipe, name, None) is not None}
 
 
@@ -198,9 +150,9 @@ def text_encoder(pipe: DiffusionPipeline, index: int, embedding: str = "last_hid
     """Text encoder `index` (1-based) of a pipeline with its tokenizer, as `load_encoder` loads one of its own."""
     name = _encoder_name(index)
     model, tokenizer = getattr(pipe, name), getattr(pipe, name.replace("text_encoder", "tokenizer"))
-    reading = KINDS[type(model).__name__].last_hidden_state
-    if embedding == "pipeline":
-        reading = PIPELINES[re.sub("Img2Img|Inpaint", "", type(pipe).__name__)][index]
+    base_class = re.sub("Img2Img|Inpaint", "", type(pipe).__name__)
+    masked = bool(getattr(model.config, "use_attention_mask", False))
+    reading = reading_for(base_class, index, type(model).__name__, embedding, masked)
     length = reading.length or tokenizer.model_max_length
     return TextEncoder(pipe.name_or_path, index, name, model, tokenizer, embedding, reading, length)
 
@@ -208,8 +160,8 @@ def text_encoder(pipe: DiffusionPipeline, index: int, embedding: str = "last_hid
 def readers(pipe: DiffusionPipeline, max_sequence_length: int | None = None) -> dict[str, tuple[PreTrainedTokenizerBase, int]]:
     """The tokenizer of each text encoder that a pipeline draws with, and how many tokens of a prompt it reads."""
     encoders = [text_encoder(pipe, i, "pipeline") for i in encoder_modules(pipe)]
-    of_t5 = [max_sequence_length if isinstance(each.model, T5EncoderModel) else None for each in encoders]
-    return {each.subfolder: (each.tokenizer, length or each.length) for each, length in zip(encoders, of_t5, strict=True)}
+    long = {each.index for each in encoders if max_sequence_length and ENCODER_CLASSES[type(each.model).__name__].any_length}
+    return {each.subfolder: (each.tokenizer, max_sequence_length if each.index in long else each.length) for each in encoders}
 
 
 def _encoder_name(index: int) -> str:

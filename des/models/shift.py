@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from des.models.checkpoints import load_checkpoint, read_metadata
-from des.models.encoders import EMBEDDINGS, TextEncoder
+from des.models.encoders import TextEncoder
+from des.models.families import EMBEDDINGS
 from des.utils.logs import logger
 
 import torch
@@ -139,6 +140,6 @@ def concepts_of(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def embedding_of(path: Path) -> str:
-    """Which embedding a checkpoint was trained on, one of `des.models.encoders.EMBEDDINGS`; the paper's where it does not say."""
+    """Which embedding a checkpoint was trained on, one of `des.models.families.EMBEDDINGS`; the paper's where it does not say."""
     named = read_metadata(path).get("embedding")
     return named if named in EMBEDDINGS else EMBEDDINGS[0]

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from des.data.prompt_sets import SETS
+from des.models.encoders import family_of
 from des.models.loading import loading
-from des.models.pipelines import SD2_WIDTH, family_of
 from des.tables.cells import PromptSet, World
+from des.utils.errors import UserError
 from des.utils.scripts import ROOT
 
 from huggingface_hub import hf_hub_download
@@ -45,14 +46,15 @@ def model_name(model_path: str) -> str:
 
     SD 1.4 and 1.5 have the same configuration. Raises UserError for a model that generate.py does not know.
     """
-    kinds = family_of(model_path).model_types
-    if "sd_v2" in kinds:
-        return "SD v2" if _config(model_path, "text_encoder").get("hidden_size") == SD2_WIDTH else "SD v1.5"
-    if "sd_v3" in kinds:  # SD3.5 normalises queries and keys
+    name = family_of(model_path).name
+    if name == "sd_v3":  # SD3.5 normalises queries and keys
         return "SD3.5" if _config(model_path, "transformer").get("qk_norm") else "SD3"
-    if "flux" in kinds:  # the distilled one takes no guidance
+    if name == "flux":  # the distilled one takes no guidance
         return "FLUX.1" if _config(model_path, "transformer").get("guidance_embeds") else "FLUX.1 schnell"
-    return "SDXL"
+    titles = {"sd_v1": "SD v1.5", "sd_v2": "SD v2", "sdxl": "SDXL"}
+    if name not in titles:
+        raise UserError(f"{model_path} is {name}, of which the paper has no table")
+    return titles[name]
 
 
 def _config(model_path: str, part: str) -> dict[str, Any]:

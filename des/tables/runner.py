@@ -10,7 +10,7 @@ from des.data.image_folders import image_of_row
 from des.data.prompts import never_drawn, read_rows
 from des.data.run_record import read_json
 from des.models.checkpoints import read_tensors
-from des.models.encoders import load_encoder, own_name
+from des.models.encoders import load_encoder, per_encoder_name
 from des.tables.build import Cell
 from des.tables.cells import ORIGINAL, PromptSet, Variant, World
 from des.tables.inputs import identity, model_identity
@@ -65,7 +65,7 @@ class Runner:
         unsafe, safe = (self._rows_of(path, f"train_{path.stem}") for path in (self.world.unsafe_csv, self.world.safe_csv))
         codebook = self.out / "codebook"
         common = ("--model_path", self.model_path, "--device", str(self.device))
-        own_codebook = codebook.with_name(own_name(self.model_path, 1, "codebook", "codebook_encoder{i}"))
+        own_codebook = codebook.with_name(per_encoder_name(self.model_path, 1, "codebook", "{stem}_encoder{i}"))
         self.need(
             Job("codebook", "save_codebook.py", (*common, "--csv_path", str(safe), "--save_dir", str(codebook)), (safe,),
                 (own_codebook / "codebook.json",))
@@ -75,7 +75,7 @@ class Runner:
             options["num_epochs"] = 1
         folder = self.out / "checkpoints" / variant.name
         run = f"{float(options['learning_rate'])}_{float(options['lambda_safe'])}"
-        run = own_name(self.model_path, 1, run, "encoder{i}_" + run)
+        run = per_encoder_name(self.model_path, 1, run)
         targets = self.out / f"targets_{options.get('target', 'lowest')}.pth"
         argv = (*common, "--codebook_dir", codebook, "--unsafe_csv_path", unsafe, "--safe_csv_path", safe, "--output_dir", folder,
                 "--safe_embedding_path", targets, "--concept_prompt", self.world.concept_prompt, "--save_every",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from des.data.truncation import truncated_rows
-from des.models.encoders import TextEncoder, own_name
+from des.models.encoders import TextEncoder, per_encoder_name
 from des.utils.errors import UserError
 from des.utils.files import sha256_file, sha256_tensors, sha256_texts, write_json
 from des.utils.locks import locked
@@ -31,7 +31,7 @@ def dtype_name(encoder: TextEncoder) -> str:
 
 def codebook_folder(folder: Path, model_path: str, index: int) -> Path:
     """Where the codebook of one text encoder goes: `folder`, or `{folder}_encoder{i}` for a pipeline with several."""
-    return folder.with_name(own_name(model_path, index, folder.name, folder.name + "_encoder{i}"))
+    return folder.with_name(per_encoder_name(model_path, index, folder.name, "{stem}_encoder{i}"))
 
 
 def find_codebook(folder: Path, model_path: str, index: int) -> "Codebook":

@@ -54,9 +54,9 @@ def clipscore(call):
 @pytest.fixture
 def interrupted(generate, tmp_path, monkeypatch):
     """A run of six images that ended after four."""
-    from des.generation.image_run import Run
+    from des.generation.image_run import RunFolder
 
-    save, drawn = Run.save, []
+    save, drawn = RunFolder.save, []
 
     def until_four(self, key, image):
         if len(drawn) == 4:
@@ -65,7 +65,7 @@ def interrupted(generate, tmp_path, monkeypatch):
         return save(self, key, image)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", until_four)
+        patch.setattr(RunFolder, "save", until_four)
         assert "stopped by the test" in generate().err
     return tmp_path / "results/none/tiny-sd/t2i"
 

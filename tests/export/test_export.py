@@ -111,7 +111,7 @@ def test_comfyui_names_of_the_published_sizes(name):
         assert tuple(named[key].shape) == shape
 
 
-@pytest.mark.parametrize(("name", "indices"), [("sdxl", (1, 2)), ("sd_v3", (3,)), ("flux", (1, 2))])
+@pytest.mark.parametrize(("name", "indices"), [("sdxl", (1, 2)), ("sd_v3", (3,)), ("flux", (1, 2)), ("chroma", (1,))])
 def test_a_pipeline_loads_whole_with_the_protected_encoders(call, family, tmp_path, name, indices):
     model = family(name)
     done, encoders = export(call, model, tmp_path, "pipeline", indices)
@@ -176,6 +176,14 @@ def test_comfyui_files(call, family, tmp_path):
             assert file.metadata() == {"format": "pt"} and set(file.keys()) == names
             own = {name.removeprefix("text_model."): tensor for name, tensor in encoder.model.state_dict().items()}
             assert all(torch.equal(file.get_tensor(key), own[key.removeprefix("text_model.")]) for key in names)
+
+
+def test_comfyui_file_of_a_family_with_t5_alone(call, family, tmp_path):
+    done, encoders = export(call, family("chroma"), tmp_path, "comfyui")
+    assert done.code == 0, done.err
+    tensors, state = load_file(tmp_path / "out/t5xxl.safetensors"), encoders[1].model.state_dict()
+    assert tensors.keys() == state.keys() - {"encoder.embed_tokens.weight"}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in tensors.items())
 
 
 def test_comfyui_in_half_precision(call, family, tmp_path):
@@ -286,8 +294,9 @@ def test_a_loras_stated_error_is_measured_and_falls_with_the_rank(call, tiny_pip
 
 REFUSED = {  # family, format, further options, and what the sentence is about
     "a1111 of SDXL": ("sdxl", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "StableDiffusionXLPipeline"),
-    "a1111 of SD 2": ("sd_v2", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "SD 2.x"),
-    "comfyui of SD 2": ("sd_v2", "comfyui", {}, "SD 2.x"),
+    "a1111 of SD 2": ("sd_v2", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "is for sd_v1, and"),
+    "comfyui of SD 2": ("sd_v2", "comfyui", {}, "is sd_v2"),
+    "lora of Chroma": ("chroma", "lora", {}, "ChromaPipeline"),
     "lora of FLUX": ("flux", "lora", {}, "FluxPipeline"),
     "a1111 without its base": ("sd_v1", "a1111", {}, "--base_checkpoint"),
     "a rank elsewhere": ("sd_v1", "hf", {"rank": 4}, "--format lora only"),

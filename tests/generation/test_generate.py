@@ -162,7 +162,7 @@ def test_a_list_that_lost_rows_is_seeded_by_its_published_numbers(generate, tmp_
 def test_an_image_that_is_lost_meanwhile_is_not_counted(generate, tmp_path, monkeypatch):
     import des.generation.image_run
 
-    whole = des.generation.image_run.Run.save
+    whole = des.generation.image_run.RunFolder.save
 
     def lose(self, key, image):
         line = whole(self, key, image)
@@ -170,7 +170,7 @@ def test_an_image_that_is_lost_meanwhile_is_not_counted(generate, tmp_path, monk
             self.names[key].unlink()
         return line
 
-    monkeypatch.setattr(des.generation.image_run.Run, "save", lose)
+    monkeypatch.setattr(des.generation.image_run.RunFolder, "save", lose)
     done = generate()
     assert done.failed_in_one_sentence and "1 of 5 images are not in" in done.err and "row 1" in done.err
 

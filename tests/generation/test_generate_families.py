@@ -46,6 +46,7 @@ def pixels(tmp_path, name, results="results"):
     [
         ("sd_v1", "DDIMScheduler", "fp32", 7.5), ("sd_v2", "EulerDiscreteScheduler", "fp32", 7.5), ("sdxl", None, "fp32", 7.5),
         ("sd_v3", "FlowMatchEulerDiscreteScheduler", "bf16", 7.0), ("flux", "FlowMatchEulerDiscreteScheduler", "bf16", 3.5),
+        ("chroma", "FlowMatchEulerDiscreteScheduler", "bf16", 5.0),
     ],
 )  # fmt: skip
 def test_defaults_of_each_family(generate, tmp_path, name, scheduler, dtype, guidance):
@@ -59,7 +60,7 @@ def test_defaults_of_each_family(generate, tmp_path, name, scheduler, dtype, gui
 
 
 def test_steps_default_to_the_familys(generate, tmp_path):
-    for name, steps in {"sd_v1": 50, "sd_v3": 28}.items():
+    for name, steps in {"sd_v1": 50, "sd_v3": 28, "chroma": 35}.items():
         assert generate(name, num_inference_steps=None, prompt="a dog", prompts_csv=None).code == 0
         assert record(tmp_path, name)["num_inference_steps"] == steps
 
@@ -70,10 +71,11 @@ def test_steps_default_to_the_familys(generate, tmp_path):
         ("sd_v1", {"scheduler": "dpm"}), ("sdxl", {"scheduler": "ddim"}), ("sd_v3", {"scheduler": "flow_heun"}), ("sd_v1", {"dtype": "bf16"}),
         ("sd_v1", {"negative_prompt": "a bus"}), ("sdxl", {"negative_prompt": "a bus"}), ("sd_v3", {"negative_prompt": "a bus"}),
         ("sd_v3", {"max_sequence_length": 8}), ("flux", {"max_sequence_length": 8}), ("flux", {"guidance_scale": 9}), ("sd_v2", {"guidance_scale": 1.5}),
+        ("chroma", {"negative_prompt": "a bus"}), ("chroma", {"max_sequence_length": 8}), ("chroma", {"guidance_scale": 9}),
     ],
 )  # fmt: skip
 def test_an_option_changes_the_images(generate, tmp_path, name, options):
-    common = {"dtype": "fp32"} if name in ("sd_v3", "flux") else {}
+    common = {"dtype": "fp32"} if name in ("sd_v3", "flux", "chroma") else {}
     steps = {"num_inference_steps": 4}
     assert generate(name, results_dir="plain", **steps, **common).code == 0
     done = generate(name, results_dir="changed", **steps, **common, **options)
@@ -101,7 +103,8 @@ def test_attention_slicing_draws_the_same(generate, tmp_path, name):
         ("sd_v1", {"mask_images": "m"}, "--init_images"), ("sdxl", {"refiner_path": "r"}, "need --use_refiner"), ("sd_v1", {"height": 13}, "cannot draw"),
         ("sdxl", {"model_type": "sd_v1"}, "is a sdxl"), ("sd_v1", {"enable_model_cpu_offload": []}, "needs a GPU"), ("flux", {"model_type": "sd_v3"}, "is a flux"),
         ("sd_v1", {"init_images": "nowhere", "strength": 0.5}, "no image folder"), ("sdxl", {"use_refiner": [], "refiner_path": "sd"}, "no SDXL refiner"),
-        ("sd_v3", {"max_sequence_length": 600}, "cannot draw"),
+        ("sd_v3", {"max_sequence_length": 600}, "cannot draw"), ("chroma", {"scheduler": "ddim"}, "does not suit"),
+        ("chroma", {"width": 12}, "not divisible by"), ("chroma", {"model_type": "flux"}, "is a chroma"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together(generate, family, tmp_path, name, options, says):
@@ -109,6 +112,15 @@ def test_options_that_do_not_go_together(generate, family, tmp_path, name, optio
     done = generate(name, **options)
     assert done.failed_in_one_sentence and says in done.err, done.err
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_family_that_draws_from_text_only_takes_no_images(generate, tmp_path):
+    (tmp_path / "init").mkdir()
+    for row in range(len(PROMPTS)):
+        Image.new("RGB", (16, 16), "red").save(tmp_path / f"init/{row}.png")
+    done = generate("chroma", init_images="init", strength=0.5)
+    assert done.failed_in_one_sentence and "draws from text only" in done.err, done.err
+    assert not (tmp_path / "results").exists()
 
 
 def test_guidance_of_a_model_distilled_without_it_is_refused(generate, family, tmp_path):

@@ -4,7 +4,7 @@ import json
 import shutil
 
 from des.export.lora import read as read_lora
-from des.models.checkpoints import fingerprint, load_checkpoint, read_tensors, save_checkpoint
+from des.models.checkpoints import fingerprint, load_checkpoint, read_tensors, save_checkpoint, save_published
 from des.models.encoders import identity, load_encoder, not_padding
 from des.models.loading import surplus_layers
 from des.models.pipelines import open_pipeline
@@ -243,3 +243,40 @@ def test_a_checkpoints_folder_has_the_published_names(tmp_path, projected):
     assert {name.split(".")[0] for name in names} == {"text_model", *["text_projection"] * projected}
     again = type(model).from_pretrained(path)
     assert fingerprint(again) == fingerprint(model)
+
+
+def checkpoint_folder(model, index, folder):
+    """A checkpoint folder as --save_format hf writes it, whose weights differ from the model's."""
+    encoder = load_encoder(str(model), index).model
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.05)
+    save_published(encoder, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "change"),
+    [
+        ("sd_v1", 1, {"hidden_act": "gelu"}), ("sd_v1", 1, {"num_attention_heads": 1}), ("sd_v1", 1, {"num_hidden_layers": 1}),
+        ("sdxl", 2, {"layer_norm_eps": 0.01}), ("flux", 2, {"feed_forward_proj": "relu"}),
+        ("chroma", 1, {"relative_attention_max_distance": 16}),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_folder_of_another_computation_is_refused(family, tmp_path, name, index, change):
+    folder, encoder = checkpoint_folder(family(name), index, tmp_path / "c"), load_encoder(str(family(name)), index).model
+    before = fingerprint(encoder)
+    configure(folder, **change)
+    if "feed_forward_proj" in change:
+        configure(folder, dense_act_fn="relu")
+    with pytest.raises(UserError, match=r"was made for another encoder: its config\.json has"):
+        load_checkpoint(encoder, folder)
+    assert fingerprint(encoder) == before
+
+
+@pytest.mark.parametrize("change", [{}, {"eos_token_id": 7, "projection_dim": 5, "attention_dropout": 0.1, "dtype": "float16"}])
+def test_a_checkpoint_folder_whose_config_changes_no_embedding_loads(family, tmp_path, change):
+    folder, encoder = checkpoint_folder(family("sd_v1"), 1, tmp_path / "c"), load_encoder(str(family("sd_v1"))).model
+    configure(folder, **change)
+    load_checkpoint(encoder, folder)
+    assert fingerprint(encoder) != fingerprint(load_encoder(str(family("sd_v1"))).model)

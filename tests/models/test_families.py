@@ -3,7 +3,7 @@
 import json
 
 from des.models.checkpoints import load_checkpoint, published_names
-from des.models.encoders import KINDS, load_encoder, not_padding, text_encoders
+from des.models.encoders import load_encoder, not_padding, text_encoders
 from des.models.pipelines import encoder_modules, open_pipeline, protect
 from des.training.codebook import Codebook, find_codebook
 
@@ -14,7 +14,7 @@ from conftest import GOLDEN, flags, snapshot
 from PIL import Image
 from tiny import build
 
-ENCODERS = {"sd_v1": 1, "sd_v2": 1, "sdxl": 2, "sd_v3": 3, "flux": 2}
+ENCODERS = {"sd_v1": 1, "sd_v2": 1, "sdxl": 2, "sd_v3": 3, "flux": 2, "chroma": 1}
 EACH = [(name, i) for name, count in ENCODERS.items() for i in range(1, count + 1)]
 FLAGS = {1: "text_encoder_path", 2: "text_encoder_2_path", 3: "text_encoder_3_path"}
 PROMPTS = ["a photo of a dog", "", "two people playing tennis"]
@@ -96,7 +96,7 @@ def test_the_pipeline_embedding_is_what_the_denoiser_gets(family, name, index):
     doubled = {f"prompt_{i}": None for i in range(2, ENCODERS[name] + 1)} if name in ("sdxl", "sd_v3", "flux") else {}
     fed = pipe.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, **doubled, **extra)
     widths = {i: module.config.hidden_size for i, module in encoder_modules(pipe).items()}
-    if name in ("sd_v1", "sd_v2"):
+    if name in ("sd_v1", "sd_v2", "chroma"):
         expected = fed[0]
     elif name == "sdxl":
         expected = fed[0].split([widths[1], widths[2]], dim=-1)[index - 1]
@@ -108,7 +108,7 @@ def test_the_pipeline_embedding_is_what_the_denoiser_gets(family, name, index):
         expected = fed[1][:, None] if index == 1 else fed[0]
     assert ours.shape == expected.shape
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=5e-5)
-    if name != "sd_v1" and name != "sd_v2":
+    if name not in ("sd_v1", "sd_v2", "chroma"):
         last = load_encoder(str(family(name)), index)
         last.model.float()
         other = next(last.encode(PROMPTS, 3))
@@ -187,7 +187,8 @@ def published(model, index, path, change=0.05):
 
 
 @pytest.mark.parametrize(
-    ("name", "index"), [("sd_v1", 1), ("sdxl", 1), ("sdxl", 2), ("sd_v3", 1), ("sd_v3", 2), ("sd_v3", 3), ("flux", 2)]
+    ("name", "index"),
+    [("sd_v1", 1), ("sdxl", 1), ("sdxl", 2), ("sd_v3", 1), ("sd_v3", 2), ("sd_v3", 3), ("flux", 2), ("chroma", 1)],
 )
 def test_published_files_load_and_leave_the_projection(family, tmp_path, name, index):
     path = published(family(name), index, tmp_path / "c.pt")
@@ -244,8 +245,7 @@ def test_each_format_loads_to_the_same_weights(train, family, tmp_path, name, in
         encoder.model.state_dict().get("text_projection.weight", torch.ones(1)),
     )
     if save_format == "hf":
-        model_class = KINDS[type(encoder.model).__name__].model_class
-        opened, info = model_class.from_pretrained(path, output_loading_info=True)
+        opened, info = type(encoder.model).from_pretrained(path, output_loading_info=True)
         assert not info["missing_keys"]
         assert all(torch.equal(tensor, opened.state_dict()[key]) for key, tensor in encoder.model.state_dict().items())
 
