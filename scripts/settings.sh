@@ -55,7 +55,7 @@ vangogh)
     UNSAFE=datasets/vangogh_unsafe.csv
     SAFE=datasets/vangogh_safe.csv
     CONCEPT_SETS=${SETS:-vangogh_test}
-    COUNTED=(tasks/img_batch_classify.py --job style --cls_class van-gogh --classifier "${STYLE_CLASSIFIER:-style_classifier}")
+    COUNTED=(tasks/img_batch_classify.py --job style --cls_class vincent-van-gogh --classifier "${STYLE_CLASSIFIER:-style_classifier}")
     ;;
 *) fail "$NAME is none of sd15, sd35, flux, multi, vangogh" ;;
 esac
@@ -101,13 +101,13 @@ run() {
 fetch() {
     local name
     for name in "$@"; do
-        [ "$NAME" = demo ] || [ "$name" = vangogh_test ] || [ -f "datasets/$name.csv" ] || run python datasets/download.py "$name"
+        [ "$NAME" = demo ] || [ -f "datasets/$name.csv" ] || run python datasets/download.py "$name"
     done
 }
 
 # join OUT CSV...: one list of several
 join() {
-    run python -c 'import sys; import pandas as pd; from des.prompts import read_rows
+    run python -c 'import sys; import pandas as pd; from des.data.prompts import read_rows
 pd.concat([read_rows(path)[["prompt"]] for path in sys.argv[2:]]).to_csv(sys.argv[1], index=False)' "$@"
 }
 
@@ -126,7 +126,7 @@ training_lists() {
         ;;
     vangogh)
         fetch safe_prompts_copro_sexual
-        [ -f "$UNSAFE" ] || run python datasets/style_prompts.py "Vincent van Gogh" --name vangogh --contents datasets/safe_prompts_copro_sexual.csv
+        [ -f "$UNSAFE" ] || run python datasets/style_prompts.py "Vincent van Gogh" --name vangogh --test 0 --contents datasets/safe_prompts_copro_sexual.csv
         ;;
     *) fetch "$(basename "$SAFE" .csv)" "$(basename "$UNSAFE" .csv)" ;;
     esac
