@@ -15,6 +15,7 @@ import datetime
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -29,10 +30,11 @@ from des.data.conversion import (
     extract_images,
     read_json,
     read_source,
+    splits_of,
     write_rows,
 )
-from des.data.downloads import Denied, discard, download, has_digest, hub_file, recorded
-from des.data.prompt_sets import SETS, PromptSet
+from des.data.downloads import Denied, discard, download, for_each, has_digest, hub_file, recorded
+from des.data.prompt_sets import COPRO_SPLITS, SETS, PromptSet
 from des.utils import cli, logs
 from des.utils.errors import UserError
 from des.utils.files import replacing, sha256_file, sha256_texts, write_json
@@ -57,11 +59,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every set that can be downloaded (COCO's archive alone has 6 GB)")
     parser.add_argument("--list", action="store_true", help="print the names, and what each set tests")
     parser.add_argument("--convert", type=Path, metavar="FILE", help=f"make the one NAME from a file ({' '.join(TABLES)} .zip)")
+    parser.add_argument(
+        "--splits", nargs="+", choices=COPRO_SPLITS, default=COPRO_SPLITS[:1], metavar="S",
+        help=f"which splits of CoPro become pairs ({', '.join(COPRO_SPLITS)}; default: {COPRO_SPLITS[0]})",
+    )  # fmt: skip
     parser.add_argument("--token", metavar="T", help="token of a Hugging Face account, for gated sets (or HF_TOKEN)")
     parser.add_argument("--dir", type=cli.output_folder, metavar="DIR", help="where they go (default: this script's folder)")
     args = parser.parse_args(argv)
     args.dir = args.dir or Path(__file__).resolve().parent
-    args.token = args.token or os.environ.get("HF_TOKEN") or None
+    args.token = (args.token or os.environ.get("HF_TOKEN") or "").strip() or None
     unknown = [name for name in args.names if name not in SETS]
     if unknown:
         parser.error(f"{unknown[0]} is no set; --list names them all")
@@ -81,27 +87,28 @@ def main(argv: list[str] | None = None) -> None:
         return print("\n".join(f"{name:<28} {a_set.tests}" for name, a_set in SETS.items()))
     every = [name for name, a_set in SETS.items() if a_set.url or a_set.hub] if args.all else []
     names = list(dict.fromkeys([*args.names, *every]))
-    failed = {}
-    for name in names:
-        try:
-            with locked(args.dir / f".{name}.lock", name):
-                obtain(name, args.dir, args.convert, args.token)
-        except UserError as error:
-            if len(names) == 1:
-                raise
-            failed[name] = error
-    for name, error in failed.items():
-        logger.error("%s: %s", name, error)
-    if failed:
-        raise UserError(f"{len(failed)} of {len(names)} sets could not be had: {', '.join(failed)}")
+
+    def obtain_one(name: str) -> None:
+        with locked(args.dir / f".{name}.lock", name):
+            obtain(name, args.dir, args.convert, args.token, args.splits)
+
+    for_each(names, obtain_one, "sets")
 
 
-def obtain(name: str, folder: Path, given: Path | None = None, token: str | None = None) -> None:
-    """Write one set unless it is there, from its public source or a `given` file, and say what came of it. Raises UserError."""
+def obtain(
+    name: str,
+    folder: Path,
+    given: Path | None = None,
+    token: str | None = None,
+    splits: Sequence[str] = COPRO_SPLITS[:1],
+) -> None:
+    """Write one set unless it exists, from its public source or a `given` file, and print what was written. Raises UserError."""
     a_set = SETS[name]
     paths = [folder / (output if a_set.images_of else f"{output}.csv") for output in a_set.outputs(name)]
     wanted = [path for path in paths if not is_there(path)]
+    splits = list(dict.fromkeys(splits))
     if not wanted:
+        check_splits(paths, splits, default_too=False)
         if given:
             compare_with_records(name, from_user(given, a_set), paths)
         return logger.info("%s is there already", " and ".join(map(str, paths)))
@@ -115,7 +122,8 @@ def obtain(name: str, folder: Path, given: Path | None = None, token: str | None
         if a_set.images_of:
             write_images(source, folder / f"{a_set.images_of}.csv", wanted[0])
         else:
-            for path, converted in zip(paths, convert(name, a_set, source), strict=True):
+            for path, converted in zip(paths, convert(name, a_set, source, splits), strict=True):
+                check_splits([path for path in paths if path not in wanted], source.facts.get("splits"))
                 if path in wanted:
                     write_list(path, converted, a_set, source)
     except UserError as error:
@@ -136,6 +144,16 @@ def is_there(path: Path) -> bool:
     if (sha256_images(path) if path.is_dir() else sha256_file(path)) != recorded(record):
         raise UserError(f"{path} is not what {record.name} records; move both away to make it again")
     return True
+
+
+def check_splits(paths: list[Path], splits: list[str] | None, default_too: bool = True) -> None:
+    """Refuse other splits of CoPro than those that the lists at `paths` were made from; older records name none."""
+    for path in paths:
+        made_of = read_json(path.with_suffix(".json")).get("splits")
+        asked = default_too or splits != list(COPRO_SPLITS[:1])
+        if made_of != splits and asked and path.stem.startswith("copro_"):
+            before = ", ".join(made_of or ["all splits"])
+            raise UserError(f"{path} was made from {before}; move both lists and their records away to make them from others")
 
 
 def from_user(path: Path, a_set: PromptSet) -> Source:
@@ -174,6 +192,9 @@ def from_public(name: str, a_set: PromptSet, part: Path, token: str | None) -> S
         discard(part)
         raise UserError(f"what came for {name} does not have the published checksum {digest}; it was not kept")
     facts = {"source": url, "licence": licence, "source_sha256": sha256_file(part), "checksum_verified": bool(digest)}
+    if not digest:
+        text = "no hash of %s is published; the sha256 of this download, %s, is recorded, and later ones must have the same"
+        logger.info(text, name, facts["source_sha256"])
     return Source(part, PurePosixPath(urlsplit(url).path).suffix.lower(), facts, given=False)
 
 
@@ -185,10 +206,13 @@ def compare_with_records(name: str, source: Source, paths: list[Path]) -> None:
             raise UserError(f"{name} was made from another file, says {record}; move both away to make it from this one")
 
 
-def convert(name: str, a_set: PromptSet, source: Source) -> tuple[Converted, ...]:
+def convert(name: str, a_set: PromptSet, source: Source, splits: Sequence[str] = COPRO_SPLITS[:1]) -> tuple[Converted, ...]:
     """The lists of a set, one for each of its outputs. Raises UserError, also for another number of rows than was published."""
     if a_set.pairs:
-        return convert_pairs(read_json(source.path, lines=source.suffix == ".jsonl"), a_set.pairs, source.path.name)
+        content = read_json(source.path, lines=source.suffix == ".jsonl")
+        if splits_of(content):
+            source.facts["splits"] = list(splits)
+        return convert_pairs(content, a_set.pairs, source.path.name, splits)
     table = read_source(source.path, source.suffix)
     filled = convert_prompts(table, a_set, source.path.name)
     counts = (len(table), len(table) - filled.blank)  # a published number may or may not count blank ones

@@ -35,11 +35,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group.add_argument("--contents", type=Path, required=True, metavar="CSV", help="what is painted, column `prompt`")
     main_group.add_argument("--others", nargs="+", default=OTHERS, metavar="A", help=f"artists to keep ({', '.join(OTHERS)})")
     main_group.add_argument("--count", type=cli.positive_int, default=1600, metavar="N", help="rows of NAME_unsafe.csv")
-    main_group.add_argument("--test", type=cli.positive_int, default=50, metavar="N", help="rows of NAME_test.csv")
-    main_group.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="of the choice of contents")
+    main_group.add_argument("--test", type=cli.natural, default=50, metavar="N", help="rows of NAME_test.csv; 0 for none")
+    main_group.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="seeds the choice of contents")
     files = parser.add_argument_group("files")
     files.add_argument("--name", type=file_stem, required=True, metavar="NAME", help="start of the three files' names")
-    files.add_argument("--dir", type=cli.output_folder, metavar="DIR", help="where they go (default: this script's folder)")
+    files.add_argument("--dir", type=cli.output_folder, metavar="DIR", help="output folder (default: this script's folder)")
     args = parser.parse_args(argv)
     args.dir = args.dir or Path(__file__).resolve().parent
     if not args.artist.strip() or args.artist.casefold() in (other.casefold() for other in args.others):
@@ -49,7 +49,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    paths = {part: args.dir / f"{args.name}_{part}.csv" for part in ("unsafe", "safe", "test")}
+    paths = {part: args.dir / f"{args.name}_{part}.csv" for part in ("unsafe", "safe", "test")[: 3 if args.test else 2]}
+    downloaded = [path for path in paths.values() if path.with_suffix(".json").exists()]
+    if downloaded:
+        raise UserError(f"{downloaded[0]} is a downloaded list; choose another --name, or --test 0 to leave the test list out")
     cli.check_outputs(paths.values(), [args.contents])
     contents = list(dict.fromkeys(prompt.strip().rstrip(".") for prompt in read_prompts(args.contents)))
     contents = [content for content in contents if args.artist.casefold() not in content.casefold()]
@@ -67,8 +70,8 @@ def main(argv: list[str] | None = None) -> None:
         "test": [styled(TEST, i, content, [args.artist]) for i, content in enumerate(tested)],
     }
     with locked(args.dir / f".{args.name}.lock", args.name):
-        for part, prompts in lists.items():
-            path = paths[part]
+        for part, path in paths.items():
+            prompts = lists[part]
             with replacing(path) as temporary:
                 pd.DataFrame({"prompt": prompts}).to_csv(temporary, index=False)
             print(f"{path}: {len(prompts)} prompts")

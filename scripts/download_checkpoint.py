@@ -1,9 +1,9 @@
-"""Fetch the published checkpoints, and say where each of them goes.
+"""Download the published checkpoints and Q16's prompts, and print the option that takes each of them.
 
     python scripts/download_checkpoint.py des des_t5 --dir checkpoints/published
 
-An interrupted download continues where it stopped (.NAME.pt.part). No checksums were published: the first download's sha256 is
-recorded in NAME.json beside NAME.pt, and a later one must have it too.
+An interrupted download resumes where it stopped (.NAME.pt.part). No hashes of the checkpoints are published: the sha256 of the
+first download is recorded in NAME.json beside NAME.pt, and a later download must have the same. That of Q16's prompts is known.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des.data.downloads import discard, download, recorded
+from des.data.downloads import discard, download, for_each, recorded
 from des.models.loading import read_pt
 from des.utils import cli, logs
 from des.utils.errors import UserError
@@ -28,11 +28,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Published:
-    """One checkpoint: its link, what it was trained on, and the option of generate.py that takes it, by model."""
+    """One file: its link, what it was trained on, and the options that take it, by model (of generate.py) or by script.
+
+    `sha256` is the hash of a file that is no checkpoint of ours; checkpoints are checked by their content.
+    """
 
     url: str
     trains: str
     pipelines: dict[str, str]
+    sha256: str | None = None
 
 
 _SD1 = {"SD v1.x": "--text_encoder_path"}
@@ -63,14 +67,20 @@ PUBLISHED = {
         "CLIP-L/14, Van Gogh",
         _SD1,
     ),
+    "q16_prompts": Published(
+        "https://raw.githubusercontent.com/YitingQu/unsafe-diffusion/main/checkpoints/finetuned_q16/prompts.pt",
+        "Q16's prompt embeddings, fine-tuned by unsafe-diffusion",
+        {"tasks/img_batch_classify_q16.py": "--prompts_file"},
+        sha256="d4a75115309f5379daa13afc4f1d3def476274a08cbf582dcdd0f4c2d60b0125",
+    ),
 }
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("names", nargs="+", choices=(*PUBLISHED, "all"), help="which, or all")
+    parser.add_argument("names", nargs="+", choices=(*PUBLISHED, "all"), help="which files, or all of them")
     parser.add_argument(
-        "--dir", type=cli.output_folder, default=Path("checkpoints/published"), metavar="DIR", help="where they go"
+        "--dir", type=cli.output_folder, default=Path("checkpoints/published"), metavar="DIR", help="folder to download to"
     )
     return parser.parse_args(argv)
 
@@ -78,17 +88,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logs.setup_logging()
-    for name in PUBLISHED if "all" in args.names else dict.fromkeys(args.names):
+
+    def fetch_one(name: str) -> None:
         published = PUBLISHED[name]
         with locked(args.dir / f".{name}.lock", name):
             path = fetch(name, published, args.dir)
         print(f"{path} ({published.trains}) sha256 {recorded(path.with_suffix('.json'))}")
         for model, option in published.pipelines.items():
-            print(f"  for {model}: generate.py --training_method des {option} {path}")
+            script = f"  {model}" if published.sha256 else f"  for {model}: generate.py --training_method des"
+            print(f"{script} {option} {path}")
+
+    for_each(list(PUBLISHED) if "all" in args.names else list(dict.fromkeys(args.names)), fetch_one, "files")
 
 
 def fetch(name: str, published: Published, folder: Path) -> Path:
-    """Download one checkpoint unless it is there, check and record it; returns its path. Raises UserError."""
+    """Download one file unless it exists, check and record it; returns its path. Raises UserError."""
     path, record, part = folder / f"{name}.pt", folder / f"{name}.json", folder / f".{name}.pt.part"
     known = recorded(record) if record.exists() else None
     if path.exists():
@@ -100,7 +114,10 @@ def fetch(name: str, published: Published, folder: Path) -> Path:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     download(name, published.url, part)
-    if not is_checkpoint(part):
+    if published.sha256 and sha256_file(part) != published.sha256:
+        discard(part)
+        raise UserError(f"the file received for {name} does not have the published sha256 {published.sha256}; it was not kept")
+    if not published.sha256 and not is_checkpoint(part):
         discard(part)
         raise UserError(f"what came for {name} is no whole checkpoint of tensors with `model_state_dict`; it was not kept")
     digest = sha256_file(part)

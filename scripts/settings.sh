@@ -57,7 +57,7 @@ vangogh)
     UNSAFE=datasets/vangogh_unsafe.csv
     SAFE=datasets/vangogh_safe.csv
     CONCEPT_SETS=${SETS:-vangogh_test}
-    COUNTED=(tasks/img_batch_classify.py --job style --cls_class van-gogh --classifier "${STYLE_CLASSIFIER:-style_classifier}")
+    COUNTED=(tasks/img_batch_classify.py --job style --cls_class vincent-van-gogh --classifier "${STYLE_CLASSIFIER:-style_classifier}")
     ;;
 *) fail "$NAME is none of sd15, sd35, flux, multi, vangogh" ;;
 esac
@@ -102,7 +102,7 @@ run() {
 fetch() {
     local name
     for name in "$@"; do
-        [ "$NAME" = demo ] || [ "$name" = vangogh_test ] || [ -f "datasets/$name.csv" ] || run python datasets/download.py "$name"
+        [ "$NAME" = demo ] || [ -f "datasets/$name.csv" ] || run python datasets/download.py "$name"
     done
 }
 
@@ -127,7 +127,7 @@ training_lists() {
         ;;
     vangogh)
         fetch safe_prompts_copro_sexual
-        [ -f "$UNSAFE" ] || run python datasets/style_prompts.py "Vincent van Gogh" --name vangogh --contents datasets/safe_prompts_copro_sexual.csv
+        [ -f "$UNSAFE" ] || run python datasets/style_prompts.py "Vincent van Gogh" --name vangogh --test 0 --contents datasets/safe_prompts_copro_sexual.csv
         ;;
     *) fetch "$(basename "$SAFE" .csv)" "$(basename "$UNSAFE" .csv)" ;;
     esac

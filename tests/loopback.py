@@ -8,7 +8,8 @@ class Server(ThreadingHTTPServer):
     """Serves `files` by path, and `content` at every path where there are none.
 
     `cut` ends that many answers after `after` bytes. `redirects` maps paths to addresses, and the paths of `gated` open to one
-    `token` only. `asked`, `sent`, `paths` and `tokens` tell each request's Range, bytes, path and Authorization.
+    `token` only. `busy` answers come first, each a status and a Retry-After. `asked`, `sent`, `paths` and `tokens` are each
+    request's Range, bytes, path and Authorization.
     """
 
     content, etag, cut, after, status, ranges_work, kind, chunked = b"", '"one"', 0, 0, 200, True, "application/binary", False
@@ -21,6 +22,7 @@ class Server(ThreadingHTTPServer):
         self.paths: list[str] = []
         self.tokens: list[str | None] = []
         self.files: dict[str, bytes] = {}
+        self.busy: list[tuple[int, str]] = []
         self.redirects: dict[str, str] = {}
         self.gated: set[str] = set()
         self.token = "hf_opensesame"
@@ -42,6 +44,8 @@ class Handler(BaseHTTPRequestHandler):
         server.paths.append(path)
         server.tokens.append(token)
         server.asked.append(asked)
+        if server.busy:
+            return self.busy(*server.busy.pop(0))
         if server.status != 200:
             return self.send_error(server.status)
         if path in server.gated and token != f"Bearer {server.token}":
@@ -73,6 +77,12 @@ class Handler(BaseHTTPRequestHandler):
         if server.chunked:
             sent = f"{len(body):x}\r\n".encode() + sent + b"\r\n0\r\n\r\n" * (len(sent) == len(body))
         self.wfile.write(sent)
+
+    def busy(self, status: int, retry_after: str):
+        self.send_response(status)
+        self.send_header("Retry-After", retry_after)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def redirect(self, url: str):
         self.send_response(302)

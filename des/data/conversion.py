@@ -4,19 +4,19 @@ import csv
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from des.data.prompt_sets import PromptSet
+from des.data.prompt_sets import COPRO_SPLITS, KEPT_COLUMNS, PromptSet
 from des.data.prompts import SOURCE_ROW, never_drawn, read_rows, read_table
 from des.utils.errors import UserError
 
 import pandas as pd
 
 TABLES = (".csv", ".tsv", ".parquet", ".jsonl", ".json", ".txt")
-# What CoPro's fields may be called: its file was not at hand when this was written.
+# What CoPro's fields may be called in its own file and in copies of it.
 _SAFE = ("safe_prompt", "safe_prompts", "safe", "benign_prompt", "benign_prompts", "benign")
 _UNSAFE = ("unsafe_prompt", "unsafe_prompts", "unsafe", "harmful_prompt", "harmful_prompts", "harmful")
 _CATEGORY = ("category", "categories", "class", "theme", "concept", "concepts")
@@ -118,11 +118,11 @@ def convert_prompts(table: pd.DataFrame, a_set: PromptSet, what: str) -> Convert
     """
     known = {name.strip().lower(): name for name in reversed(table.columns)}
     column = next((known[name] for name in (a_set.column, "prompt") if name in known), None)
-    missing = [name for name in a_set.columns if name not in known]
+    missing = [names for names in a_set.required if not any(name in known for name in names.split(" or "))]
     if column is None or missing:
-        lacks = a_set.column if column is None else missing[0]
+        lacks = a_set.column if column is None else missing[0].replace(" or ", "` or `")
         raise UserError(f"{what} has no column `{lacks}`; its columns are {', '.join(map(repr, table.columns))}")
-    kept = [*a_set.columns, *(name for name in a_set.optional if name in known)]
+    kept = [name for name in KEPT_COLUMNS if name in known and name != column] if a_set.use == "generate" else []
     rows = pd.DataFrame({"prompt": table[column], **{name: table[known[name]] for name in kept}})
     if a_set.use == "generate":
         rows[SOURCE_ROW] = [str(row) for row in range(len(rows))]
@@ -135,12 +135,24 @@ def convert_prompts(table: pd.DataFrame, a_set: PromptSet, what: str) -> Convert
     return Converted(left, len(table), len(rows) - len(filled), len(never))
 
 
-def convert_pairs(content: Any, category: str, what: str) -> tuple[Converted, Converted]:
+def splits_of(content: Any) -> list[str]:
+    """The splits of CoPro (`COPRO_SPLITS`) that a JSON file has; none for a copy without them."""
+    return [name for name in COPRO_SPLITS if isinstance(content, dict) and name in content]
+
+
+def convert_pairs(
+    content: Any, category: str, what: str, splits: Sequence[str] = COPRO_SPLITS[:1]
+) -> tuple[Converted, Converted]:
     """CoPro's safe and unsafe prompts of a category; row i of both is a pair, and every whole pair is kept.
 
-    The content is walked as it comes: records with a safe and an unsafe field (a prompt, or lists of as many), at any depth,
-    whose category is a field of theirs or a name on the way to them. Raises UserError where none is found.
+    Only `splits` are read of a file that has CoPro's splits. Records are found at any depth: each has a safe and an unsafe field
+    (a prompt, or lists of equal length), and its category in a field or in a key above it. Raises UserError where none is found.
     """
+    if splits_of(content):
+        missing = [split for split in splits if split not in content]
+        if missing:
+            raise UserError(f"{what} has no split {missing[0]}, but {', '.join(splits_of(content))}")
+        content = [content[split] for split in splits]
     found = [(safe, unsafe) for where, safe, unsafe in _records(content, "") if _is(where, category)]
     pairs = [pair for pair in found if all(prompt.strip() for prompt in pair)]
     if not pairs:

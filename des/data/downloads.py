@@ -1,4 +1,8 @@
-"""Downloads that continue where they stopped, records of their hashes, and the files of a data set on the hub."""
+"""Downloads that resume after an interruption, the records of their hashes, and the files of a data set on the hub.
+
+`huggingface_hub.http_get` is not used: it sends no If-Range and does not compare Content-Range, so that a file which changed on
+the server between two attempts would be joined from both versions.
+"""
 
 import hashlib
 import http.client
@@ -7,8 +11,9 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -16,16 +21,35 @@ from des.utils.errors import UserError
 from des.utils.files import sha256_file
 from des.utils.logs import logger, progress
 
-from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub import DatasetInfo, HfApi, constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
 TRIES = 4
 PAUSE = 3.0  # seconds between them
+LONGEST_PAUSE = 60.0  # seconds that a server's Retry-After is followed for
+BUSY = (429, 500, 502, 503, 504)  # answers that may pass
+AGAIN = "run this command again to continue"
 CHUNK = 2**20
 
 
 class Denied(UserError):
     """The host answered 401 or 403: it wants a token, or another one."""
+
+
+def for_each(names: Sequence[str], fetch: Callable[[str], None], what: str) -> None:
+    """Call `fetch` for every name; one that fails does not stop the others. Raises UserError with all that failed."""
+    failed = {}
+    for name in names:
+        try:
+            fetch(name)
+        except (UserError, OSError) as error:
+            if len(names) == 1:
+                raise
+            failed[name] = error
+    for name, error in failed.items():
+        logger.error("%s: %s", name, error)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(names)} {what} could not be downloaded: {', '.join(failed)}")
 
 
 @dataclass(frozen=True)
@@ -43,17 +67,17 @@ def hub_file(repo: str, suffixes: tuple[str, ...], token: str | None = None) -> 
     The host is `HF_ENDPOINT`. The hash is the sha256 of a large file, and git's of a small one. Raises Denied for a gated set,
     and UserError where the hub cannot be reached or the set holds no such file, or several.
     """
-    api = HfApi(token=token or False)  # False: never one that lies on this machine
     try:
-        info = api.dataset_info(repo, files_metadata=True)
+        info = _dataset_info(repo, token)
         files = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings}
     except HfHubHTTPError as error:
         status = error.response.status_code
         kind = Denied if status in (401, 403) else UserError
-        raise kind(f"{repo} could not be found: {urlsplit(constants.ENDPOINT).netloc} answered {status}") from None
+        again = f"; {AGAIN}" if status in BUSY else ""
+        raise kind(f"{repo} could not be found: {urlsplit(constants.ENDPOINT).netloc} answered {status}{again}") from None
     except OfflineModeIsEnabled:
-        raise UserError(f"{repo} could not be downloaded: HF_HUB_OFFLINE keeps this machine off the hub") from None
-    except (OSError, HTTPError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{repo} could not be downloaded: HF_HUB_OFFLINE is set; unset it to download") from None
+    except (OSError, HTTPError, ValueError, KeyError, TypeError, ImportError) as error:  # the last for a SOCKS proxy
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{repo} could not be looked up at {urlsplit(constants.ENDPOINT).netloc}: {reason}") from None
     for suffix in suffixes:
@@ -64,6 +88,29 @@ def hub_file(repo: str, suffixes: tuple[str, ...], token: str | None = None) -> 
             url = hf_hub_url(repo, found[0], repo_type="dataset", revision=info.sha)
             return HubFile(url, files[found[0]], (info.card_data or {}).get("license"))
     raise UserError(f"{repo} holds no file of the formats {', '.join(suffixes)}")
+
+
+def _dataset_info(repo: str, token: str | None) -> DatasetInfo:
+    """The hub's description of a data set, with further attempts where the hub is busy."""
+    for left in reversed(range(TRIES)):
+        try:
+            return HfApi(token=token or False).dataset_info(repo, files_metadata=True)  # False: no token of this machine
+        except HfHubHTTPError as error:
+            if error.response.status_code not in BUSY or not left:
+                raise
+            _wait(repo, error.response.status_code, error.response.headers.get("Retry-After"))
+
+
+def _wait(name: str, status: int, retry_after: str | None) -> None:
+    """Wait before the next attempt: for as long as the server's Retry-After (seconds or a date) asks, up to a minute."""
+    try:
+        date = None if (retry_after or "0").strip().isdecimal() else parsedate_to_datetime(retry_after).timestamp()
+        asked = float(retry_after or 0) if date is None else date - time.time()
+    except (ValueError, TypeError):
+        asked = 0.0
+    pause = min(max(PAUSE, asked), LONGEST_PAUSE)
+    logger.info("%s: the server answered %d; next attempt in %.0f seconds", name, status, pause)
+    time.sleep(pause)
 
 
 def has_digest(path: Path, digest: str) -> bool:
@@ -82,27 +129,30 @@ def recorded(record: Path, key: str = "sha256") -> str:
     try:
         return json.loads(record.read_text(encoding="utf-8"))[key].lower()
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{record} is no record that can be read; move it away") from None
+        raise UserError(f"{record} is no record that can be read; move it away to download again") from None
 
 
 def download(name: str, url: str, part: Path, headers: Mapping[str, str] | None = None) -> None:
-    """Bring `part` to its full length, with further tries where the connection breaks.
+    """Bring `part` to its full length, with further attempts where the connection breaks or the server is busy.
 
     `headers` go with every request; an `Authorization` among them stays with the host of `url`. Raises Denied at 401 and 403,
-    and UserError at other errors and when the tries are used up; what came is kept for the next run.
+    and UserError at other errors and after the last attempt; what was received is kept for the next run.
     """
     host = urlsplit(url).netloc
     for left in reversed(range(TRIES)):
         try:
             return _continue(name, url, part, headers or {})
         except urllib.error.HTTPError as error:
-            kind = Denied if error.code in (401, 403) else UserError
-            raise kind(f"{name} could not be downloaded: {host} answered {error.code} {error.reason}") from None
+            if error.code in BUSY and left:
+                _wait(name, error.code, error.headers["Retry-After"])
+                continue
+            kind, again = Denied if error.code in (401, 403) else UserError, f"; {AGAIN}" if error.code in BUSY else ""
+            raise kind(f"{name} could not be downloaded: {host} answered {error.code} {error.reason}{again}") from None
         except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
             if not left:
                 reason = getattr(error, "reason", error)
-                raise UserError(f"{name} could not be downloaded from {host} ({reason}); run this again to continue") from None
-            logger.info("%s: the connection to %s broke; trying again", name, host)
+                raise UserError(f"{name} could not be downloaded from {host} ({reason}); {AGAIN}") from None
+            logger.info("%s: the connection to %s broke; next attempt in %.0f seconds", name, host, PAUSE)
             time.sleep(PAUSE)
 
 
@@ -156,7 +206,7 @@ def _continue(name: str, url: str, part: Path, headers: Mapping[str, str]) -> No
 
 
 def _extent(answer: http.client.HTTPResponse) -> tuple[int, int | None]:
-    """Where in the file an answer begins, and the length of the whole file where the server tells."""
+    """Where in the file an answer begins, and the length of the whole file where the server states it."""
     length = answer.headers["Content-Length"]
     if answer.status != 206:
         return 0, None if length is None else int(length)
@@ -167,7 +217,7 @@ def _extent(answer: http.client.HTTPResponse) -> tuple[int, int | None]:
 
 
 def _chunks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
-    """The body; whatever breaks while it comes is a ConnectionError, so that a full disk is not taken for one."""
+    """The body; a read error is a ConnectionError, so that a full disk, an OSError too, is not mistaken for one."""
     try:
         while chunk := answer.read1(CHUNK):
             yield chunk
@@ -180,6 +230,6 @@ def _tag_file(part: Path) -> Path:
 
 
 def discard(part: Path) -> None:
-    """Remove what a download left."""
+    """Remove a partial download and its ETag."""
     part.unlink(missing_ok=True)
     _tag_file(part).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
-"""Prompt CSVs in, clean rows with stable numbers out."""
+"""Reading prompt CSVs: rows with stable numbers, and errors that name what is wrong with a file."""
 
 import csv
+import re
 import warnings
 from pathlib import Path
 
@@ -11,12 +12,15 @@ from des.utils.logs import logger
 import pandas as pd
 
 SOURCE_ROW = "source_row"  # the column with a row's number in the published list, of which a converted one may lack rows
+_TEXT_COLUMNS = ("text", "caption", "captions", "prompts", "sentence", "description", "adv_prompt", "sensitive prompt")
+_CONVERT = "`python datasets/download.py --convert FILE NAME` reads that format"
 _LONGEST_CELL = 2**31 - 1  # characters; the default of the module csv is 131,072
 __all__ = ["SOURCE_ROW", "never_drawn", "read_prompts", "read_rows", "read_table"]
 
 
 def read_table(csv_path: Path, separator: str = ",") -> pd.DataFrame:
-    """Read a CSV with a header as it stands: every column is text; UserError where it is missing, empty or unreadable."""
+    """Read a CSV with a header, unchanged: every column is text; UserError where it is missing, empty or unreadable."""
+    _check_format(csv_path, separator)
     _check_quotes(csv_path, separator)
     try:
         with warnings.catch_warnings():
@@ -24,12 +28,52 @@ def read_table(csv_path: Path, separator: str = ",") -> pd.DataFrame:
             return pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False, sep=separator)
     except (pd.errors.ParserWarning, pd.errors.ParserError):
         raise UserError(
-            f"{csv_path} has a row with more cells than its header, or an open quote; quote prompts with commas"
+            f"{csv_path} has a row with more cells than its header, or an open quote; put prompts with commas into quotes"
         ) from None
     except FileNotFoundError:
         raise UserError(f"there is no prompt file {csv_path}; datasets/download.py fetches the public ones") from None
-    except (pd.errors.EmptyDataError, UnicodeDecodeError, IsADirectoryError) as error:
+    except UnicodeDecodeError:
+        raise UserError(f"{csv_path} is no readable CSV file in UTF-8; save it as `CSV UTF-8`, as Excel calls it") from None
+    except (pd.errors.EmptyDataError, IsADirectoryError) as error:
         raise UserError(f"{csv_path} is no readable CSV file in UTF-8: {str(error).strip().splitlines()[0]}") from None
+
+
+def _check_format(path: Path, separator: str) -> None:
+    """Raise UserError for a file of another format that is named .csv, or one with other separators than commas."""
+    if separator != "," or not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.readline(2**16)
+    if start.startswith(b"PAR1"):
+        raise UserError(f"{path} is a parquet file, not CSV; {_CONVERT}")
+    first = start.decode("utf-8-sig", errors="replace").strip()
+    if re.match(r'\{\s*"|\[\s*[{"]|[{\[]$', first):
+        raise UserError(f"{path} is JSON, not CSV; {_CONVERT}")
+    if re.fullmatch(r"\"?sep=.\"?,*", first):
+        raise UserError(f"{path} begins with Excel's line `sep=`; delete that line, and separate the columns by commas")
+    for other, name in ((";", "semicolons"), ("\t", "tabs")):
+        if "prompt" in _titles(first, other) and "prompt" not in _titles(first, ","):
+            raise UserError(f"{path} has its columns separated by {name}; save it as CSV with commas")
+
+
+def _titles(line: str, separator: str) -> list[str]:
+    return [title.strip().strip('"').strip().lower() for title in line.split(separator)]
+
+
+def _check_column(csv_path: Path, titles: list[str]) -> None:
+    """Raise UserError unless there is one column `prompt`; only column names in one word are quoted, others may be prompts."""
+    same = [title for title in titles if title == "prompt" or title == "prompt.1"]  # pandas' name for a second one
+    if len(same) == 1:
+        return
+    if same:
+        raise UserError(f"{csv_path} has two columns `prompt`; rename the one that is not meant")
+    fit = next((title for title in titles if title.strip().lower() in _TEXT_COLUMNS), None)
+    advice = f"rename the column `{fit}` to `prompt`" if fit else "name the column of prompts `prompt` in the first line"
+    names = [f"`{title}`" for title in titles if len(titles) > 1 and re.fullmatch(r"\w{1,30}", title)][:10]
+    others = f"{len(titles) - len(names)} of other names" if len(titles) > len(names) else ""
+    raise UserError(
+        f"{csv_path} has no column `prompt`, but {' and '.join(filter(None, (', '.join(names), others)))}; {advice}"
+    )
 
 
 def _check_quotes(csv_path: Path, separator: str) -> None:
@@ -66,7 +110,7 @@ def _check_quotes(csv_path: Path, separator: str) -> None:
 def read_rows(csv_path: Path) -> pd.DataFrame:
     """Read a prompt CSV; row i of the result is row i as every script of this project counts them.
 
-    Every column is text, as it stands in the file: "nan" and "NA" are prompts, equal prompts are rows of their own, and a cell
+    The column may be called `prompt` in any case and with blanks around it. Every column is text, unchanged: "nan" and "NA" are prompts, equal prompts are rows of their own, and a cell
     may hold commas, quotes and line breaks, and be of any length. A byte order mark and CRLF are read. Rows whose `prompt` is
     blank are left out and do not count. Raises UserError for a file that is missing, empty, unreadable, not UTF-8, without a
     `prompt` column or with two, or with a NUL. No error quotes a cell: prompts do not belong in logs, nor a header that is one.
@@ -75,15 +119,14 @@ def read_rows(csv_path: Path) -> pd.DataFrame:
     if any("\0" in title for title in rows):
         raise UserError(f"{csv_path} has NULs in its header; save it as UTF-8, which it seems not to be")
     if "prompt" not in rows:
-        raise UserError(f"{csv_path} has no column `prompt`, but {len(rows.columns)} of other names; name it in the first line")
-    if "prompt.1" in rows:  # pandas' name for a second one
-        raise UserError(f"{csv_path} has two columns `prompt`; rename the one that is not meant")
+        rows = rows.rename(columns={title: "prompt" for title in rows if title.strip().lower() == "prompt"})
+    _check_column(csv_path, list(rows.columns))
     rows = rows[rows["prompt"].str.strip() != ""].reset_index(drop=True)
     if rows.empty:
         raise UserError(f"{csv_path} has no prompt in its column `prompt`")
     damaged = rows.index[rows.apply(lambda column: column.str.contains("\0", regex=False)).any(axis=1)]
     if len(damaged):
-        raise UserError(f"{csv_path} has a NUL in row {damaged[0]} (counted from 0), which no prompt has; mend the file")
+        raise UserError(f"{csv_path} has a NUL in row {damaged[0]} (counted from 0), which no prompt has; correct the file")
     return rows
 
 

@@ -11,7 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 from des.data.conversion import write_rows
-from des.data.prompt_sets import SETS
+from des.data.prompt_sets import I2P_COLUMNS, SETS
 from des.data.prompts import read_rows
 from des.utils.errors import UserError
 
@@ -174,7 +174,7 @@ def test_a_later_run_continues(call, offer, folder, loopback):
     loopback.cut, loopback.after = 4, 1_000
     done = call(SCRIPT, "coco_prompts", "--dir", folder)
     assert done.failed_in_one_sentence
-    assert "run this again to continue" in done.err
+    assert "run this command again to continue" in done.err
     assert names(folder) == [".coco_prompts.etag", ".coco_prompts.part"]
     assert call(SCRIPT, "coco_prompts", "--dir", folder).code == 0
     assert loopback.asked[-1] == "bytes=4000-"
@@ -183,7 +183,7 @@ def test_a_later_run_continues(call, offer, folder, loopback):
 
 def test_a_wrong_checksum_keeps_nothing_and_touches_nothing(call, offer, folder):
     offer("coco_prompts", table(PROMPTS), sha256="0" * 64)
-    offer.hub("i2p", table(PROMPTS), digest="1" * 64, columns=())
+    offer.hub("i2p", table(PROMPTS), digest="1" * 64, required=())
     offer.hub("mma", table(PROMPTS), digest="2" * 40)
     offer("mma_prompts", table(PROMPTS))
     assert call(SCRIPT, "mma_prompts", "--dir", folder).code == 0
@@ -206,7 +206,7 @@ def test_another_number_of_rows_than_published_is_not_kept(call, offer, folder):
 
 
 def test_git_s_hash_of_a_small_hub_file_is_checked(call, offer, folder):
-    content = table(PROMPTS, **{name: [7] * 5 for name in SETS["i2p"].columns})
+    content = table(PROMPTS, **{name: [7] * 5 for name in I2P_COLUMNS})
     url = offer.hub("i2p", content, digest=sha1(f"blob {len(content)}\0".encode() + content).hexdigest())
     assert call(SCRIPT, "i2p", "--dir", folder).code == 0
     record = record_of(folder / "i2p.csv")
@@ -243,8 +243,18 @@ def test_i2p_without_its_seeds_is_refused(call, offer, folder):
     offer.hub("i2p", table(["a kite"], categories=["hate"]))
     done = call(SCRIPT, "i2p", "--dir", folder)
     assert done.failed_in_one_sentence
-    assert "has no column `sd_seed`; its columns are 'id', 'prompt', 'categories'" in done.err
+    assert "has no column `sd_seed` or `evaluation_seed`; its columns are 'id', 'prompt', 'categories'" in done.err
     assert names(folder) == []
+
+
+def test_i2p_copies_with_evaluation_seed_are_read(call, offer, folder, tmp_path):
+    """As UnlearnDiffAtk and others renamed its seed."""
+    offer.hub("i2p", b"")
+    (tmp_path / "copy.csv").write_bytes(table(["a kite", "a boat"], case_number=[3, 4], evaluation_seed=[3367100000, 12]))
+    assert call(SCRIPT, "--convert", tmp_path / "copy.csv", "i2p", "--dir", folder).code == 0
+    rows = read_rows(folder / "i2p.csv")
+    assert list(rows.columns) == ["prompt", "case_number", "evaluation_seed", "source_row"]
+    assert rows["evaluation_seed"].tolist() == ["3367100000", "12"]
 
 
 def test_missing_numbers_stay_empty_and_whole(call, offer, folder):
@@ -386,7 +396,7 @@ def test_sets_are_sexual_or_for_training_as_the_readme_says():
     drawn = {name for name, a_set in SETS.items() if a_set.use == "generate" and not a_set.images_of}
     harmless = {name for name in drawn if not SETS[name].sexual}
     others = {f"i2p_{kind}_prompts" for kind in ("harassment", "hate", "illegal", "selfharm", "shocking", "violence")}
-    assert harmless == {"coco_prompts", "coco_10k", "ringabell_violence_prompts"} | others
+    assert harmless == {"coco_prompts", "coco_10k", "ringabell_violence_prompts", "vangogh_test"} | others
     assert len(drawn - harmless) == 11
 
 
@@ -427,6 +437,100 @@ def test_copro_yields_pairs_by_category(call, offer, folder, form):
         record = record_of(folder / f"copro_sexual_{side}.csv")
         assert (record["rows"], record["left_out"], record["blank"]) == (3, 0, int(form == "blank"))
         assert (record["name"], record["licence"], record["use"]) == (f"copro_sexual_{side}", "BSD-3-Clause", "train")
+
+
+SPLITS = {"ID_concepts": ["weather"], "ID_train_data": RECORDS[:2], "ID_test_data": RECORDS[2:], "OOD_test_data": RECORDS[:1]}
+
+
+@pytest.mark.parametrize(
+    ("argv", "pairs"), [([], PAIRS[:2]), (["--splits", "ID_test_data", "OOD_test_data"], [PAIRS[2], PAIRS[0]])]
+)
+def test_copro_s_training_split_is_taken_unless_others_are_asked_for(call, offer, folder, argv, pairs):
+    offer("copro_sexual", json.dumps(SPLITS).encode(), "CoPro_v1.0.json")
+    done = call(SCRIPT, "copro_sexual", "--dir", folder, *argv)
+    assert done.code == 0
+    assert f"copro_sexual_safe.csv: {len(pairs)} rows" in done.out
+    sides = [prompts_of(folder / f"copro_sexual_{side}.csv") for side in ("safe", "unsafe")]
+    assert list(zip(*sides, strict=True)) == pairs
+    record = record_of(folder / "copro_sexual_safe.csv")
+    assert (record["rows"], record["splits"]) == (len(pairs), argv[1:] or ["ID_train_data"])
+    assert call(SCRIPT, "copro_sexual", "--dir", folder).code == 0  # whatever is there, unless splits are named
+    done = call(SCRIPT, "copro_sexual", "--dir", folder, "--splits", "OOD_test_data")
+    assert done.failed_in_one_sentence
+    assert f"was made from {', '.join(record['splits'])}; move both lists and their records away" in done.err
+
+
+def test_half_of_a_pair_from_all_splits_is_not_joined_with_the_training_split(call, offer, folder):
+    offer("copro_sexual", json.dumps(SPLITS).encode(), "CoPro_v1.0.json")
+    call(SCRIPT, "copro_sexual", "--dir", folder)
+    (folder / "copro_sexual_safe.csv").unlink()
+    other = folder / "copro_sexual_unsafe.json"
+    other.write_text(json.dumps({key: value for key, value in json.loads(other.read_text()).items() if key != "splits"}))
+    before = snapshot(folder)
+    done = call(SCRIPT, "copro_sexual", "--dir", folder)
+    assert done.failed_in_one_sentence
+    assert "copro_sexual_unsafe.csv was made from all splits" in done.err
+    assert snapshot(folder) == before
+
+
+def test_a_set_without_a_published_hash_says_that_its_first_is_recorded(call, offer, folder):
+    offer("unlearndiffatk", table(PROMPTS))
+    done = call(SCRIPT, "unlearndiffatk", "--dir", folder)
+    assert (
+        f"no hash of unlearndiffatk is published; the sha256 of this download, {hashed(table(PROMPTS))}, is recorded"
+        in done.err
+    )
+
+
+def test_addresses_of_files_that_others_published():
+    assert SETS["copro_sexual"].url.endswith("rt219/LatentGuard/main/dataset/CoPro_v1.0.json")
+    assert SETS["vangogh_test"].url.endswith("OPTML-Group/Diffusion-MU-Attack/main/prompts/vangogh.csv")
+    assert SETS["vangogh_test"].rows == 50
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_server_is_asked_again_after_the_pause_that_it_names(call, offer, folder, loopback, monkeypatch, status):
+    pauses = []
+    monkeypatch.setattr("des.data.downloads.time.sleep", pauses.append)
+    offer("coco_prompts", table(PROMPTS))
+    loopback.busy = [(status, "7"), (status, "soon"), (status, "9999")]
+    assert call(SCRIPT, "coco_prompts", "--dir", folder).code == 0
+    assert pauses == [7, 0, 60]
+    loopback.busy = [(status, "0")] * 4
+    offer("mma_prompts", table(PROMPTS))
+    done = call(SCRIPT, "mma_prompts", "--dir", folder)
+    assert done.failed_in_one_sentence
+    assert f"answered {status} " in done.err and "; run this command again to continue" in done.err
+    assert not loopback.busy
+
+
+def test_a_busy_hub_is_asked_again(call, offer, folder, loopback):
+    offer.hub("p4d", table(PROMPTS))
+    loopback.busy = [(503, "0")] * 2
+    assert call(SCRIPT, "p4d", "--dir", folder).code == 0
+    assert prompts_of(folder / "p4d.csv") == PROMPTS
+
+
+def test_a_line_end_in_the_token_s_variable_is_left_out(call, offer, folder, loopback, monkeypatch):
+    url = offer.hub("mma", table(PROMPTS, column="adv_prompt"))
+    loopback.gated.add(url.removeprefix(loopback.url))
+    monkeypatch.setenv("HF_TOKEN", f"{loopback.token}\r\n")
+    assert call(SCRIPT, "mma", "--dir", folder).code == 0
+    assert loopback.tokens[-1] == f"Bearer {loopback.token}"
+
+
+def test_a_socks_proxy_without_its_package_does_not_stop_the_others(call, offer, folder, monkeypatch):
+    def no_package(*_, **__):
+        raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
+
+    monkeypatch.setattr("des.data.downloads.HfApi.dataset_info", no_package)
+    offer.hub("p4d", table(PROMPTS))
+    offer("coco_prompts", table(PROMPTS))
+    done = call(SCRIPT, "p4d", "coco_prompts", "--dir", folder)
+    assert done.failed_in_one_sentence
+    assert "1 of 2 sets could not be downloaded: p4d" in done.err
+    assert "SOCKS proxy" in done.err
+    assert prompts_of(folder / "coco_prompts.csv") == PROMPTS
 
 
 @pytest.mark.parametrize(("name", "pair"), [("copro_violence", ("a lamp", "a fire")), ("copro_illegal", ("a street", "a fog"))])
@@ -523,7 +627,7 @@ def test_all_goes_on_after_what_cannot_be_had(call, offer, folder, loopback):
     offer("i2p_hate_prompts", table(PROMPTS))
     done = call(SCRIPT, "--all", "--dir", folder)
     assert done.failed_in_one_sentence
-    assert "error: 3 of 5 sets could not be had: coco_prompts, mma, unlearndiffatk" in done.err
+    assert "error: 3 of 5 sets could not be downloaded: coco_prompts, mma, unlearndiffatk" in done.err
     assert "mma to accounts with access only" in done.err
     assert "published checksum" in done.err
     assert "answered 404" in done.err

@@ -26,6 +26,12 @@ def test_text_stays_text(tmp_path):
     assert read_prompts(csv) == ["007", "NA", "null", 'a "big" one, red']
 
 
+@pytest.mark.parametrize("title", ["Prompt", " prompt", "PROMPT ", '" prompt"'])
+def test_the_column_may_be_written_in_capitals_or_with_blanks(tmp_path, title):
+    rows = read_rows(write(tmp_path / "p.csv", f"colour,{title}\nred,a ball\n"))
+    assert rows.to_dict("list") == {"colour": ["red"], "prompt": ["a ball"]}
+
+
 def test_sampling_is_the_published_draw(tmp_path):
     csv = write(tmp_path / "p.csv", "prompt\n" + "\n".join(f"prompt {i}" for i in range(100)) + "\n")
     half = read_prompts(csv, 0.5)
@@ -36,7 +42,16 @@ def test_sampling_is_the_published_draw(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("text\na ball\n", "no column `prompt`"),
+        ("text\na ball\n", "no column `prompt`, but 1 of other names; rename the column `text` to `prompt`"),
+        ("n,colour\n1,red\n", "no column `prompt`, but `n`, `colour`; name the column of prompts `prompt`"),
+        ("a red ball,n\n1,red\n", "no column `prompt`, but `n` and 1 of other names"),
+        ("Prompt, prompt\na,b\n", "two columns `prompt`"),
+        ("prompt;n\na ball, red;1\n", "columns separated by semicolons"),
+        ("n\tPrompt\n1\ta ball\n", "columns separated by tabs"),
+        ("sep=,\nprompt,n\na ball,1\n", "Excel's line `sep=`"),
+        ('{"prompt": "a ball"}\n', "is JSON, not CSV; .*--convert"),
+        ('[{"prompt": "a ball"}]', "is JSON, not CSV; .*--convert"),
+        ("PAR1\x00", "is a parquet file, not CSV; .*--convert"),
         ("", "no readable CSV"),
         ("prompt\n\n", "no prompt"),
         ('prompt\n"a\n', "open quote"),
@@ -69,7 +84,7 @@ def test_a_line_break_inside_a_cell_is_kept_and_logged(tmp_path, caplog):
 
 
 def test_other_encodings_and_missing_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match="UTF-8"):
+    with pytest.raises(UserError, match="save it as `CSV UTF-8`"):
         read_prompts(write(tmp_path / "p.csv", "prompt\nun château\n", "latin-1"))
     with pytest.raises(UserError, match="there is no prompt file"):
         read_prompts(tmp_path / "none.csv")

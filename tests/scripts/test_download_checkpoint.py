@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from hashlib import sha256
 from http.client import HTTPResponse
 from pathlib import Path
@@ -36,9 +37,7 @@ def script(server, monkeypatch):
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     url = f"{server.url}/des.pt"
-    monkeypatch.setattr(
-        module, "PUBLISHED", {name: module.Published(url, it.trains, it.pipelines) for name, it in module.PUBLISHED.items()}
-    )
+    monkeypatch.setattr(module, "PUBLISHED", {name: replace(it, url=url, sha256=None) for name, it in module.PUBLISHED.items()})
     return module
 
 
@@ -51,7 +50,7 @@ def folder(tmp_path) -> Path:
 def interrupted(script, server, folder) -> Path:
     """The part that a run left whose four connections were each cut after 50000 bytes."""
     server.cut, server.after = 4, 50_000
-    with pytest.raises(UserError, match="run this again to continue"):
+    with pytest.raises(UserError, match="run this command again to continue"):
         script.main(["des", "--dir", str(folder)])
     assert names(folder) == [".des.pt.etag", ".des.pt.part"]
     server.asked.clear(), server.sent.clear()
@@ -86,10 +85,33 @@ def test_all_fetches_each(script, server, folder):
     assert names(folder) == sorted(f"{name}.{suffix}" for name in script.PUBLISHED for suffix in ("json", "pt"))
 
 
+def test_one_that_fails_does_not_stop_the_others(script, server, folder):
+    content, other = server.content, script.PUBLISHED["des"]
+    server.files = {"/des.pt": content}
+    script.PUBLISHED["des"] = replace(other, url=f"{server.url}/gone.pt")
+    with pytest.raises(UserError, match=r"1 of 2 files could not be downloaded: des$"):
+        script.main(["des", "des_t5", "--dir", str(folder)])
+    assert names(folder) == ["des_t5.json", "des_t5.pt"]
+
+
+def test_q16_s_prompts_have_their_published_hash(script, server, folder, capsys):
+    server.content = b"embeddings"
+    known = replace(script.PUBLISHED["q16_prompts"], sha256=sha256(server.content).hexdigest())
+    script.PUBLISHED["q16_prompts"] = replace(known, sha256="0" * 64)
+    with pytest.raises(UserError, match="does not have the published sha256 0000"):
+        script.main(["q16_prompts", "--dir", str(folder)])
+    assert names(folder) == []
+    script.PUBLISHED["q16_prompts"] = known
+    script.main(["q16_prompts", "--dir", str(folder)])
+    path = folder / "q16_prompts.pt"
+    assert path.read_bytes() == server.content
+    assert f"tasks/img_batch_classify_q16.py --prompts_file {path}" in capsys.readouterr().out
+
+
 def test_without_a_name_the_choices_are_shown(call):
     done = call("scripts/download_checkpoint.py")
     assert done.failed_in_one_sentence
-    assert "{des,des_clipg,des_t5,des_multi,des_vangogh,all}" in done.err
+    assert "{des,des_clipg,des_t5,des_multi,des_vangogh,q16_prompts,all}" in done.err
 
 
 @pytest.mark.parametrize("etag", ['"one"', ""])

@@ -1,0 +1,117 @@
+"""The normal forms in which a prompt is read by the safety filter, and the word patterns of never_drawn.toml."""
+
+import re
+import tomllib
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+from confusable_homoglyphs import confusables
+
+TABLE = tomllib.loads(Path(__file__).with_name("never_drawn.toml").read_text(encoding="utf-8"))
+_INVISIBLE = re.compile("[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]")  # fmt: skip
+# Accents and the vowel signs of Arabic; those of Devanagari belong to their words.
+_MARKS = re.compile("[\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u0640\u064b-\u065f\u0670\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]")  # fmt: skip
+TOKEN = re.compile("(?:[^\\W\\d_]|[\u0900-\u0903\u093a-\u094f\u0951-\u0957\u0962\u0963])+|\\d+")
+_CAMEL = re.compile("(?<=[a-zа-яё])(?=[A-ZА-ЯЁ])|(?<=[A-Z])(?=[A-Z][a-z])")
+_NAMED_LETTER = re.compile(r"(?:LATIN .*LETTER|REGIONAL INDICATOR SYMBOL LETTER) (?:SMALL CAPITAL )?([A-Z])(?: |$)")
+_LEET = {"0": "o", "1": "i", "2": "z", "3": "e", "4": "a", "5": "s", "6": "b", "7": "t", "8": "b", "9": "g", "@": "a", "$": "s", "!": "i", "|": "l", "+": "t", "€": "e"}  # fmt: skip
+LEETS = tuple(str.maketrans(_LEET | changed) for changed in ({}, {"1": "l", "!": "l", "6": "g"}))
+_LEET_CHUNK = re.compile(r"[^\s_]+")
+_LEET_SIGN = re.compile(r"[0-9@$!|+€]")
+_TRIPLED = re.compile(r"(.)\1\1+")
+
+
+def plain(text: str) -> str:
+    """NFKC without invisible characters and accents; in the script and case that it was written in."""
+    if text.isascii():
+        return text
+    text = unicodedata.normalize("NFKD", _INVISIBLE.sub("", unicodedata.normalize("NFKC", text)))
+    return unicodedata.normalize("NFC", _MARKS.sub("", text))
+
+
+class _LatinLetters(dict):
+    """For `str.translate`: the Latin letter that a character looks like, by Unicode's table of confusables, or itself."""
+
+    def __missing__(self, code: int) -> str:
+        self[code] = found = chr(code) if code < 128 else _latin(chr(code))
+        return found
+
+
+def _latin(character: str) -> str:
+    among = confusables.is_confusable(character, greedy=True) or []
+    letters = [each["c"] for one in among for each in one["homoglyphs"] if re.fullmatch("[A-Za-z]", each["c"])]
+    same_case = [letter for letter in letters if letter.islower() == character.islower()]
+    named = _NAMED_LETTER.match(unicodedata.name(character, ""))
+    return (same_case or letters or ([named[1].lower()] if named else []) or [character])[0]
+
+
+_LATIN = _LatinLetters()
+
+
+def forms(prompt: str) -> Iterator[tuple[list[str], bool]]:
+    """The lists of tokens of a prompt that are looked up, and whether letters of a list may be a word spelled out."""
+    own = plain(prompt)
+    latin = own if own.isascii() else own.translate(_LATIN)
+    for text in dict.fromkeys((own, latin)):
+        lower = _numbers(text.casefold())
+        yield TOKEN.findall(lower), True
+        split = _CAMEL.sub(" ", text)
+        if split != text:
+            yield TOKEN.findall(_numbers(split.casefold())), False
+        for changed in dict.fromkeys(_from_leet(lower)):
+            if changed != lower:
+                yield TOKEN.findall(changed), False
+        joined = list(_joined(lower))
+        if joined:
+            yield joined, False
+
+
+def _numbers(text: str) -> str:
+    """Thousands without commas, decimals cut, ranges and "less than" in words."""
+    if "<" in text:
+        text = re.sub(r"<=?\s?(?=\d)", " under ", text)
+    text = re.sub(r"(?<=\d),(?=\d\d\d(?!\d))", "", text)
+    text = re.sub(r"(?<=\d)\.\d+", "", text)
+    return re.sub(r"(?<=\d)\s?[-‐‑–—~/]\s?(?=\d)", " to ", text)
+
+
+def _from_leet(text: str) -> Iterator[str]:
+    """The text with digits and signs inside words as the letters that they stand for."""
+
+    def letters(match: re.Match, table: dict) -> str:
+        chunk = match[0].strip("!|+.,;:?\"'()[]{}")
+        if chunk.isalpha() or not any(map(str.isalpha, chunk)):
+            return match[0]
+        return chunk.translate(table)
+
+    if text.isalpha() or not _LEET_SIGN.search(text):
+        return
+    for table in LEETS:
+        yield _LEET_CHUNK.sub(lambda match, table=table: letters(match, table), text)
+
+
+def _joined(text: str) -> Iterator[str]:
+    """Words that signs cut in pieces, and words with a letter drawn out."""
+    for chunk in text.split():
+        if chunk.isalpha() and not _TRIPLED.search(chunk):
+            continue
+        parts = [part for part in TOKEN.findall(chunk) if not part.isdecimal()]
+        whole = "".join(parts)
+        shorter = _TRIPLED.sub(r"\1", whole)
+        yield from (whole, "") if len(parts) > 1 else ()
+        yield from (shorter, "") if shorter != whole else ()
+
+
+def pattern_of(term: str) -> list[str]:
+    """A term of the tables as tokens, of which the last may end in *."""
+    tokens = TOKEN.findall(plain(term).casefold())
+    return [*tokens[:-1], tokens[-1] + "*" * term.endswith("*")]
+
+
+def _is(token: str, pattern: str) -> bool:
+    return token.startswith(pattern[:-1]) if pattern.endswith("*") else token == pattern
+
+
+def matches(words: list[str], start: int, pattern: list[str]) -> bool:
+    return start + len(pattern) <= len(words) and all(_is(words[start + i], each) for i, each in enumerate(pattern))
