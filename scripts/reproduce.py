@@ -18,13 +18,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from demo.tables import demo_setup
 from des.generation.defences import METHODS
 from des.tables.build import Cell, Table, paired_note, paper_figures
-from des.tables.cells import ORIGINAL, TRAINED, Variant, World, ablations
-from des.tables.demo import demo_world
+from des.tables.cells import ORIGINAL, TRAINED, Setup, Variant, ablations
 from des.tables.inputs import check_inputs, record_inputs
-from des.tables.paper import paper_world
-from des.tables.runner import Runner
+from des.tables.paper import paper_setup
+from des.tables.runner import TableRunner
 from des.utils import cli, logs
 from des.utils.errors import UserError
 from des.utils.files import write_json, write_text
@@ -74,14 +74,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     files.add_argument("--q16_prompts", type=Path, metavar="FILE", help="Q16's prompts.pt; without it T5 and T6 stay empty")
     files.add_argument("--i2i_images", type=Path, metavar="DIR", help="T4: the images to start from")
-    files.add_argument("--i2i_masks", type=Path, metavar="DIR", help="T4: where they are drawn anew")
+    files.add_argument("--i2i_masks", type=Path, metavar="DIR", help="T4: the regions to redraw")
     files.add_argument(
         "--discard_images", action="store_true", help="score images of the concept as they are drawn and keep none"
     )
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
     performance.add_argument("--batch_size", type=cli.positive_int, default=16, metavar="N", help="images at a time")
-    performance.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="of the images")
+    performance.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="seed of the images")
     performance.add_argument("--dry_run", action="store_true", help="list jobs, images and estimated hours, and stop")
     performance.add_argument(
         "--seconds_per_image",
@@ -99,10 +99,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logs.setup_logging(args.log_file)
-    world = world_of(args)
+    setup = setup_of(args)
     tables = list(TITLES) if "all" in args.table else list(dict.fromkeys(args.table))
-    common = (world, args.model_path, args.out, args.scale, args.device, args.batch_size, args.seed, args.discard_images)
-    plan = Runner(*common, dry=True)
+    common = (setup, args.model_path, args.out, args.scale, args.device, args.batch_size, args.seed, args.discard_images)
+    plan = TableRunner(*common, dry=True)
     inputs = plan.inputs(files_of(args))
     check_inputs(args.out, inputs)
     for name in tables:
@@ -113,23 +113,23 @@ def main(argv: list[str] | None = None) -> None:
         return
     logger.info("%d of %d jobs are left to do", left, len(plan.planned))
     record_inputs(args.out, inputs)
-    runner = Runner(*common, dry=False)
+    runner = TableRunner(*common, dry=False)
     for name in tables:
         table = build(name, args, runner)
         for suffix, content in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
             write_text(args.out / f"{name}.{suffix}", content)
-        facts = {"table": name, "scale": args.scale, "sets": {each: count_of(each, runner) for each in sets_of(name, world)}}
+        facts = {"table": name, "scale": args.scale, "sets": {each: count_of(each, runner) for each in sets_of(name, setup)}}
         write_json(args.out / f"{name}.json", facts | {"inputs": inputs, "made_by": provenance(args)})
         print(table.markdown())
 
 
-def world_of(args: argparse.Namespace) -> World:
-    """The demo's world for a model of demo/, else the paper's."""
+def setup_of(args: argparse.Namespace) -> Setup:
+    """The demo's set-up for a model of demo/, else the paper's."""
     if (ROOT / "demo") in Path(args.model_path).resolve().parents:
         for option in ("prompts", "q16_prompts", "i2i_images", "i2i_masks"):
             if getattr(args, option):
                 raise UserError(f"--{option} is not for the demo, which has its own")
-        return demo_world(args.out, str(args.device))
+        return demo_setup(args.out, str(args.device))
     given = {}
     for pair in args.prompts:
         name, _, path = pair.partition("=")
@@ -137,7 +137,7 @@ def world_of(args: argparse.Namespace) -> World:
             raise UserError(f"--prompts {pair}: there is no such file; it takes SET=CSV")
         given[name] = Path(path)
         cli.check_outputs([args.out / "prompts" / f"{name}.csv"], [given[name]])
-    world = paper_world(
+    setup = paper_setup(
         args.model_path,
         given,
         args.coco_images or ROOT / "datasets/coco_images",
@@ -145,10 +145,10 @@ def world_of(args: argparse.Namespace) -> World:
         args.i2i_images,
         args.i2i_masks,
     )
-    unknown = given.keys() - world.sets.keys()
+    unknown = given.keys() - setup.sets.keys()
     if unknown:
-        raise UserError(f"--prompts: there is no set {min(unknown)}; the sets are {', '.join(world.sets)}")
-    return world
+        raise UserError(f"--prompts: there is no set {min(unknown)}; the sets are {', '.join(setup.sets)}")
+    return setup
 
 
 def protected(args: argparse.Namespace) -> Variant:
@@ -192,60 +192,60 @@ def files_of(args: argparse.Namespace) -> dict[str, Path | None]:
     return files | {"--i2i_images": args.i2i_images, "--i2i_masks": args.i2i_masks}
 
 
-def build(name: str, args: argparse.Namespace, runner: Runner) -> Table:
+def build(name: str, args: argparse.Namespace, runner: TableRunner) -> Table:
     """Fill one table; what its cells need is done, or with a dry runner only listed."""
-    world = runner.world
+    setup = runner.setup
     paper = paper_figures(ROOT / "scripts/paper_tables.csv").get("T17" if name == "T18" else name, {})
     if name in ("T15", "T17", "T18", "T19"):
-        rows, columns = ablations(world)[name], trio(world, runner)
+        rows, columns = ablations(setup)[name], trio(setup, runner)
         paper = {title: paper[title] for title in rows}
-        if not world.ablated:
-            rows = {f"{world.original}, {title}": variant for title, variant in rows.items()}
+        if not setup.ablated:
+            rows = {f"{setup.original}, {title}": variant for title, variant in rows.items()}
     else:
-        rows = {world.original: ORIGINAL, world.protected: protected(args), **baselines(args)}
-        columns = columns_of(name, world, runner)
+        rows = {setup.original: ORIGINAL, setup.protected: protected(args), **baselines(args)}
+        columns = columns_of(name, setup, runner)
     theirs = [column for figures in paper.values() for column in figures]
     titles = list(dict.fromkeys([*columns, *theirs]))
     table = Table(name, TITLES[name], titles, paper)
     for title, variant in rows.items():
         table.ours[title] = {column: measure(variant) for column, measure in columns.items()}
     if name == "T4":
-        starts = {column: runner.input_images(each) for column, each in world.columns[name].items()}
+        starts = {column: runner.input_images(each) for column, each in setup.columns[name].items()}
         table.ours["input image"] = starts | {"avg": Cell.mean(list(starts.values()))}
     table.notes = notes(name, args, runner) + paired_notes(name, rows, runner)
     return table
 
 
-def paired_notes(name: str, rows: dict[str, Variant], runner: Runner) -> list[str]:
+def paired_notes(name: str, rows: dict[str, Variant], runner: TableRunner) -> list[str]:
     """The exact McNemar tests of a table's rows against its DES model's, from the verdicts on images of the same prompts."""
-    world = runner.world
+    setup = runner.setup
     if runner.dry or name == "T8":  # a cost is no share
         return []
-    sets = (world.explicit,) if name == "T1" else world.columns[name if name in world.columns else "T2"].values()
-    stem = "classify_16" if name in ("T5", "T6") else world.asr
+    sets = (setup.explicit,) if name == "T1" else setup.columns[name if name in setup.columns else "T2"].values()
+    stem = "classify_16" if name in ("T5", "T6") else setup.asr
     found = {title: runner.verdicts(variant, tuple(sets), stem) for title, variant in rows.items()}
-    ours = next(title for title, variant in rows.items() if title == world.protected or variant == TRAINED)
+    ours = next(title for title, variant in rows.items() if title == setup.protected or variant == TRAINED)
     note = paired_note(found, ours) if all(found.values()) else None
     return [note] if note else []
 
 
-def trio(world: World, runner: Runner) -> dict[str, Column]:
+def trio(setup: Setup, runner: TableRunner) -> dict[str, Column]:
     """ASR (the mean over T2's sets), FID and CLIP score."""
-    sets = world.columns["T2"].values()
+    sets = setup.columns["T2"].values()
     return {
         "ASR": lambda variant: Cell.mean([runner.asr(variant, each) for each in sets]), "FID": runner.fid, "CLIP": runner.clip,
     }  # fmt: skip
 
 
-def columns_of(name: str, world: World, runner: Runner) -> dict[str, Column]:
+def columns_of(name: str, setup: Setup, runner: TableRunner) -> dict[str, Column]:
     """How each column of a table is measured."""
     quality = {"FID": runner.fid, "CLIP": runner.clip}
     if name == "T1":
         per_class = {
-            title: lambda variant, of=of: runner.images_of_classes(variant, [of]) for title, of in world.classes.items()
+            title: lambda variant, of=of: runner.images_of_classes(variant, [of]) for title, of in setup.classes.items()
         }
         return {
-            "total": lambda variant: runner.images_of_classes(variant, list(world.classes.values())),
+            "total": lambda variant: runner.images_of_classes(variant, list(setup.classes.values())),
             **quality,
             **per_class,
         }
@@ -254,11 +254,11 @@ def columns_of(name: str, world: World, runner: Runner) -> dict[str, Column]:
             "training s": runner.training_seconds, "extra parameters": runner.extra_parameters, "extra inference s": runner.extra_seconds,
         }  # fmt: skip
     if name == "T10":
-        scores = {"PickScore": "pickscore", "ImageReward": "imagereward", "BLIP": "blipscore"} if world.preference else {}
+        scores = {"PickScore": "pickscore", "ImageReward": "imagereward", "BLIP": "blipscore"} if setup.preference else {}
         chosen = {title: lambda variant, job=job: runner.preference(variant, job) for title, job in scores.items()}
-        labels = {f"{label} right": lambda variant, label=label: runner.label(variant, label) for label in world.labels}
-        return {"ASR": trio(world, runner)["ASR"], "CLIP": runner.clip, **chosen, **labels}
-    sets, stem = world.columns[name], "classify_16" if name in ("T5", "T6") else world.asr
+        labels = {f"{label} right": lambda variant, label=label: runner.label(variant, label) for label in setup.labels}
+        return {"ASR": trio(setup, runner)["ASR"], "CLIP": runner.clip, **chosen, **labels}
+    sets, stem = setup.columns[name], "classify_16" if name in ("T5", "T6") else setup.asr
     columns: dict[str, Column] = {
         title: lambda variant, each=each: runner.asr(variant, each, stem) for title, each in sets.items()
     }
@@ -270,22 +270,22 @@ def columns_of(name: str, world: World, runner: Runner) -> dict[str, Column]:
     if len(sets) > 2:
         columns["std"] = lambda variant: Cell.spread(all_of(variant))
     apart = {
-        title: lambda variant, each=each: runner.asr(variant, each, stem) for title, each in world.apart.get(name, {}).items()
+        title: lambda variant, each=each: runner.asr(variant, each, stem) for title, each in setup.apart.get(name, {}).items()
     }
     return columns | (quality if name in ("T5", "T7") else {}) | apart
 
 
-def notes(name: str, args: argparse.Namespace, runner: Runner) -> list[str]:
+def notes(name: str, args: argparse.Namespace, runner: TableRunner) -> list[str]:
     """What differs from the paper's set-up, and what was never drawn."""
-    world = runner.world
-    limits = world.scales[args.scale]
-    found = [*world.setup]
+    setup = runner.setup
+    limits = setup.scales[args.scale]
+    found = [*setup.differences]
     if args.scale != "paper":
         smoke = "; training on 64 prompts of each list, one epoch" if args.scale == "smoke" else ""
         found.append(f"Scale {args.scale}: the first {limits[0]} prompts of a set, {limits[1]} of the benign one{smoke}.")
     if name in ("T15", "T17", "T18", "T19"):
         found.append(
-            f"ASR is the mean over {', '.join(world.columns['T2'])}. One training seed, {world.training['num_epochs']} epochs."
+            f"ASR is the mean over {', '.join(setup.columns['T2'])}. One training seed, {setup.training['num_epochs']} epochs."
         )
     if name == "T15":
         found.append("Highest similarity and random were trained without shift (alpha 0); the paper does not say.")
@@ -296,14 +296,14 @@ def notes(name: str, args: argparse.Namespace, runner: Runner) -> list[str]:
     if name == "T1":
         found.append(
             "An image counts once for each class that the detector finds in it; the total is the sum of the columns."
-            if world.classes
+            if setup.classes
             else "The detector here has no classes of its own: the total is the number of images that count."
         )
-    for column, each in world.apart.get(name, {}).items():
+    for column, each in setup.apart.get(name, {}).items():
         found.append(
-            f"{column}: {world.sets[each].csv.name} drawn as it is. It compares with no column of the paper and is in no mean."
+            f"{column}: {setup.sets[each].csv.name} drawn as it is. It compares with no column of the paper and is in no mean."
         )
-    counts = {each: count_of(each, runner) for each in sets_of(name, world)}
+    counts = {each: count_of(each, runner) for each in sets_of(name, setup)}
     drawn = ", ".join(
         f"{count['drawn']:,}" + (f" of the published {count['published']:,}" if count["published"] else "") + f" of {each}"
         for each, count in counts.items()
@@ -314,34 +314,34 @@ def notes(name: str, args: argparse.Namespace, runner: Runner) -> list[str]:
     return [*found, f"Shares in percent with k/n and the Wilson 95% interval. Device: {args.device}."]
 
 
-def sets_of(name: str, world: World) -> list[str]:
+def sets_of(name: str, setup: Setup) -> list[str]:
     """The prompt sets of a table whose lists are there."""
-    sets = [*world.columns.get(name, {}).values(), *world.apart.get(name, {}).values()]
+    sets = [*setup.columns.get(name, {}).values(), *setup.apart.get(name, {}).values()]
     if name == "T1":
-        sets.append(world.explicit)
+        sets.append(setup.explicit)
     if name in ("T10", "T15", "T17", "T18", "T19"):
-        sets += world.columns["T2"].values()
+        sets += setup.columns["T2"].values()
     if name not in ("T2", "T3", "T4", "T6"):
-        sets.append(world.benign)
-    return [each for each in dict.fromkeys(sets) if world.sets[each].csv.is_file()]
+        sets.append(setup.benign)
+    return [each for each in dict.fromkeys(sets) if setup.sets[each].csv.is_file()]
 
 
-def count_of(name: str, runner: Runner) -> dict[str, int | None]:
+def count_of(name: str, runner: TableRunner) -> dict[str, int | None]:
     """How many prompts of a set are drawn and how many never are, and how many were published."""
     return dict(zip(("drawn", "never_drawn", "published"), runner.drawn_of(name), strict=True))
 
 
-def describe(plan: Runner, args: argparse.Namespace) -> tuple[str, int]:
-    """The plan for people, and how many jobs are left."""
-    to_do = plan.ledger.left(plan.planned)
+def describe(plan: TableRunner, args: argparse.Namespace) -> tuple[str, int]:
+    """The list of jobs with images, training steps and estimated hours; and how many jobs are left."""
+    to_do = plan.records.left(plan.planned)
     images, steps = sum(job.images for job in to_do), sum(job.steps for job in to_do)
     lines = [
         f"{'to do' if job in to_do else 'done':6} {job.what}" + (f", {job.images} images" if job.images else "")
         for job in plan.planned
     ]
     rates = {
-        "images": args.seconds_per_image or plan.ledger.seconds_per("images"),
-        "steps": args.seconds_per_step or plan.ledger.seconds_per("steps"),
+        "images": args.seconds_per_image or plan.records.seconds_per("images"),
+        "steps": args.seconds_per_step or plan.records.seconds_per("steps"),
     }
     lines.append(f"{len(to_do)} of {len(plan.planned)} jobs to do: {images} images, {steps} training steps")
     unknown = [

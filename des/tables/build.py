@@ -1,7 +1,5 @@
 """Tables of results beside the paper's, as Markdown, CSV and LaTeX."""
 
-import csv
-import io
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from des.utils.stats import Paired, proportion, show_p, stratified
+
+import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Table:
     def rows(self) -> list[tuple[str, list[str]]]:
         """Every line: a method's figures in the paper, and below them ours where there are any."""
         lines = []
-        for method in [*self.paper, *(own for own in self.ours if own not in self.paper)]:
+        for method in dict.fromkeys([*self.paper, *self.ours]):
             if method in self.paper:
                 lines.append((f"{method}, paper", [self.paper[method].get(column, "") for column in self.columns]))
             if method in self.ours:
@@ -96,24 +96,22 @@ class Table:
 
     def csv(self) -> str:
         """Every figure on a line of its own: table, method, column, the paper's, ours, k, n, low, high."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["table", "method", "column", "paper", "ours", "k", "n", "low", "high"])
-        for method in [*self.paper, *(own for own in self.ours if own not in self.paper)]:
+        lines = []
+        for method in dict.fromkeys([*self.paper, *self.ours]):
             for column in self.columns:
                 cell, theirs = self.ours.get(method, {}).get(column), self.paper.get(method, {}).get(column, "")
                 figures = [cell.value, cell.k, cell.n, cell.low, cell.high] if cell else [None] * 5
                 if theirs or cell:
-                    writer.writerow([self.name, method, column, theirs, *figures])
-        return out.getvalue()
+                    lines.append([self.name, method, column, theirs, *figures])
+        columns = ["table", "method", "column", "paper", "ours", "k", "n", "low", "high"]
+        return pd.DataFrame(lines, columns=columns, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
 def paper_figures(path: Path) -> dict[str, dict[str, dict[str, str]]]:
     """The paper's figures by table, method and column, as it prints them (arXiv 2501.18877v2)."""
     figures: dict[str, dict[str, dict[str, str]]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            figures.setdefault(row["table"], {}).setdefault(row["method"], {})[row["column"]] = row["value"]
+    for table, method, column, value in pd.read_csv(path, dtype=str, keep_default_na=False).itertuples(index=False):
+        figures.setdefault(table, {}).setdefault(method, {})[column] = value
     return figures
 
 
@@ -126,14 +124,16 @@ def paired_note(verdicts: Mapping[str, Mapping[Hashable, bool]], reference: str)
     pairs = {title: Paired.of(found, verdicts[reference]) for title, found in verdicts.items() if title != reference}
     if not pairs:
         return None
-    told = [
+    tests = [
         f"{title} {show_p(pair.p)} ({pair.first_only} images count only there, {pair.second_only} only with {reference})"
         for title, pair in pairs.items()
     ]
-    many = f" One of {len(told)} tests: only p below {0.05 / len(told):.2g} is significant at 5% for all together (Bonferroni)."
+    many = (
+        f" One of {len(tests)} tests: only p below {0.05 / len(tests):.2g} is significant at 5% for all together (Bonferroni)."
+    )
     n = len(verdicts[reference])
     head = f"Exact McNemar test against {reference}, on the same {n} prompts: "
-    return head + "; ".join(told) + "." + (many if len(told) > 1 else "")
+    return head + "; ".join(tests) + "." + (many if len(tests) > 1 else "")
 
 
 def _line(cells: Sequence[str]) -> str:

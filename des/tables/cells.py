@@ -25,7 +25,7 @@ class PromptSet:
 
 
 @dataclass(frozen=True)
-class World:
+class Setup:
     """Where tables are reproduced: the paper's models and prompt sets, or the demo's.
 
     Options of scripts hold files and folders as Path: those are what a script reads beside the images, and their content is part of
@@ -55,7 +55,7 @@ class World:
     classes: Mapping[str, str] = field(default_factory=dict)  # the detector's classes by T1's columns
     preference: bool = False  # whether PickScore, ImageReward and BLIP score mean anything here
     labels: Mapping[str, tuple[str | Path, ...]] = field(default_factory=dict)  # options by the benign set's column
-    setup: tuple[str, ...] = ()  # what differs from the paper's set-up
+    differences: tuple[str, ...] = ()  # what differs from the paper's set-up
     prepare: tuple[Job, ...] = ()  # jobs that the scorers need, such as drawing reference images
 
 
@@ -73,16 +73,16 @@ ORIGINAL = Variant("original")
 TRAINED = Variant("des", train=())
 
 
-def ablations(world: World) -> dict[str, dict[str, Variant]]:
+def ablations(setup: Setup) -> dict[str, dict[str, Variant]]:
     """The variants of each ablation by the titles of the paper's rows; what is the same variant has the same name."""
 
     def alpha(value: float) -> Variant:
-        return TRAINED if value == 200 else Variant(f"alpha_{value}", train=(world.alpha(value),))
+        return TRAINED if value == 200 else Variant(f"alpha_{value}", train=(setup.alpha(value),))
 
     def lambda_safe(value: float) -> Variant:
         return TRAINED if value == 0.3 else Variant(f"lambda_{value}", train=(("lambda_safe", value),))
 
-    unshifted = world.alpha(0.0)
+    unshifted = setup.alpha(0.0)
     return {
         "T15": {
             "highest similarity": Variant("highest", train=(unshifted, ("target", "highest"))),

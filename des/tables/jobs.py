@@ -27,7 +27,7 @@ class Job:
     steps: int = 0
 
 
-class Ledger:
+class JobRecords:
     """Which jobs are done, by their records `{what}.json` in a folder."""
 
     def __init__(self, folder: Path):

@@ -1,4 +1,4 @@
-"""The paper's tables in its own world: Stable Diffusion and FLUX, the public prompt sets, NudeNet and Q16."""
+"""The paper's set-up: Stable Diffusion and FLUX, the public prompt sets, NudeNet and Q16."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from des.data.prompt_sets import SETS
 from des.models.encoders import family_of
 from des.models.loading import loading
-from des.tables.cells import PromptSet, World
+from des.tables.cells import PromptSet, Setup
 from des.utils.errors import UserError
 from des.utils.scripts import ROOT
 
@@ -66,17 +66,17 @@ def _config(model_path: str, part: str) -> dict[str, Any]:
         )
 
 
-def paper_world(
+def paper_setup(
     model_path: str,
     prompts: Mapping[str, Path],
     reference: Path,
     q16_prompts: Path | None,
     images: Path | None,
     masks: Path | None,
-) -> World:
-    """The paper's set-up as a World.
+) -> Setup:
+    """The paper's models, prompt sets, detectors and training options.
 
-    `prompts` are CSVs for sets that are not at their place in datasets/, `reference` the COCO images for FID, `images` and
+    `prompts` are CSVs for sets that are not in datasets/, `reference` the COCO images for FID, `images` and
     `masks` what image to image starts from. Without `q16_prompts` the tables of Q16 stay empty.
     """
     datasets = ROOT / "datasets"
@@ -97,7 +97,7 @@ def paper_world(
     four = {"Sneaky": "sneaky", "MMA": "mma", "RAB": "rab", "P4D": "p4d"}
     model = model_name(model_path)
     original, protected = TITLES[model]
-    return World(
+    return Setup(
         original=original,
         protected=protected,
         concept_prompt="nudity",
@@ -131,7 +131,7 @@ def paper_world(
             "armpits": "ARMPITS_EXPOSED",
         },
         preference=True,
-        setup=(
+        differences=(
             "ASR by NudeNet's profile `paper`; FID's variant `paper`; sampler, steps and guidance are the defaults of generate.py, which "
             "are the public code's. The paper states neither sampler nor seeds.",
             "The public COCO list has 9,969 captions, the paper says 10k.",

@@ -1,5 +1,6 @@
 """What a table's cells are made of: the jobs that train variants of a model, draw prompt sets with them, and score the images."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,9 +13,9 @@ from des.data.run_record import read_json
 from des.models.checkpoints import read_tensors
 from des.models.encoders import load_encoder, per_encoder_name
 from des.tables.build import Cell
-from des.tables.cells import ORIGINAL, PromptSet, Variant, World
+from des.tables.cells import ORIGINAL, PromptSet, Setup, Variant
 from des.tables.inputs import identity, model_identity
-from des.tables.jobs import Job, Ledger
+from des.tables.jobs import Job, JobRecords
 from des.utils.errors import UserError
 from des.utils.files import write_text
 from des.utils.stats import proportion
@@ -22,12 +23,16 @@ from des.utils.stats import proportion
 import pandas as pd
 import torch
 
+OUTPUT_OPTIONS = re.compile(
+    r"--(output_dir|results_dir|output_path|save_dir|output_file)\b"
+)  # all lie in --out of reproduce.py
+
 
 @dataclass
-class Runner:
+class TableRunner:
     """Does the jobs that cells need, each once, or only lists them (`dry`)."""
 
-    world: World
+    setup: Setup
     model_path: str
     out: Path
     scale: str
@@ -41,17 +46,23 @@ class Runner:
     _copied: set[Path] = field(default_factory=set)  # lists that were written or compared
 
     @cached_property
-    def ledger(self) -> Ledger:
+    def records(self) -> JobRecords:
         """The records of the jobs that are done."""
-        return Ledger(self.out / "jobs")
+        return JobRecords(self.out / "jobs")
 
     def need(self, job: Job) -> bool:
-        """Have a job done; False where it is only listed."""
+        """Run a job unless it is done; False where it is only listed.
+
+        Raises UserError where its script stops; a sentence that advises another output folder names `--out`, which all of them are in.
+        """
         if self.dry:
             if job not in self.planned:
                 self.planned.append(job)
             return False
-        self.ledger.run(job)
+        try:
+            self.records.run(job)
+        except UserError as error:
+            raise UserError(OUTPUT_OPTIONS.sub("--out", str(error))) from None
         return True
 
     # Training
@@ -62,7 +73,7 @@ class Runner:
 
     def training(self, variant: Variant) -> Job:
         """The job that trains a variant, after the codebook that all of them share; has both done."""
-        unsafe, safe = (self._rows_of(path, f"train_{path.stem}") for path in (self.world.unsafe_csv, self.world.safe_csv))
+        unsafe, safe = (self._rows_of(path, f"train_{path.stem}") for path in (self.setup.unsafe_csv, self.setup.safe_csv))
         codebook = self.out / "codebook"
         common = ("--model_path", self.model_path, "--device", str(self.device))
         own_codebook = codebook.with_name(per_encoder_name(self.model_path, 1, "codebook", "{stem}_encoder{i}"))
@@ -70,7 +81,7 @@ class Runner:
             Job("codebook", "save_codebook.py", (*common, "--csv_path", str(safe), "--save_dir", str(codebook)), (safe,),
                 (own_codebook / "codebook.json",))
         )  # fmt: skip
-        options = {**self.world.training, **dict(variant.train or ())}
+        options = {**self.setup.training, **dict(variant.train or ())}
         if self.scale == "smoke":
             options["num_epochs"] = 1
         folder = self.out / "checkpoints" / variant.name
@@ -78,9 +89,9 @@ class Runner:
         run = per_encoder_name(self.model_path, 1, run)
         targets = self.out / f"targets_{options.get('target', 'lowest')}.pth"
         argv = (*common, "--codebook_dir", codebook, "--unsafe_csv_path", unsafe, "--safe_csv_path", safe, "--output_dir", folder,
-                "--safe_embedding_path", targets, "--concept_prompt", self.world.concept_prompt, "--save_every",
+                "--safe_embedding_path", targets, "--concept_prompt", self.setup.concept_prompt, "--save_every",
                 options["num_epochs"], *flags(options))  # fmt: skip
-        rows = max(len(self._drawable(path, f"train_{path.stem}")) for path in (self.world.unsafe_csv, self.world.safe_csv))
+        rows = max(len(self._drawable(path, f"train_{path.stem}")) for path in (self.setup.unsafe_csv, self.setup.safe_csv))
         steps = options["num_epochs"] * -(-rows // options["batch_size"])
         job = Job(f"train {variant.name}", "train_des.py", tuple(map(str, argv)), (unsafe, safe, own_codebook / "codebook.json"),
                   (folder / run / f"checkpoint-{options['num_epochs']}.pt",), steps=steps)  # fmt: skip
@@ -101,9 +112,9 @@ class Runner:
 
     def drawn(self, variant: Variant, name: str) -> Path | str:
         """The folder of a variant's images of a set, drawn and scored; or why it cannot be, in words."""
-        for job in self.world.prepare:
+        for job in self.setup.prepare:
             self.need(job)
-        chosen = self.world.sets.get(name)
+        chosen = self.setup.sets.get(name)
         if chosen is None or not chosen.csv.is_file():
             return f"not run: no {chosen.csv.name if chosen else name}" + (f" ({chosen.how})" if chosen and chosen.how else "")
         options, inputs = self.method(variant)
@@ -120,10 +131,10 @@ class Runner:
         argv = (
             "--model_path", self.model_path, "--device", self.device, "--prompts_csv", csv, "--output_path", name,
             "--results_dir", results, "--seed", self.seed, "--batch_size", self.batch_size, *options, *init, *discard,
-            *self.world.sampling, *chosen.options, *self._score_with(),
+            *self.setup.sampling, *chosen.options, *self._score_with(),
         )  # fmt: skip
         folder = results / options[1] / Path(self.model_path).name / name
-        outputs = [folder / "run.json", *(folder / f"{stem}.json" for stem in self.world.scoring)]
+        outputs = [folder / "run.json", *(folder / f"{stem}.json" for stem in self.setup.scoring)]
         count = len(self._drawable(chosen.csv, name))
         inputs = (csv, *inputs, *files_in(self._score_with()))
         self.need(Job(f"draw {name} with {variant.name}", "generate.py", tuple(map(str, argv)), inputs, tuple(outputs), count))
@@ -131,7 +142,7 @@ class Runner:
 
     @property
     def _kept(self) -> set[str]:
-        return {self.world.benign, *(each.init for each in self.world.sets.values() if isinstance(each.init, str))}
+        return {self.setup.benign, *(each.init for each in self.setup.sets.values() if isinstance(each.init, str))}
 
     def _init(self, chosen: PromptSet) -> tuple[str | Path, ...] | str:
         if chosen.init is None:
@@ -152,18 +163,18 @@ class Runner:
         return out
 
     def _score_with(self) -> tuple[str | Path, ...]:
-        names = [options[0] for options in self.world.scoring.values()]
-        return ("--score_with", *names, *(part for options in self.world.scoring.values() for part in options[1:]))
+        names = [options[0] for options in self.setup.scoring.values()]
+        return ("--score_with", *names, *(part for options in self.setup.scoring.values() for part in options[1:]))
 
     def _limit(self, name: str) -> int | None:
-        return self.world.scales[self.scale][name == self.world.benign]
+        return self.setup.scales[self.scale][name == self.setup.benign]
 
     def _drawable(self, csv: Path, name: str) -> pd.DataFrame:
         """The rows of a list that this scale uses, without those that are never drawn."""
         if name not in self._rows:
             training = name.startswith("train_")
             rows = read_rows(csv).head(self._training_rows if training else self._limit(name))
-            dropped = [] if training else never_drawn(rows["prompt"].tolist(), self.world.sets[name].sexual)
+            dropped = [] if training else never_drawn(rows["prompt"].tolist(), self.setup.sets[name].sexual)
             self._rows[name] = rows.drop(index=dropped)
         return self._rows[name]
 
@@ -195,7 +206,7 @@ class Runner:
 
         Sets that are not run are left out, and so are those whose prompts are searched against each variant: they have no pairs.
         """
-        contents = {name: self._scores(variant, name, stem) for name in names if not self.world.sets[name].search}
+        contents = {name: self._scores(variant, name, stem) for name in names if not self.setup.sets[name].search}
         found = {name: content["images"] for name, content in contents.items() if isinstance(content, dict)}
         return {(name, image["row"]): bool(image["hit"]) for name, images in found.items() for image in images}
 
@@ -205,7 +216,7 @@ class Runner:
         That is the paper's unit: an image counts once for each class, however many boxes it has. A detector without classes of its
         own counts images with a hit.
         """
-        content = self._scores(variant, self.world.explicit, None)
+        content = self._scores(variant, self.setup.explicit, None)
         if not isinstance(content, dict):
             return Cell(missing=content)
         if "classes" not in content:
@@ -213,8 +224,8 @@ class Runner:
         return Cell(sum(content["classes"][each]["images"] for each in classes), digits=0)
 
     def _scores(self, variant: Variant, name: str, stem: str | None) -> dict | str:
-        stem = stem or self.world.asr
-        if stem not in self.world.scoring:
+        stem = stem or self.setup.asr
+        if stem not in self.setup.scoring:
             return "not run: no Q16 prompt file (--q16_prompts)"
         folder = self.drawn(variant, name)
         if isinstance(folder, str):
@@ -223,19 +234,19 @@ class Runner:
 
     def fid(self, variant: Variant) -> Cell:
         """FID of the benign images."""
-        if not self.world.prepare and not self.world.reference.is_dir():
-            return Cell(missing=f"not run: no reference images in {self.world.reference.name} (--coco_images)")
+        if not self.setup.prepare and not self.setup.reference.is_dir():
+            return Cell(missing=f"not run: no reference images in {self.setup.reference.name} (--coco_images)")
         content = self._score(variant, "FID", "fid.py", lambda folder, csv: (
-            "--gen_imgs_path", folder, "--coco_imgs_path", self.world.reference, "--device", self.device, *self.world.fid,
+            "--gen_imgs_path", folder, "--coco_imgs_path", self.setup.reference, "--device", self.device, *self.setup.fid,
             "--output_file", self.out / "scores" / f"{variant.name}_fid.txt",
-        ), lambda folder: self.out / "scores" / f"{variant.name}_fid.json", (self.world.reference, *files_in(self.world.fid)))  # fmt: skip
+        ), lambda folder: self.out / "scores" / f"{variant.name}_fid.json", (self.setup.reference, *files_in(self.setup.fid)))  # fmt: skip
         return Cell(content["fid"]) if isinstance(content, dict) else Cell(missing=content)
 
     def clip(self, variant: Variant) -> Cell:
         """CLIP score of the benign images."""
         content = self._score(variant, "CLIP score", "clipscore.py", lambda folder, csv: (
-            "--image_folder", folder, "--csv_file", csv, "--device", self.device, *self.world.clip,
-        ), lambda folder: folder / "clipscore.json", files_in(self.world.clip))  # fmt: skip
+            "--image_folder", folder, "--csv_file", csv, "--device", self.device, *self.setup.clip,
+        ), lambda folder: folder / "clipscore.json", files_in(self.setup.clip))  # fmt: skip
         return Cell(content["clip_score"]) if isinstance(content, dict) else Cell(missing=content)
 
     def preference(self, variant: Variant, job: str) -> Cell:
@@ -250,8 +261,8 @@ class Runner:
         """The share of benign images that show what their prompt says in a column of its CSV."""
         content = self._score(variant, f"{column} right", "tasks/img_batch_classify.py", lambda folder, csv: (
             "--job", "object", "--folder_dir", folder, "--csv_path", csv, "--label_column", column, "--output_name", column,
-            "--devices", self.device, *self.world.labels[column],
-        ), lambda folder: folder / f"{column}.json", files_in(self.world.labels[column]))  # fmt: skip
+            "--devices", self.device, *self.setup.labels[column],
+        ), lambda folder: folder / f"{column}.json", files_in(self.setup.labels[column]))  # fmt: skip
         return Cell.share(content) if isinstance(content, dict) else Cell(missing=content)
 
     def _score(
@@ -267,10 +278,10 @@ class Runner:
 
         `reads` are the files and folders that the figure depends on beside the images and their prompts.
         """
-        folder = self.drawn(variant, self.world.benign)
+        folder = self.drawn(variant, self.setup.benign)
         if isinstance(folder, str):
             return folder
-        csv = self.out / "prompts" / f"{self.world.benign}.csv"
+        csv = self.out / "prompts" / f"{self.setup.benign}.csv"
         files = (csv, folder / "run.json", *reads)
         job = Job(f"{what} of {variant.name}", script, tuple(map(str, argv(folder, csv))), files, (output(folder),))
         return read_json(output(folder)) if self.need(job) else "planned"
@@ -281,7 +292,7 @@ class Runner:
         """How long the training of a variant took here, targets included."""
         if variant.train is None:
             return Cell(missing="not trained here")
-        record = None if self.dry else self.ledger.record(self.training(variant))
+        record = None if self.dry else self.records.record(self.training(variant))
         return Cell(record["seconds"], digits=0) if record else Cell(missing="planned")
 
     def extra_parameters(self, variant: Variant) -> Cell:
@@ -296,7 +307,7 @@ class Runner:
         """Seconds that an image of the benign set took beyond the original model's, as generate.py measured both."""
         seconds = []
         for each in (ORIGINAL, variant):
-            folder = self.drawn(each, self.world.benign)
+            folder = self.drawn(each, self.setup.benign)
             if isinstance(folder, str) or self.dry:
                 return Cell(missing="planned" if self.dry else folder)
             drawn = read_json(folder / "run.json")["last_drawn"]
@@ -305,7 +316,7 @@ class Runner:
 
     def input_images(self, name: str) -> Cell:
         """The share of the images that a set's rows start from which count before anything is drawn: of those rows and no others."""
-        chosen = self.world.sets[name]
+        chosen = self.setup.sets[name]
         if not chosen.csv.is_file():
             return Cell(missing=str(self.drawn(ORIGINAL, name)))
         content, folder = self._scored_inputs(chosen.init)
@@ -333,17 +344,17 @@ class Runner:
 
         Those that are never drawn put minors in a sexual context: here, and when the list was fetched.
         """
-        csv = self.world.sets[name].csv
+        csv = self.setup.sets[name].csv
         record, rows = csv.with_suffix(".json"), read_rows(csv).head(self._limit(name) or None)
         before = read_json(record).get("left_out", 0) if record.is_file() else 0
         drawn = len(self._drawable(csv, name))
-        return drawn, before + len(rows) - drawn, self.world.sets[name].published
+        return drawn, before + len(rows) - drawn, self.setup.sets[name].published
 
     def inputs(self, given: Mapping[str, Path | None]) -> dict[str, str]:
         """What decides every image, by option, for `des.tables.inputs.check_inputs`; `given` are further files by option."""
         found = {"--scale": self.scale, "--seed": str(self.seed), "--model_path": model_identity(self.model_path)}
         found["--discard_images"] = "given" if self.discard_images else "not given"
-        files = {**given, **{path.name: path for each in self.world.sets.values() for path in each.search}}
+        files = {**given, **{path.name: path for each in self.setup.sets.values() for path in each.search}}
         return found | {option: digest for option, path in files.items() if path is not None and (digest := identity(path))}
 
 

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import des.tables.paper
+from demo.tables import demo_setup
 from des.tables.build import Cell
 from des.tables.cells import ORIGINAL, PromptSet
-from des.tables.demo import demo_world
-from des.tables.paper import model_name, paper_world
-from des.tables.runner import Runner
+from des.tables.paper import model_name, paper_setup
+from des.tables.runner import TableRunner
 from des.utils.stats import proportion
 from scripts import reproduce
 
@@ -26,8 +26,8 @@ def arguments(tmp_path, *given):
 
 
 def runner_of(args):
-    world = reproduce.world_of(args)
-    return Runner(world, args.model_path, args.out, args.scale, args.device, 4, 42, discard_images=False, dry=True)
+    setup = reproduce.setup_of(args)
+    return TableRunner(setup, args.model_path, args.out, args.scale, args.device, 4, 42, discard_images=False, dry=True)
 
 
 @pytest.fixture
@@ -51,12 +51,12 @@ def lists(tmp_path, monkeypatch):
     return [*options, "--q16_prompts", tmp_path / "q16.pt"]
 
 
-@pytest.mark.parametrize("world", ["the paper's", "the demo's"])
-def test_whatever_a_job_reads_is_among_its_inputs(tmp_path, lists, tiny_pipeline, protected_checkpoint, world):
+@pytest.mark.parametrize("setup", ["the paper's", "the demo's"])
+def test_whatever_a_job_reads_is_among_its_inputs(tmp_path, lists, tiny_pipeline, protected_checkpoint, setup):
     """Each file or folder that a command line names, but for the model (which decides the whole folder) and what jobs make."""
     given = (
         ["--model_path", tiny_pipeline, "--checkpoint", protected_checkpoint, *lists]
-        if world == "the paper's"
+        if setup == "the paper's"
         else ["--model_path", DEMO]
     )
     args = arguments(tmp_path, *given)
@@ -71,7 +71,7 @@ def test_whatever_a_job_reads_is_among_its_inputs(tmp_path, lists, tiny_pipeline
         read |= named
     expected = {"q16.pt", "coco_images", "i2i_images", "i2i_masks", protected_checkpoint.name}
     demo = {"clip", "classifier_object", "classifier_colour", "classifier_background", "demo_synonyms.csv"}
-    assert (expected if world == "the paper's" else demo) <= {path.name for path in read}
+    assert (expected if setup == "the paper's" else demo) <= {path.name for path in read}
 
 
 def test_the_input_images_decide_the_whole_folder(tmp_path, lists, tiny_pipeline):
@@ -89,11 +89,11 @@ def test_t1_counts_images_of_each_class(tmp_path, lists, tiny_pipeline, monkeypa
     counts = {"FEET_EXPOSED": (10, 20), "BELLY_EXPOSED": (10, 20), "ANUS_EXPOSED": (10, 10)}
     runner = runner_of(arguments(tmp_path, "--model_path", tiny_pipeline, *lists))
     classes = {each: dict(zip(("images", "detections"), counts.get(each, (0, 0)), strict=True)) for each in
-               [*runner.world.classes.values(), "ANUS_EXPOSED"]}  # fmt: skip
-    monkeypatch.setattr(Runner, "_scores", lambda *_: {"k": 10, "n": 10, "detections": 50, "classes": classes})
-    columns = reproduce.columns_of("T1", runner.world, runner)
-    figures = {title: columns[title](ORIGINAL).value for title in ("total", *runner.world.classes)}
-    assert figures["total"] == 20 == sum(figures[title] for title in runner.world.classes)
+               [*runner.setup.classes.values(), "ANUS_EXPOSED"]}  # fmt: skip
+    monkeypatch.setattr(TableRunner, "_scores", lambda *_: {"k": 10, "n": 10, "detections": 50, "classes": classes})
+    columns = reproduce.columns_of("T1", runner.setup, runner)
+    figures = {title: columns[title](ORIGINAL).value for title in ("total", *runner.setup.classes)}
+    assert figures["total"] == 20 == sum(figures[title] for title in runner.setup.classes)
     assert (figures["feet"], figures["belly"], figures["breast F"]) == (10, 10, 0)
 
 
@@ -104,9 +104,9 @@ def test_starting_prompts_without_an_attack_stand_apart(tmp_path, lists, tiny_pi
     args = arguments(tmp_path, "--model_path", tiny_pipeline, *given)
     runner = runner_of(args)
     monkeypatch.setattr(
-        Runner, "drawn", lambda self, variant, name: ROOT if self.world.sets[name].csv.is_file() else f"not run: no {name}"
+        TableRunner, "drawn", lambda self, variant, name: ROOT if self.setup.sets[name].csv.is_file() else f"not run: no {name}"
     )
-    monkeypatch.setattr(Runner, "_scores", lambda self, variant, name, stem: (
+    monkeypatch.setattr(TableRunner, "_scores", lambda self, variant, name, stem: (
         dict(proportion({"uda": 4}.get(name, 1), 4)) if isinstance(self.drawn(variant, name), Path) else self.drawn(variant, name)))  # fmt: skip
     table = reproduce.build("T3", args, runner)
     assert table.columns == ["MMA", "UDA", "RAB", "CCE", "avg", "std", "UDA prompts, no attack"]
@@ -119,8 +119,8 @@ def test_starting_prompts_without_an_attack_stand_apart(tmp_path, lists, tiny_pi
 
 def test_the_input_images_of_a_line_are_the_rows_that_it_draws(tmp_path, monkeypatch):
     """Eleven benign images, four of which are inputs; hits are beyond them and in one."""
-    runner = Runner(
-        demo_world(tmp_path, "cpu"), str(DEMO), tmp_path, "smoke", torch.device("cpu"), 4, 42, discard_images=False, dry=True
+    runner = TableRunner(
+        demo_setup(tmp_path, "cpu"), str(DEMO), tmp_path, "smoke", torch.device("cpu"), 4, 42, discard_images=False, dry=True
     )
     folder = Path(runner.drawn(ORIGINAL, "benign"))
     folder.mkdir(parents=True)
@@ -128,14 +128,16 @@ def test_the_input_images_of_a_line_are_the_rows_that_it_draws(tmp_path, monkeyp
     for name in names:
         (folder / name).write_bytes(name.encode())
     images = [{"file": name, "row": row, "hit": row in (2, 5, 10)} for row, name in enumerate(names)]
-    monkeypatch.setattr(Runner, "_scores", lambda *_: {"k": 3, "n": 11, "images": images})
+    monkeypatch.setattr(TableRunner, "_scores", lambda *_: {"k": 3, "n": 11, "images": images})
     cell = runner.input_images("i2i_text")
     assert (cell.k, cell.n) == (1, 4)
 
 
 def test_reference_images_that_are_missing_do_not_stop_a_table(tmp_path, tiny_pipeline):
-    world = paper_world(str(tiny_pipeline), {}, tmp_path / "coco", None, None, None)
-    runner = Runner(world, str(tiny_pipeline), tmp_path, "smoke", torch.device("cpu"), 4, 42, discard_images=False, dry=False)
+    setup = paper_setup(str(tiny_pipeline), {}, tmp_path / "coco", None, None, None)
+    runner = TableRunner(
+        setup, str(tiny_pipeline), tmp_path, "smoke", torch.device("cpu"), 4, 42, discard_images=False, dry=False
+    )
     assert runner.fid(ORIGINAL) == Cell(missing="not run: no reference images in coco (--coco_images)")
 
 
@@ -175,7 +177,7 @@ def test_rows_are_titled_by_model(tmp_path, family, kind, part, change, name):
 
 
 def test_published_counts_are_those_of_the_public_lists(tiny_pipeline, tmp_path):
-    sets: dict[str, PromptSet] = paper_world(str(tiny_pipeline), {}, tmp_path, None, None, None).sets
+    sets: dict[str, PromptSet] = paper_setup(str(tiny_pipeline), {}, tmp_path, None, None, None).sets
     published = {name: each.published for name, each in sets.items()}
     assert (published["sneaky"], published["mma"], published["rab"], published["p4d"]) == (124, 1000, 107, 272)
     assert (published["uda"], published["i2p_sexual"], published["benign"], published["i2i_both_black"]) == (142, 931, 9969, 61)

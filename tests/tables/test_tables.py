@@ -6,7 +6,7 @@ import json
 import statistics
 
 from des.tables.build import Cell, Table, paper_figures
-from des.tables.jobs import Job, Ledger
+from des.tables.jobs import Job, JobRecords
 from des.utils.errors import UserError
 from des.utils.stats import proportion, stratified
 
@@ -109,19 +109,19 @@ def job(tmp_path, monkeypatch):
 
 
 def test_a_job_is_done_once_and_again_when_anything_changed(tmp_path, job):
-    runs, ledger = tmp_path / "runs", Ledger(tmp_path / "jobs")
-    assert ledger.record(job) is None and ledger.seconds_per("images") is None
+    runs, records = tmp_path / "runs", JobRecords(tmp_path / "jobs")
+    assert records.record(job) is None and records.seconds_per("images") is None
     for change, count in ((None, 1), (None, 1), ("in.txt", 2), ("out.txt", 3), (None, 3)):
         if change:
             (tmp_path / change).write_text(f"changed for run {count}")
-        Ledger(tmp_path / "jobs").run(job)
+        JobRecords(tmp_path / "jobs").run(job)
         assert runs.read_text() == "x" * count
         assert (tmp_path / "out.txt").read_text() == (tmp_path / "in.txt").read_text()
-    assert ledger.seconds_per("images") > 0
+    assert records.seconds_per("images") > 0
     (tmp_path / "out.txt").unlink()
-    assert ledger.record(job) is None
+    assert records.record(job) is None
     (tmp_path / "jobs/copy-it.json").write_text("{")
-    ledger.run(job)
+    records.run(job)
     assert json.loads((tmp_path / "jobs/copy-it.json").read_text())["images"] == 2
 
 
@@ -129,19 +129,19 @@ def test_what_reads_the_output_of_a_job_that_is_left_is_left_too(tmp_path, job):
     further = Job(
         "copy on", job.script, (str(job.outputs[0]), str(tmp_path / "last.txt")), job.outputs, (tmp_path / "last.txt",)
     )
-    ledger = Ledger(tmp_path / "jobs")
-    assert ledger.left([job, further]) == [job, further]
-    ledger.run(job)
-    assert ledger.left([job, further]) == [further]
-    ledger.run(further)
-    assert ledger.left([job, further]) == []
+    records = JobRecords(tmp_path / "jobs")
+    assert records.left([job, further]) == [job, further]
+    records.run(job)
+    assert records.left([job, further]) == [further]
+    records.run(further)
+    assert records.left([job, further]) == []
     job.inputs[0].write_text("another")
-    assert ledger.left([job, further]) == [job, further]
+    assert records.left([job, further]) == [job, further]
 
 
 @pytest.mark.parametrize(("content", "told"), [("bad", "a bad file"), ("lazy", "missing")])
 def test_a_job_that_fails_leaves_no_record(tmp_path, job, content, told):
     (tmp_path / "in.txt").write_text(content)
     with pytest.raises(UserError, match=told):
-        Ledger(tmp_path / "jobs").run(job)
+        JobRecords(tmp_path / "jobs").run(job)
     assert not (tmp_path / "jobs").exists() or not list((tmp_path / "jobs").iterdir())

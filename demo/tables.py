@@ -4,7 +4,7 @@ from pathlib import Path
 
 from demo.evaluation import CLASSIFIERS, CLIP, REFERENCE_IMAGES
 from demo.world import CONCEPT
-from des.tables.cells import PromptSet, World
+from des.tables.cells import PromptSet, Setup
 from des.tables.jobs import Job
 from des.utils.scripts import ROOT
 
@@ -12,8 +12,8 @@ PAPERS_ALPHA, RATIO = 200.0, 0.3  # the demo's alpha / |n| where the paper's alp
 CONCEPT_SETS = {"plain": "plain name", "synonyms": "held-out names", "indirect": "held-out phrases"}
 
 
-def demo_world(out: Path, device: str) -> World:
-    """The demo as a World; what it needs beside its prompt lists is made in `out`."""
+def demo_setup(out: Path, device: str) -> Setup:
+    """The set-up of the demo; its reference images and Q16 prompts are made in `out`/inputs."""
     inputs, datasets = out / "inputs", ROOT / "datasets"
     lists = {name: datasets / f"demo_{name}.csv" for name in (*CONCEPT_SETS, "benign")}
     sets = {name: PromptSet(title, lists[name]) for name, title in CONCEPT_SETS.items()}
@@ -24,7 +24,7 @@ def demo_world(out: Path, device: str) -> World:
     sets["i2i_both"] = PromptSet("concept prompts on images of the concept", lists["plain"], init="plain")
     names = {title: name for name, title in CONCEPT_SETS.items()}
     prompts = inputs / "q16_prompts.pt"
-    return World(
+    return Setup(
         original="demo, original",
         protected="demo, DES",
         concept_prompt=CONCEPT,
@@ -50,7 +50,7 @@ def demo_world(out: Path, device: str) -> World:
         fid=("--feature_extractor", CLASSIFIERS["object"], "--expected_ref", str(REFERENCE_IMAGES)),
         clip=("--clip_model", CLIP),
         labels={label: ("--classifier", folder) for label, folder in CLASSIFIERS.items()},
-        setup=(
+        differences=(
             f"The demo's world: the concept is the {CONCEPT}, its lists stand in for the paper's prompt sets, a classifier for NudeNet, and "
             "the nearer of two mean CLIP embeddings of drawn scenes for Q16. Only the shape of an effect compares, no figure.",
             f"The paper's alpha 200 stands for alpha = {RATIO} |n| here, and its other alphas in proportion.",
