@@ -24,15 +24,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
 sys.path.insert(0, str(ROOT))
-SCRIPTS = [
-    "save_codebook.py", "train_des.py", "generate.py", "tasks/img_batch_classify.py", "tasks/img_batch_classify_q16.py", "clipscore.py",
-    "fid.py", "scripts/reproduce.py", "datasets/download.py", "datasets/style_prompts.py", "app.py",
-]  # fmt: skip
-TOOLS = [
-    "scripts/download_checkpoint.py", "scripts/rounding.py", "scripts/benchmark.py", "scripts/benchmark_detector.py",
-    "scripts/verify.py", "scripts/reliability.py", "scripts/export.py", "scripts/report.py",
-    "demo/attack.py", "demo/table_inputs.py",
-]  # fmt: skip
+FOLDERS = (ROOT, *(ROOT / name for name in ("tasks", "datasets", "scripts", "scripts/benchmarks", "scripts/attacks", "demo")))
+SCRIPTS = [  # every program with a command line, by its path below ROOT
+    str(path.relative_to(ROOT))
+    for folder in FOLDERS
+    for path in sorted(folder.glob("*.py"))
+    if "\ndef parse_args(" in path.read_text(encoding="utf-8")
+]
 
 
 @dataclass

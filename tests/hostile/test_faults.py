@@ -1,4 +1,4 @@
-"""Faults in the six long scripts: 20 kills at random moments, a full disk, damaged files (scripts/reliability.py)."""
+"""Faults in the six long scripts: 20 kills at random moments, a full disk, damaged files (scripts/benchmarks/faults.py)."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from conftest import ROOT
 
 
 def test_kills_full_disks_and_damage_lose_nothing(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts/reliability.py"), "--kills", "20", "--damages", "1", "--skip_hostile", "--out",
+    command = [sys.executable, str(ROOT / "scripts/benchmarks/faults.py"), "--kills", "20", "--damages", "1", "--skip_hostile", "--out",
                str(tmp_path / "page.md")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr

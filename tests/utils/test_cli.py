@@ -12,10 +12,9 @@ import sys
 import termios
 
 import pytest
-from conftest import GOLDEN, ROOT, SCRIPTS, TOOLS, flags, spawn, training_line
+from conftest import GOLDEN, ROOT, SCRIPTS, flags, spawn, training_line
 
 FOLDER = GOLDEN / "A"
-DEMO = ["demo/experiment.py", "demo/gates.py", "demo/train.py"]
 LOGGING = [
     "save_codebook.py", "train_des.py", "generate.py", "clipscore.py", "fid.py", "tasks/img_batch_classify.py",
     "tasks/img_batch_classify_q16.py", "scripts/export.py", "scripts/report.py", "scripts/reproduce.py",
@@ -50,7 +49,7 @@ def parsed(call, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("script", SCRIPTS + TOOLS + DEMO)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_the_example_of_the_help_is_a_whole_command_line(parsed, script):
     argv = example_of(script)
     parser, (_, unknown) = parsed(script, argv)
