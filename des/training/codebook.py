@@ -93,7 +93,7 @@ def _open_parts(
         if stem not in names and re.fullmatch(r"codebook(-\d{5}-of-\d{5})?\.safetensors", stem):
             old.unlink()
     made_from = dependencies(encoder, prompts) | {"dtype": dtype, "rows in a file": str(a_shard)}
-    made_from |= _bits(encoder, batch_size)
+    made_from |= rounding_inputs(encoder, batch_size)
     parts: list[Part] = []
     for name, count in zip(names, counts, strict=True):
         header = _safetensors_header("embeddings", code, (count, *shape), torch_dtype.itemsize)
@@ -107,7 +107,7 @@ def _open_parts(
     return parts
 
 
-def _bits(encoder: TextEncoder, batch_size: int) -> dict[str, str]:
+def rounding_inputs(encoder: TextEncoder, batch_size: int) -> dict[str, str]:
     """What the last bits of embeddings depend on besides `dependencies`: a file is not continued with other ones."""
     return {"batch size": str(batch_size), "device": encoder.device.type, "torch": str(torch.__version__)}
 

@@ -23,7 +23,7 @@ _ANEW = "leave out --resume to start anew"
 
 
 @dataclass
-class Point:
+class Progress:
     """How far training is."""
 
     done: int = 0  # steps of all epochs
@@ -36,7 +36,7 @@ class Point:
         self.sums = {name: self.sums.get(name, 0.0) + value * pairs for name, value in values.items()}
 
 
-class States:
+class RunState:
     """The file with a run's state: where training is, the weights, the optimizer's state, and every process's random state.
 
     `made_from` names all that decides the weights; a state of something else is refused. `every` is the number of steps between
@@ -83,15 +83,15 @@ class States:
         logger.info("going on after step %d, from %s", done, self.path)
         return done
 
-    def restore(self, model: nn.Module, optimizer: Optimizer) -> Point:
+    def restore(self, model: nn.Module, optimizer: Optimizer) -> Progress:
         """Put the state that was found into `model` (not wrapped), its optimizer and the random generators, if there is one."""
         if self._found is None:
-            return Point()
+            return Progress()
         found, self._found = self._found, None
         model.load_state_dict(found["weights"])
         optimizer.load_state_dict(found["optimizer"])
         _set_random_state(model, found["random"][self.processes.rank])
-        return Point(**found["point"])
+        return Progress(**found["point"])
 
     def begin(self) -> None:
         """Remove the state of a run that is given up; to be called once a step is done, which replaces what that run did."""
@@ -99,11 +99,11 @@ class States:
             self.remove()
             self._given_up = False
 
-    def due(self, at: Point) -> bool:
+    def due(self, at: Progress) -> bool:
         """Whether a state is to be saved after this step."""
         return self.every is not None and at.done % self.every == 0
 
-    def save(self, at: Point, model: nn.Module, optimizer: Optimizer) -> None:
+    def save(self, at: Progress, model: nn.Module, optimizer: Optimizer) -> None:
         """Write the state, whole or not at all; every process must call it."""
         random = self.processes.gather(_random_state(model))
         if self.processes.is_main:

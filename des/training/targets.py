@@ -5,7 +5,7 @@ from pathlib import Path
 
 from des.models.encoders import TextEncoder
 from des.models.loading import read_pt
-from des.training.codebook import _QUERY_BYTES, Codebook, _bits, dependencies
+from des.training.codebook import _QUERY_BYTES, Codebook, dependencies, rounding_inputs
 from des.utils.errors import UserError
 from des.utils.files import replacing, sha256_tensors
 from des.utils.locks import locked
@@ -43,7 +43,7 @@ def find_targets(
         if choice == "random":
             indices = torch.randint(len(codebook), (len(unsafe),), generator=torch.Generator().manual_seed(seed))
         else:
-            part = Part(path, hashes | _bits(encoder, batch_size))
+            part = Part(path, hashes | rounding_inputs(encoder, batch_size))
             indices = _search(part, codebook, encoder, unsafe, batch_size, nearest=choice == "highest")
         with replacing(path) as temporary:
             torch.save({"indices": indices, "hashes": hashes, "sha256": sha256_tensors({"indices": indices})}, temporary)
