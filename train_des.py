@@ -40,11 +40,11 @@ from des.training.checks import (
     warn_unprotected,
 )
 from des.training.codebook import DTYPES, Codebook, dtype_name, find_codebook, write_codebook
-from des.training.loop import PRECISIONS, Settings, all_that_decides, make_trainable, train, trained_dtype
+from des.training.loop import PRECISIONS, Settings, make_trainable, train, trained_dtype, training_inputs
 from des.training.memory import describe, make_plan
 from des.training.optimizers import OPTIMIZERS
 from des.training.pairs import Pairs
-from des.training.run_state import States, open_metrics, refuse_other_runs
+from des.training.run_state import RunState, open_metrics, refuse_other_runs
 from des.training.summary import Summary
 from des.training.targets import TARGETS, find_targets
 from des.training.trackers import TRACKERS, check_trackers, tracking
@@ -244,9 +244,9 @@ def fit(
     truncated: dict[str, int],
 ) -> None:
     """Train, from the beginning or from where an interrupted run stands, and write checkpoints, losses and states into `run_dir`."""
-    made_from = all_that_decides(encoder, pairs, concept, args.concept_prompt, settings, processes)
+    made_from = training_inputs(encoder, pairs, concept, args.concept_prompt, settings, processes)
     refuse_other_runs(run_dir, made_from)
-    states = None if processes.sharded else States(run_dir / "state.pt", made_from, processes, args.save_every_steps)
+    states = None if processes.sharded else RunState(run_dir / "state.pt", made_from, processes, args.save_every_steps)
     final = checkpoint_path(run_dir / f"checkpoint-{args.num_epochs}", args.save_format)
     done = states.start(args.resume, final) if states else 0
     if done is None:

@@ -1,4 +1,4 @@
-"""The codebook of safe embeddings: writing it in bounded memory, memory-mapping it, and searching its most distant rows."""
+"""The codebook of safe embeddings (paper, section 4.1): written in bounded memory, memory-mapped, searched block by block."""
 
 import json
 import re
@@ -20,29 +20,33 @@ from torch import Tensor
 
 DTYPES = {"fp32": (torch.float32, "F32"), "fp16": (torch.float16, "F16"), "bf16": (torch.bfloat16, "BF16")}
 SHARD_BYTES = 4 * 10**9
-_BLOCK_BYTES = 32 * 2**20  # of codebook rows in fp32 that the search holds at a time
-_QUERY_BYTES = {"cuda": 2 * 2**30}  # of queries in fp32 that one pass over the codebook serves, beyond one batch
+_BLOCK_BYTES = 32 * 2**20  # codebook rows, in fp32, that the search holds at a time
 
 
 def dtype_name(encoder: TextEncoder) -> str:
-    """The name in DTYPES of the encoder's own dtype, in which its rows lose nothing."""
+    """The name in DTYPES of the encoder's own dtype, in which its embeddings are stored without rounding."""
     return next(name for name, (dtype, _) in DTYPES.items() if dtype == encoder.model.dtype)
 
 
 def codebook_folder(folder: Path, model_path: str, index: int) -> Path:
+<<<<<<< HEAD
     """Where the codebook of one text encoder goes: `folder`, or `{folder}_encoder{i}` for a pipeline with several."""
     return folder.with_name(per_encoder_name(model_path, index, folder.name, "{stem}_encoder{i}"))
+=======
+    """The folder of one text encoder's codebook: `folder`, or `{folder}_encoder{i}` for a pipeline with several encoders."""
+    return folder.with_name(own_name(model_path, index, folder.name, folder.name + "_encoder{i}"))
+>>>>>>> s8
 
 
 def find_codebook(folder: Path, model_path: str, index: int) -> "Codebook":
-    """Open the codebook in `{folder}_encoder{i}`, or in `folder` itself where that is there instead; UserError otherwise."""
-    own = codebook_folder(folder, model_path, index)
-    if own != folder and not own.is_dir():
-        if not folder.is_dir():
-            told = f"there is no codebook for text encoder {index}: neither {own} nor {folder} is there"
-            raise UserError(f"{told}; run save_codebook.py --encoder_idx {index}")
-        return Codebook(folder)
-    return Codebook(own)
+    """Open the `codebook_folder` of a text encoder, or `folder` itself where only that exists; UserError where neither does."""
+    numbered = codebook_folder(folder, model_path, index)
+    if numbered != folder and not numbered.is_dir() and not folder.is_dir():
+        raise UserError(
+            f"there is no codebook for text encoder {index}: neither {numbered} nor {folder} is there; "
+            f"run save_codebook.py --encoder_idx {index}"
+        )
+    return Codebook(numbered if numbered.is_dir() else folder)
 
 
 def write_codebook(
@@ -56,68 +60,76 @@ def write_codebook(
 ) -> None:
     """Write the rows ([rows, tokens, hidden], row i = E(prompt i)) and `codebook.json` into `folder`.
 
-    Rows go to `codebook.safetensors`, or to several files of at most `shard_bytes`. Batches are written as they are made, so
-    memory holds one of them. `dtype` is the encoder's own unless named. `codebook.json`, which has the hashes of the files, is
-    written last: a codebook that was interrupted is none, and is continued after its last batch when it is made again from the
-    same. Raises UserError for an embedding that is not finite or overflows `dtype`, and while another process writes there.
+    Rows go to `codebook.safetensors`, or to several files (shards) of at most `shard_bytes`, in the type `dtype` (default: the
+    encoder's own). Memory holds one batch. An interrupted call is resumed after its last batch by a call with the same arguments.
+    Raises UserError for an embedding that is not finite or overflows `dtype`, and while another process writes into `folder`.
     """
     dtype = dtype or dtype_name(encoder)
     tokens, hidden = encoder.shape()
-    a_shard = max(1, shard_bytes // (tokens * hidden * DTYPES[dtype][0].itemsize))
+    shard_rows = max(1, shard_bytes // (tokens * hidden * DTYPES[dtype][0].itemsize))
     with locked(folder / ".lock", "a codebook"):
-        (folder / "codebook.json").unlink(missing_ok=True)
-        parts = _open_parts(folder, encoder, prompts, dtype, batch_size, a_shard)
-        _write_rows(parts, encoder, prompts, dtype, batch_size, a_shard)
+        # An earlier codebook stays whole until all new rows are in `.part` files. Then the rows take their names, and codebook.json,
+        # which holds their hashes, comes last: a crash in between leaves a codebook that is refused, and the records of the finished
+        # shards, from which the next call completes it.
+        parts = _open_parts(folder, encoder, prompts, dtype, batch_size, shard_rows)
+        _write_rows(parts, encoder, prompts, dtype, batch_size, shard_rows)
         shards = [{"file": part.path.name, "rows": part.rows, "sha256": part.finish()} for part in parts]
         hashes = dependencies(encoder, prompts) | {"rows": sha256_texts(shard["sha256"] for shard in shards)}
         facts = {"model": encoder.model_path, "encoder": encoder.index, "subfolder": encoder.subfolder}
         facts |= {"dtype": dtype, "rows": len(prompts), "tokens": tokens, "hidden": hidden, "shards": shards}
         facts["truncated_prompts"] = len(truncated_rows(encoder.tokenizer, prompts, encoder.length))
         write_json(folder / "codebook.json", {**facts, "hashes": hashes, "made_by": made_by, "prompts": prompts})
-        for part in parts:
-            part.forget()
-    told = "%d of %d prompts of the codebook are longer than %d tokens, and are truncated"
-    logger.info(told, facts["truncated_prompts"], len(prompts), encoder.length)
+        _remove_others(folder, parts)
+    message = "%d of %d prompts of the codebook are longer than %d tokens, and are truncated"
+    logger.info(message, facts["truncated_prompts"], len(prompts), encoder.length)
 
 
 def _open_parts(
-    folder: Path, encoder: TextEncoder, prompts: list[str], dtype: str, batch_size: int, a_shard: int
+    folder: Path, encoder: TextEncoder, prompts: list[str], dtype: str, batch_size: int, shard_rows: int
 ) -> list[Part]:
-    """The files of a codebook, `a_shard` rows each but the last, with the rows that an interrupted run has left in them."""
+    """The shards of a codebook, `shard_rows` rows each but the last, with the rows that an interrupted run left in them."""
     (torch_dtype, code), shape = DTYPES[dtype], encoder.shape()
-    counts = [len(prompts[start : start + a_shard]) for start in range(0, len(prompts), a_shard)]
-    several = [f"codebook-{number:05d}-of-{len(counts):05d}.safetensors" for number in range(1, len(counts) + 1)]
-    names = several if len(counts) > 1 else ["codebook.safetensors"]
-    for old in folder.glob("codebook*.safetensors*"):
-        stem = old.name.removesuffix(".json").removesuffix(".part")
-        if stem not in names and re.fullmatch(r"codebook(-\d{5}-of-\d{5})?\.safetensors", stem):
-            old.unlink()
-    made_from = dependencies(encoder, prompts) | {"dtype": dtype, "rows in a file": str(a_shard)}
-    made_from |= _bits(encoder, batch_size)
+    counts = [len(prompts[start : start + shard_rows]) for start in range(0, len(prompts), shard_rows)]
+    numbered = [f"codebook-{number:05d}-of-{len(counts):05d}.safetensors" for number in range(1, len(counts) + 1)]
+    names = numbered if len(counts) > 1 else ["codebook.safetensors"]
+    made_from = dependencies(encoder, prompts) | {"dtype": dtype, "rows in a file": str(shard_rows)}
+    made_from |= rounding_inputs(encoder, batch_size)
     parts: list[Part] = []
     for name, count in zip(names, counts, strict=True):
         header = _safetensors_header("embeddings", code, (count, *shape), torch_dtype.itemsize)
         part = Part(folder / name, made_from, header)
-        if part.rows and parts and parts[-1].rows < a_shard:  # rows are written in order, and one before these was lost
+        if part.rows and parts and parts[-1].rows < shard_rows:  # rows are written in order, and an earlier shard was lost
             part.discard()
             part = Part(folder / name, made_from, header)
-        if not part.rows:
-            part.path.unlink(missing_ok=True)  # of an earlier codebook, which would take as much of the disk again
         parts.append(part)
     return parts
 
 
-def _bits(encoder: TextEncoder, batch_size: int) -> dict[str, str]:
-    """What the last bits of embeddings depend on besides `dependencies`: a file is not continued with other ones."""
+def _remove_others(folder: Path, parts: list[Part]) -> None:
+    """Remove what a complete codebook no longer needs: its parts' records, and the files of codebooks with other shards."""
+    for part in parts:
+        part.forget()
+    names = {part.path.name for part in parts}
+    for file in folder.glob("codebook*.safetensors*"):
+        if file.name not in names and re.fullmatch(r"codebook(-\d{5}-of-\d{5})?\.safetensors(\.part(\.json)?)?", file.name):
+            file.unlink()
+
+
+def rounding_inputs(encoder: TextEncoder, batch_size: int) -> dict[str, str]:
+    """What the last bits of embeddings depend on besides `dependencies`; a file is resumed only where these are equal, too."""
     return {"batch size": str(batch_size), "device": encoder.device.type, "torch": str(torch.__version__)}
 
 
-def _write_rows(parts: list[Part], encoder: TextEncoder, prompts: list[str], dtype: str, batch_size: int, a_shard: int) -> None:
-    """Encode what the parts lack and append it to them, batch by batch."""
+def _write_rows(
+    parts: list[Part], encoder: TextEncoder, prompts: list[str], dtype: str, batch_size: int, shard_rows: int
+) -> None:
+    """Encode the prompts whose rows the parts lack, and append the rows batch by batch."""
     done = sum(part.rows for part in parts)
     if done:
-        logger.info("%d of %d rows of the codebook are there; going on after them", done, len(prompts))
-    skip = done % batch_size  # encoding starts where a batch does, since a row's last bits depend on its batch
+        logger.info("%d of %d rows of the codebook are written already; resuming after them", done, len(prompts))
+    # A row's last bits depend on the batch that it is encoded in. So encoding resumes at the start of a batch, and the rows of
+    # that batch which are written already are skipped.
+    skip = done % batch_size
     rest = prompts[done - skip :] if done < len(prompts) else []
     for batch in encoder.encode(rest, batch_size, desc="codebook"):
         if not batch.isfinite().all():
@@ -126,8 +138,8 @@ def _write_rows(parts: list[Part], encoder: TextEncoder, prompts: list[str], dty
         if not cast.isfinite().all():
             _give_up(parts, f"an embedding overflows {dtype}; use --dtype bf16 or fp32")
         while len(cast):
-            part = parts[done // a_shard]
-            rows, cast = cast.tensor_split([a_shard - part.rows])
+            part = parts[done // shard_rows]
+            rows, cast = cast.tensor_split([shard_rows - part.rows])
             part.append(memoryview(rows.reshape(-1).view(torch.uint8).numpy()), len(rows))
             done += len(rows)
         skip = 0
@@ -136,12 +148,11 @@ def _write_rows(parts: list[Part], encoder: TextEncoder, prompts: list[str], dty
 def _give_up(parts: list[Part], why: str) -> NoReturn:
     for part in parts:
         part.discard()
-        part.path.unlink(missing_ok=True)
     raise UserError(why)
 
 
 def _safetensors_header(name: str, code: str, shape: Sequence[int], itemsize: int) -> bytes:
-    """The header of a safetensors file with one tensor, so that its data can be streamed after it."""
+    """The header of a safetensors file with one tensor, whose data can then be appended batch by batch."""
     size = itemsize * shape[0] * shape[1] * shape[2]
     header = json.dumps({name: {"dtype": code, "shape": list(shape), "data_offsets": [0, size]}}).encode()
     header += b" " * (-len(header) % 8)
@@ -149,7 +160,7 @@ def _safetensors_header(name: str, code: str, shape: Sequence[int], itemsize: in
 
 
 def dependencies(encoder: TextEncoder, prompts: list[str]) -> dict[str, str]:
-    """What embeddings depend on: hashes of the encoder, the prompts and the tokens they become, and how they are read."""
+    """What embeddings depend on: hashes of the encoder, the prompts and their tokens, and which output is the embedding."""
     return {
         "encoder": encoder.base_sha256,
         "encoder configuration": encoder.identity["config"],
@@ -161,10 +172,10 @@ def dependencies(encoder: TextEncoder, prompts: list[str]) -> dict[str, str]:
 
 
 class Codebook:
-    """A codebook on disk: its rows stay there (memory-mapped) and are read as they are asked for."""
+    """A codebook on disk: its rows are memory-mapped, and read when they are used."""
 
     def __init__(self, folder: Path):
-        """Open the codebook in `folder`; UserError when it is missing, incomplete, or was changed since it was written."""
+        """Open the codebook in `folder`; UserError where it is missing, incomplete, or was changed since it was written."""
         try:
             self.facts: dict[str, Any] = json.loads((folder / "codebook.json").read_text(encoding="utf-8"))
             self.hashes: dict[str, str] = dict(self.facts["hashes"])
@@ -172,8 +183,7 @@ class Codebook:
             self._files = [folder / shard["file"] for shard in self.facts["shards"]]
             for path, shard in zip(self._files, self.facts["shards"], strict=True):
                 if sha256_file(path) != shard["sha256"]:
-                    told = f"{path} is not the file that {folder}/codebook.json describes"
-                    raise UserError(f"{told}; run save_codebook.py again")
+                    raise UserError(f"{path} is not the file that {folder}/codebook.json describes; run save_codebook.py again")
             self._rows = [_rows_of(path) for path in self._files]
             self._per_shard = len(self._rows[0])
         except FileNotFoundError as error:
@@ -195,7 +205,7 @@ class Codebook:
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """All rows flattened, in blocks [n, tokens * hidden] on the CPU with the number of their first row.
 
-        Each block has a mapping of its own, so that a pass over all rows does not keep them in memory.
+        The file is mapped again for each block, so that a pass over all rows does not keep them in memory.
         """
         size = max(1, _BLOCK_BYTES // (4 * self._rows[0][0].numel()))
         for shard, path in enumerate(self._files):
@@ -203,7 +213,7 @@ class Codebook:
                 yield shard * self._per_shard + start, _rows_of(path, slice(start, start + size)).flatten(1)
 
     def check(self, encoder: TextEncoder) -> None:
-        """Raise UserError unless these rows are what `encoder` makes of their prompts."""
+        """Raise UserError unless these rows are `encoder`'s embeddings of their prompts."""
         now = dependencies(encoder, self.prompts)
         changed = differing({name: self.hashes[name] for name in now.keys() & self.hashes.keys()}, now)
         for name, value in now.items():
@@ -223,9 +233,10 @@ class Codebook:
     def farthest(self, queries: Tensor, nearest: bool = False) -> tuple[Tensor, Tensor]:
         """For each query [n, tokens, hidden], the lowest cosine similarity to any row and that row's index, both [n].
 
-        The highest instead where `nearest`. The first of equal rows wins. Works block by block through matrix products on the
-        queries' device, in fp32.
+        With `nearest`, the highest similarity instead. Of equal rows the first one is returned.
         """
+        # One block of rows at a time goes to the queries' device; a matrix product in fp32 gives its similarities to all queries,
+        # of which only the lowest so far and its row are kept. So memory does not grow with the codebook.
         queries = queries.float().flatten(1) * (-1 if nearest else 1)
         lengths = queries.norm(dim=1, keepdim=True)
         best = queries.new_full((len(queries),), torch.inf)
@@ -234,12 +245,12 @@ class Codebook:
         for start, block in self.blocks():
             rows = block.to(queries.device).float()
             lowest, which = (queries @ rows.T / (lengths * norms[start : start + len(rows)])).min(dim=1)
-            closer = lowest < best
-            best, index = torch.where(closer, lowest, best), torch.where(closer, which + start, index)
+            lower = lowest < best
+            best, index = torch.where(lower, lowest, best), torch.where(lower, which + start, index)
         return (-best if nearest else best), index
 
 
 def _rows_of(path: Path, part: slice | None = None) -> Tensor:
-    """The rows [n, tokens, hidden] of one file, or a part of them, memory-mapped."""
+    """The rows [n, tokens, hidden] of one file, or a slice of them, memory-mapped."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor("embeddings") if part is None else file.get_slice("embeddings")[part]

@@ -13,7 +13,7 @@ from des.models.encoders import TextEncoder
 from des.training import losses
 from des.training.optimizers import make_optimizer
 from des.training.pairs import SEEDS, Pairs
-from des.training.run_state import Point, States
+from des.training.run_state import Progress, RunState
 from des.utils.errors import UserError
 from des.utils.files import sha256_tensors
 from des.utils.logs import logger, progress
@@ -43,7 +43,7 @@ class Settings:
     seed: int = 42
 
 
-def all_that_decides(
+def training_inputs(
     encoder: TextEncoder,
     pairs: Pairs,
     concept: losses.Concept,
@@ -96,7 +96,7 @@ def train(
     processes: Processes,
     on_step: Callable[[dict], None],
     on_epoch: Callable[[int, TextEncoder], Path | None],
-    states: States | None = None,
+    states: RunState | None = None,
 ) -> None:
     """Train `encoder` in place with AdamW at a constant rate (paper, section 4; losses in `des/training/losses.py`).
 
@@ -110,7 +110,7 @@ def train(
     bare = encoder.model
     optimizer = make_optimizer(settings.optimizer, make_trainable(bare, settings), settings.learning_rate)
     model, optimizer = processes.prepare(bare, optimizer)
-    at = states.restore(bare, optimizer) if states else Point()
+    at = states.restore(bare, optimizer) if states else Progress()
     encoder = replace(encoder, model=model)
     steps = math.ceil(len(pairs) / settings.batch_size)
     bar = progress(None, total=settings.num_epochs * steps, initial=at.done, desc="training", unit="step")
@@ -125,7 +125,7 @@ def train(
                 raise _diverged(f"the loss is {values['total']} in epoch {epoch}, step {step}", at)
             parts["total"].backward()
             at.add(values, len(unsafe))
-            with processes.alike((settings.seed * 1_000_003 + at.done) % SEEDS):
+            with processes.same_random_stream((settings.seed * 1_000_003 + at.done) % SEEDS):
                 optimizer.step()
             optimizer.zero_grad()
             told = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
@@ -141,20 +141,20 @@ def train(
         _check_weights(model, f"epoch {epoch}, step {steps}", at)
         model.eval()
         written = on_epoch(epoch, encoder)
-        at = Point(at.done, checkpoint=str(written) if written else at.checkpoint)
+        at = Progress(at.done, checkpoint=str(written) if written else at.checkpoint)
         if states and epoch < settings.num_epochs and (written or states.due(at)):
             states.save(at, bare, optimizer)
     bar.close()
     model.requires_grad_(False)
 
 
-def _check_weights(model: nn.Module, where: str, at: Point) -> None:
+def _check_weights(model: nn.Module, where: str, at: Progress) -> None:
     """Raise UserError when a weight is not finite: a finite loss can have gradients that are not."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise _diverged(f"the weights are not finite after {where}", at)
 
 
-def _diverged(what: str, at: Point) -> UserError:
+def _diverged(what: str, at: Progress) -> UserError:
     good = f"the last good checkpoint is {at.checkpoint}" if at.checkpoint else "no checkpoint was written before"
     return UserError(f"{what}; try a lower --learning_rate or --precision fp32; {good}")
 

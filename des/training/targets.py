@@ -1,11 +1,11 @@
-"""The target of each unsafe prompt: its most distant codebook row (paper, section 4.1)."""
+"""The target row of each unsafe prompt: its most distant codebook row (paper, section 4.1)."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from des.models.encoders import TextEncoder
 from des.models.loading import read_pt
-from des.training.codebook import _QUERY_BYTES, Codebook, _bits, dependencies
+from des.training.codebook import Codebook, dependencies, rounding_inputs
 from des.utils.errors import UserError
 from des.utils.files import replacing, sha256_tensors
 from des.utils.locks import locked
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 TARGETS = ("lowest", "highest", "random")  # which codebook row is an unsafe prompt's target, by cosine similarity
+_QUERY_BYTES = {"cuda": 2 * 2**30}  # queries, in fp32, that one pass over the codebook serves; elsewhere one batch
 
 
 def find_targets(
@@ -30,9 +31,9 @@ def find_targets(
 ) -> Tensor:
     """The codebook row of each unsafe prompt's target, [unsafe], kept in `path` with the hashes it depends on.
 
-    `choice` is one of TARGETS: the most distant row (the paper's), the nearest one, or a random one drawn from `seed` (its
-    ablation). A search that was interrupted goes on after the last group of prompts in `{path}.part`. Raises UserError when `path`
-    holds something else or was made from other inputs, unless `recompute`, and while another process searches for it.
+    `choice` is one of TARGETS: the most distant row (the paper's), the nearest one, or a random one drawn from `seed` (ablations).
+    An interrupted search resumes after the last group of prompts in `{path}.part`. Raises UserError where `path` holds something
+    else or was made from other inputs, unless `recompute`, and while another process writes it.
     """
     hashes = dependencies(encoder, unsafe) | {"codebook": codebook.hashes["rows"]}
     if choice != "lowest":
@@ -43,7 +44,7 @@ def find_targets(
         if choice == "random":
             indices = torch.randint(len(codebook), (len(unsafe),), generator=torch.Generator().manual_seed(seed))
         else:
-            part = Part(path, hashes | _bits(encoder, batch_size))
+            part = Part(path, hashes | rounding_inputs(encoder, batch_size))
             indices = _search(part, codebook, encoder, unsafe, batch_size, nearest=choice == "highest")
         with replacing(path) as temporary:
             torch.save({"indices": indices, "hashes": hashes, "sha256": sha256_tensors({"indices": indices})}, temporary)
@@ -53,9 +54,9 @@ def find_targets(
 
 
 def _search(part: Part, codebook: Codebook, encoder: TextEncoder, unsafe: list[str], batch_size: int, nearest: bool) -> Tensor:
-    """Row numbers [unsafe], kept in `part` group by group."""
+    """Row numbers [unsafe], written to `part` group by group."""
     if part.rows:
-        logger.info("%d of %d targets are found; going on after them", part.rows, len(unsafe))
+        logger.info("%d of %d targets are found already; resuming after them", part.rows, len(unsafe))
     with progress(None, desc="targets", total=len(unsafe), initial=part.rows, unit="prompt") as bar:
         for queries in _grouped(encoder.encode(unsafe[part.rows :], batch_size)):
             found = codebook.farthest(queries, nearest)[1].cpu()
@@ -65,7 +66,7 @@ def _search(part: Part, codebook: Codebook, encoder: TextEncoder, unsafe: list[s
 
 
 def _grouped(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Join batches while memory allows, so that fewer passes over the codebook serve all queries."""
+    """Join batches up to `_QUERY_BYTES`, so that fewer passes over the codebook serve all queries."""
     group: list[Tensor] = []
     for batch in batches:
         group.append(batch)
@@ -77,6 +78,7 @@ def _grouped(batches: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _read_targets(path: Path, hashes: dict[str, str], rows: int) -> Tensor:
+    """The targets in `path`; UserError where they were made from other inputs, or changed since."""
     again = "pass --recompute_targets or name another --safe_embedding_path"
     content = read_pt(path)
     whole = isinstance(content, dict) and {"indices", "hashes", "sha256"} <= content.keys()

@@ -18,7 +18,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         told, default = action.help or "", action.default
-        facts = [action.type.told] if hasattr(action.type, "told") else []
+        facts = [action.type.range] if hasattr(action.type, "range") else []
         if facts and "(default" in told:
             return told.replace("(default", f"({facts[0]}; default", 1)
         flagged = action.nargs == 0 or default is None or default is argparse.SUPPRESS or default == []
@@ -56,12 +56,12 @@ def number(kind: type, low: float, high: float = math.inf, low_open: bool = Fals
     def parse(text: str):
         value = kind(text)
         if not low <= value <= high or abs(value) == math.inf or (low_open and value == low):  # NaN is in no range
-            raise argparse.ArgumentTypeError(f"{text} is outside its range: {parse.told}")
+            raise argparse.ArgumentTypeError(f"{text} is outside its range: {parse.range}")
         return value
 
     parse.__name__ = kind.__name__
     least = f"above {low}" if low_open else f"{low} or more"
-    parse.told = least if high in (math.inf, _LARGEST) else f"{least}, up to {high}" if low_open else f"{low} to {high}"
+    parse.range = least if high in (math.inf, _LARGEST) else f"{least}, up to {high}" if low_open else f"{low} to {high}"
     return parse
 
 

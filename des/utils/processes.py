@@ -99,7 +99,7 @@ class Processes:
             self._accelerator.wait_for_everyone()
 
     @contextmanager
-    def alike(self, seed: int) -> Iterator[None]:
+    def same_random_stream(self, seed: int) -> Iterator[None]:
         """Random draws within are the same in every process, so that replicas round alike; those outside go on as they were."""
         if self.count == 1:
             yield

@@ -73,6 +73,8 @@ class Part:
             before, rows, size, sha256 = (record[name] for name in ("made_from", "rows", "bytes", "sha256"))
             changed = differing(dict(before), self.made_from)
             file = self._data if self._data.exists() else self.path
+            if file == self.path and not changed and file.stat().st_size != size:  # `path` is an earlier file, not these rows
+                return False
             digest = None if changed else _digest_of(file, size)
         except FileNotFoundError:
             return False

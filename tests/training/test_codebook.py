@@ -151,3 +151,28 @@ def test_bad_input_writes_nothing(call, tmp_path, monkeypatch, change):
     assert done.failed_in_one_sentence, done.err
     assert snapshot(tmp_path) == before
     assert not (tmp_path / "cb").exists()
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 4 * 77 * 32 * 4])
+def test_an_earlier_codebook_stays_until_the_new_one_is_complete(
+    tmp_path, codebook, encoder, prompts, monkeypatch, shard_bytes
+):
+    before, encode = snapshot(codebook.folder), type(encoder).encode
+    other = [*prompts[:-1], "another prompt"]
+
+    def interrupted(self, texts, batch_size, desc=None):
+        for number, batch in enumerate(encode(self, texts, batch_size, desc)):
+            if desc and number == 1:
+                raise KeyboardInterrupt
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(encoder), "encode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_codebook(codebook.folder, encoder, other, batch_size=3, shard_bytes=shard_bytes)
+    after = snapshot(codebook.folder)
+    assert {name: after.get(name) for name in before} == before
+    assert Codebook(codebook.folder).prompts == prompts
+    write_codebook(codebook.folder, encoder, other, batch_size=3, shard_bytes=shard_bytes)
+    write_codebook(tmp_path / "fresh", encoder, other, batch_size=3, shard_bytes=shard_bytes)
+    assert snapshot(codebook.folder) == snapshot(tmp_path / "fresh")

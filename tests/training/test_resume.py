@@ -87,7 +87,7 @@ def test_training_goes_on_to_the_same_bytes(train, tmp_path, monkeypatch, whole,
     run = tmp_path / "out/0.001_0.3"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == steps
     done = train(save_every_steps=every, resume=[])
-    assert done.code == 0 and f"going on after step {state}" in done.err, done.err
+    assert done.code == 0 and f"resuming after step {state}" in done.err, done.err
     assert results(run) == results(whole)
     assert not (run / "state.pt").exists()
 
@@ -106,7 +106,7 @@ def test_dropout_and_stochastic_rounding_go_on_as_they_would_have(call, family, 
     assert train("out").code != 0
     torch.manual_seed(0)
     done = train("out", resume=[])
-    assert done.code == 0 and "going on after step 2" in done.err, done.err
+    assert done.code == 0 and "resuming after step 2" in done.err, done.err
     whole, ours = (tmp_path / f"{out}/encoder2_0.001_0.3" for out in ("whole", "out"))
     assert results(ours) == results(whole)
 
@@ -131,7 +131,7 @@ def test_a_killed_run_goes_on_and_its_folder_is_its_own_until_then(train, codebo
         process.communicate()
     assert lines(run / "metrics.jsonl") < 90 and (run / "state.pt").exists()
     done = train(**many, resume=[])
-    assert done.code == 0 and "going on after step" in done.err, done.err
+    assert done.code == 0 and "resuming after step" in done.err, done.err
     assert results(run) == results(tmp_path / "whole/0.001_0.3")
 
 
@@ -181,12 +181,12 @@ def test_without_resume_training_starts_anew_and_says_so(train, tmp_path, monkey
     stop_after(monkeypatch, 2)  # before any checkpoint
     train(seed=7, save_every_steps=1)
     done = train()
-    assert done.code == 0 and "starting anew" in done.err
+    assert done.code == 0 and "starts from scratch" in done.err
     stop_after(monkeypatch, 5)
     train()
     assert (tmp_path / "out/0.001_0.3/state.pt").exists()
     done = train()
-    assert done.code == 0 and "starting anew" in done.err
+    assert done.code == 0 and "starts from scratch" in done.err
     assert results(tmp_path / "out/0.001_0.3") == results(whole)
 
 

@@ -58,8 +58,8 @@ def test_the_example_of_the_help_is_a_whole_command_line(parsed, script):
     assert [action.dest for action in options if not action.help] == []
     shown = " ".join(parser.format_help().split())
     for action in options:
-        if action.option_strings and hasattr(action.type, "told"):
-            assert re.search(rf"{action.option_strings[0]} [^()]*\(?.*?{re.escape(action.type.told)}", shown), action.dest
+        if action.option_strings and hasattr(action.type, "range"):
+            assert re.search(rf"{action.option_strings[0]} [^()]*\(?.*?{re.escape(action.type.range)}", shown), action.dest
     ungrouped = [action.dest for action in parser._optionals._group_actions if action.dest != "help"]
     assert len(options) < 7 or not ungrouped
 

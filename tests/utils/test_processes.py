@@ -166,7 +166,7 @@ def test_replicas_round_alike_and_go_on_as_they_would_have(tmp_path):
         (tmp_path / f"rank{rank}.txt").unlink()
     assert train(2, "out").returncode != 0
     done = train(100, "out", "--resume")
-    assert done.returncode == 0 and "going on after step 2" in done.stderr, done.stderr
+    assert done.returncode == 0 and "resuming after step 2" in done.stderr, done.stderr
     assert weights() == whole
 
 
