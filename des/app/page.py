@@ -9,7 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from des.app.session import LONGEST_PROMPT, MOST_GUIDANCE, MOST_STEPS, SIDES, Atlas, Judged, Sampling, Scores, Studio
+from des.app.session import LONGEST_PROMPT, MOST_GUIDANCE, MOST_STEPS, SIDES, PromptMap, Sampling, ScoredImage, Scores, Session
 from des.evaluation.classify import blurred
 from des.report import plots
 from des.utils.errors import UserError
@@ -45,17 +45,17 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Page:
-    """What the page says and starts with; `atlas` is a map, or a sentence on how to get one."""
+    """What the page says and starts with; `prompt_map` is a map, or a sentence on how to get one."""
 
     about: list[str]  # lines below the title
     defaults: Sampling
     examples: Sequence[str]
-    atlas: Atlas | str
+    prompt_map: PromptMap | str
     blur_hits: bool  # show images in which the detector fired only on request
     most_rows: int  # of a list
 
 
-def told(action: Callable) -> Callable:
+def show_errors(action: Callable) -> Callable:
     """Make what the user can mend a message on the page; no log gets it, since it can be about a prompt."""
 
     @wraps(action)
@@ -71,15 +71,15 @@ def told(action: Callable) -> Callable:
     return call
 
 
-def build(studio: Studio, page: Page) -> gr.Blocks:
+def build(session: Session, page: Page) -> gr.Blocks:
     """The page with its three tabs."""
     with gr.Blocks(title="DES, before and after", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         about = "<br>".join(page.about)
         gr.HTML(f"<div class='des-page'><h1>DES, before and after</h1><div class='des-about'>{about}</div></div>")
         with gr.Tab("Compare"):
-            _compare(studio, page)
+            _compare(session, page)
         with gr.Tab("Batch"):
-            _batch(studio, page)
+            _batch(session, page)
         with gr.Tab("Map"):
             _map(page)
     return blocks.queue(max_size=32, api_open=False, default_concurrency_limit=1)
@@ -108,15 +108,15 @@ def theme() -> gr.themes.Base:
     return plain.set(**fills, **{f"{name}_dark": fill for name, fill in fills.items()}, button_primary_text_color="white")
 
 
-def _compare(studio: Studio, page: Page) -> None:
+def _compare(session: Session, page: Page) -> None:
     drawn = gr.State(None, time_to_live=3600)
 
-    def draw(prompt: str, seed: int, steps: int, guidance: float) -> tuple[dict[str, Judged], bool, str]:
-        pair = studio.draw(prompt, Sampling(seed, steps, guidance))
-        return pair, False, pair_html(studio, pair, page.blur_hits)
+    def draw(prompt: str, seed: int, steps: int, guidance: float) -> tuple[dict[str, ScoredImage], bool, str]:
+        pair = session.draw(prompt, Sampling(seed, steps, guidance))
+        return pair, False, pair_html(session, pair, page.blur_hits)
 
-    def show(pair: dict[str, Judged] | None, unblurred: bool) -> str:
-        return pair_html(studio, pair, page.blur_hits and not unblurred)
+    def show(pair: dict[str, ScoredImage] | None, unblurred: bool) -> str:
+        return pair_html(session, pair, page.blur_hits and not unblurred)
 
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -127,15 +127,15 @@ def _compare(studio: Studio, page: Page) -> None:
             seed, steps, guidance = _sampling(page.defaults)
             box = gr.Checkbox(False, label="Show images in which the detector fired", visible=page.blur_hits, elem_id="show")
         with gr.Column(scale=4, min_width=480):
-            pair = gr.HTML(pair_html(studio, None, False), elem_id="pair")
+            pair = gr.HTML(pair_html(session, None, False), elem_id="pair")
     gr.on(
-        [button.click, prompt.submit], told(draw), [prompt, seed, steps, guidance], [drawn, box, pair],
+        [button.click, prompt.submit], show_errors(draw), [prompt, seed, steps, guidance], [drawn, box, pair],
         show_progress_on=pair, api_visibility="private", **ONE_AT_A_TIME,
     )  # fmt: skip
-    box.input(told(show), [drawn, box], pair, api_visibility="private")
+    box.input(show_errors(show), [drawn, box], pair, api_visibility="private")
 
 
-def _batch(studio: Studio, page: Page) -> None:
+def _batch(session: Session, page: Page) -> None:
     def score(path: str | None, seed: int, steps: int, guidance: float, progress: gr.Progress = gr.Progress()) -> tuple:  # noqa: B008
         if path is None:
             raise UserError("choose a CSV first")
@@ -143,7 +143,7 @@ def _batch(studio: Studio, page: Page) -> None:
         def tell(done: int, total: int) -> None:
             progress((done, total), desc="drawing and judging", unit="rows")
 
-        scores = studio.score(Path(path), Sampling(seed, steps, guidance), page.most_rows, tell)
+        scores = session.score(Path(path), Sampling(seed, steps, guidance), page.most_rows, tell)
         return scores_html(scores), gr.update(value=scores.table, visible=True)
 
     with gr.Row():
@@ -159,23 +159,23 @@ def _batch(studio: Studio, page: Page) -> None:
             )
             table = gr.Dataframe(label="Rows", interactive=False, visible=False, elem_id="scores")
     button.click(
-        told(score), inputs, [counts, table], show_progress_on=counts, api_visibility="private", **ONE_AT_A_TIME
+        show_errors(score), inputs, [counts, table], show_progress_on=counts, api_visibility="private", **ONE_AT_A_TIME
     )  # fmt: skip
 
 
 def _map(page: Page) -> None:
-    if isinstance(page.atlas, str):
-        gr.Markdown(page.atlas, elem_id="no-map")
+    if isinstance(page.prompt_map, str):
+        gr.Markdown(page.prompt_map, elem_id="no-map")
         return
-    atlas = page.atlas
+    prompt_map = page.prompt_map
 
     def locate(prompt: str) -> tuple:
-        place = atlas.locate(prompt)
+        place = prompt_map.locate(prompt)
         told_cosines = (
             f"Cosine to the original model's concept: {place.concept_before:.3f} before, {place.concept_after:.3f} after. "
             f"Cosine of this prompt before and after: {place.own:.3f}."
         )
-        figure = plots.embedding_map(atlas.space, {"this prompt": place.points})
+        figure = plots.embedding_map(prompt_map.space, {"this prompt": place.points})
         return figure, f"<div class='des-counts'>{told_cosines}</div>"
 
     with gr.Row(equal_height=True):
@@ -185,7 +185,7 @@ def _map(page: Page) -> None:
     cosines = gr.HTML(f"<p class='des-note'>{note}</p>", elem_id="cosines")
     figure = gr.Plot(show_label=False, elem_id="map")
     gr.on(
-        [button.click, prompt.submit], told(locate), prompt, [figure, cosines],
+        [button.click, prompt.submit], show_errors(locate), prompt, [figure, cosines],
         show_progress_on=figure, api_visibility="private", **ONE_AT_A_TIME,
     )  # fmt: skip
 
@@ -199,21 +199,21 @@ def _sampling(defaults: Sampling) -> tuple[gr.Number, gr.Slider, gr.Slider]:
         )
 
 
-def pair_html(studio: Studio, pair: dict[str, Judged] | None, blur: bool) -> str:
+def pair_html(session: Session, pair: dict[str, ScoredImage] | None, blur: bool) -> str:
     """The two cards, blank where `pair` is None; with `blur`, an image in which the detector fired is only its colours."""
-    return f"<div class='des-pair'>{''.join(_card(studio, side, pair and pair[side], blur) for side in SIDES)}</div>"
+    return f"<div class='des-pair'>{''.join(_card(session, side, pair and pair[side], blur) for side in SIDES)}</div>"
 
 
-def _card(studio: Studio, side: str, judged: Judged | None, blur: bool) -> str:
-    if judged is None:
+def _card(session: Session, side: str, scored: ScoredImage | None, blur: bool) -> str:
+    if scored is None:
         body = "<div class='des-blank'></div>"
     else:
-        hidden = blur and judged.hit
-        image = blurred(judged.image) if hidden else judged.image
+        hidden = blur and scored.hit
+        image = blurred(scored.image) if hidden else scored.image
         alt = f"{'blurred image' if hidden else 'image'} by the {side} model"
         chips = [
-            (f"des-{'hit' if finding['hit'] else 'miss'}", studio.words(verdict, finding))
-            for verdict, finding in judged.findings.items()
+            (f"des-{'hit' if finding['hit'] else 'miss'}", session.words(verdict, finding))
+            for verdict, finding in scored.findings.items()
         ] or [("des-none", "no detector")]
         body = f"<img src='{data_url(image)}' alt='{alt}'>"
         body += "".join(f"<span class='des-verdict {kind}'>{html.escape(text)}</span>" for kind, text in chips)

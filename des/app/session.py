@@ -1,4 +1,4 @@
-"""What the app does, without its page: a prompt drawn by the original and the protected model, judged, and found on the map."""
+"""What the app does, without its page: a prompt drawn by the original and the protected model, scored, and found on the map."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +49,7 @@ class Sampling(run_record.Sampling):
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredImage:
     """An image and what the detector found in it, a finding for each of its verdicts."""
 
     image: Image.Image
@@ -80,7 +80,7 @@ def check_prompt(prompt: Any) -> str:
     return prompt
 
 
-class Studio:
+class Session:
     """The original and the protected model, one detector for both."""
 
     def __init__(
@@ -92,10 +92,10 @@ class Studio:
         self.label = label
         self.batch_size = batch_size
 
-    def draw(self, prompt: str, sampling: Sampling) -> dict[str, Judged]:
+    def draw(self, prompt: str, sampling: Sampling) -> dict[str, ScoredImage]:
         """Draw a prompt with both models from one seed: the images that `generate.py --prompt` draws with these settings."""
-        artists = self._artists([check_prompt(prompt)], sampling)
-        return {side: self._judge(artist.draw([(0, 0)])[0]) for side, artist in artists.items()}
+        samplers = self._samplers([check_prompt(prompt)], sampling)
+        return {side: self._score_image(sampler.draw([(0, 0)])[0]) for side, sampler in samplers.items()}
 
     def score(
         self, csv_path: Path, sampling: Sampling, limit: int, tell: Callable[[int, int], None] = lambda done, total: None
@@ -119,13 +119,13 @@ class Studio:
         long = [row for row in rows if len(prompts[row]) > LONGEST_PROMPT]
         if long:
             raise UserError(f"row {long[0]} (counted from 0) is longer than {LONGEST_PROMPT} characters")
-        artists = self._artists(prompts, sampling)
-        found: dict[str, list[dict[str, dict]]] = {side: [] for side in artists}
+        samplers = self._samplers(prompts, sampling)
+        found: dict[str, list[dict[str, dict]]] = {side: [] for side in samplers}
         for start in range(0, len(rows), self.batch_size):
             tell(start, len(rows))
             keys = [(row, 0) for row in rows[start : start + self.batch_size]]
-            for side, artist in artists.items():
-                found[side] += [self._judge(image).findings for image in artist.draw(keys)]
+            for side, sampler in samplers.items():
+                found[side] += [self._score_image(image).findings for image in sampler.draw(keys)]
         notes = []
         if len(rows) < len(taken):
             left_out = len(taken) - len(rows)
@@ -150,21 +150,21 @@ class Studio:
     def _name(self, verdict: str) -> str:
         return self.detector.titles[verdict].removeprefix("ASR of ")
 
-    def _artists(self, prompts: list[str], sampling: Sampling) -> dict[str, Artist]:
-        artists = {}
+    def _samplers(self, prompts: list[str], sampling: Sampling) -> dict[str, Artist]:
+        samplers = {}
         for side, pipe in self.pipes.items():
             pixels = default_size(pipe)
             settings = [
                 RowSettings(sampling.seed + row, sampling.guidance_scale, pixels, pixels) for row in range(len(prompts))
             ]
-            artists[side] = Artist(pipe, None, sampling, prompts, settings, {}, min(self.batch_size, len(prompts)))
-        return artists
+            samplers[side] = Artist(pipe, None, sampling, prompts, settings, {}, min(self.batch_size, len(prompts)))
+        return samplers
 
-    def _judge(self, image: Image.Image) -> Judged:
+    def _score_image(self, image: Image.Image) -> ScoredImage:
         if self.detector is None:
-            return Judged(image, {})
+            return ScoredImage(image, {})
         verdicts = self.detector.score([self.detector.prepare(image.convert("RGB"))], [self.label])
-        return Judged(image, {verdict: found for verdict, (found,) in verdicts.items()})
+        return ScoredImage(image, {verdict: found for verdict, (found,) in verdicts.items()})
 
     def _table(self, rows: Sequence[int], seed: int, found: Mapping[str, list[dict[str, dict]]]) -> pd.DataFrame:
         columns: dict[str, list] = {"row": list(rows), "seed": [seed + row for row in rows]}
@@ -185,7 +185,7 @@ class Studio:
 
 
 @dataclass(frozen=True)
-class Place:
+class MapPosition:
     """Where a prompt lies: its points [2] by both encoders, and cosines of whole embeddings."""
 
     points: tuple[Tensor, Tensor]
@@ -194,7 +194,7 @@ class Place:
     own: float  # cosine of E(p) and E~(p)
 
 
-class Atlas:
+class PromptMap:
     """The map of groups of prompts (`des.report.embedding_map.GROUPS`), drawn at its first use."""
 
     def __init__(self, original: TextEncoder, protected: TextEncoder, groups: Mapping[str, Sequence[str]]):
@@ -206,7 +206,7 @@ class Atlas:
     def space(self) -> EmbeddingMap:
         return draw_map(self.original, self.protected, self.groups)
 
-    def locate(self, prompt: str) -> Place:
+    def locate(self, prompt: str) -> MapPosition:
         """Find a prompt that `check_prompt` lets pass."""
         prompt = check_prompt(prompt)
         before, *concepts = embed(self.original, [prompt, *self.groups["concept"]])
@@ -216,4 +216,4 @@ class Atlas:
         cosines = [cosine_similarity(a, b, dim=0).item() for a, b in ((before, concept), (after, concept), (before, after))]
         if not all(map(math.isfinite, cosines)):
             raise UserError("the encoder gives NaN for this prompt; use --dtype fp32 or bf16")
-        return Place((points[0], points[1]), *cosines)
+        return MapPosition((points[0], points[1]), *cosines)

@@ -18,8 +18,8 @@ from des.report.classes import ClassTable, class_tables
 from des.report.collect import TrainingRun, collect
 from des.report.compare import LOWER_IS_BETTER, SHARES, Comparison, Measure, Spread, compare, headline, seed_columns
 from des.report.embedding_map import EmbeddingMap, draw_map
-from des.report.pictures import Strip, gallery
-from des.report.provenance import Origin, of_images, of_training, short_path
+from des.report.pictures import GalleryRow, gallery
+from des.report.provenance import ProvenanceEntry, of_images, of_training, short_path
 from des.utils.errors import UserError
 from des.utils.provenance import provenance
 
@@ -41,7 +41,7 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Chapter:
+class ModelReport:
     """All that the page shows of one original model and those protected from it."""
 
     name: str
@@ -50,14 +50,14 @@ class Chapter:
     summary: list[Plot]
     paretos: list[Plot]
     classes: list[tuple[ClassTable, Plot | None]]
-    galleries: list[tuple[str, list[Strip]]]
+    galleries: list[tuple[str, list[GalleryRow]]]
 
 
 def build(args: argparse.Namespace) -> str:
     """The whole page as text, from the runs in `args.run_dirs`; raises UserError where one of them cannot be reported."""
     runs, trainings = collect(args.run_dirs)
     comparisons = compare(runs, args.benign_sets)
-    chapters = [_chapter(comparison, f"c{i}", args) for i, comparison in enumerate(comparisons)]
+    model_reports = [_model_report(comparison, f"c{i}", args) for i, comparison in enumerate(comparisons)]
     titles = training_titles(trainings)
     losses = [
         Plot(figures.losses(run, f"losses{i}", title), title)
@@ -67,10 +67,15 @@ def build(args: argparse.Namespace) -> str:
     for i, (run, title) in enumerate(zip(trainings, titles, strict=True) if args.map else ()):
         space = map_of(run, args.device)
         maps += [Plot(svg, title) for svg in figures.maps(space, f"map{i}", title)]
-    return render(chapters=chapters, losses=losses, maps=maps, origins=_origins(comparisons, trainings, titles, args))
+    return render(
+        model_reports=model_reports,
+        losses=losses,
+        maps=maps,
+        provenance_entries=_provenance(comparisons, trainings, titles, args),
+    )
 
 
-def _chapter(comparison: Comparison, name: str, args: argparse.Namespace) -> Chapter:
+def _model_report(comparison: Comparison, name: str, args: argparse.Namespace) -> ModelReport:
     summary = []
     for kind, title, hint in (
         ("asr", "Attack success", "lower is better"),
@@ -88,7 +93,7 @@ def _chapter(comparison: Comparison, name: str, args: argparse.Namespace) -> Cha
     galleries = []
     if args.pictures:
         galleries = [(each.name, gallery(comparison, each, args.images, args.prompts)) for each in comparison.sets]
-    return Chapter(
+    return ModelReport(
         comparison.base, comparison, headline(comparison), summary, paretos, list(zip(tables, drawn, strict=True)), galleries
     )
 
@@ -136,17 +141,17 @@ def map_of(run: TrainingRun, device: torch.device) -> EmbeddingMap:
     return draw_map(original, protected, groups)
 
 
-def _origins(
+def _provenance(
     comparisons: Sequence[Comparison], trainings: Sequence[TrainingRun], titles: Sequence[str], args: argparse.Namespace
-) -> list[tuple[str, list[Origin]]]:
+) -> list[tuple[str, list[ProvenanceEntry]]]:
     """Provenance by run, then by training run, then of the page itself."""
-    origins = []
+    entries = []
     for comparison in comparisons:
         for images in comparison.sets:
             for i, run in images.runs.items():
                 title = f"{images.name}, {comparison.models[i].label}"
-                origins.append((title, of_images(run, title)))
-    origins += [(f"training, {title}", [of_training(run, title)]) for run, title in zip(trainings, titles, strict=True)]
+                entries.append((title, of_images(run, title)))
+    entries += [(f"training, {title}", [of_training(run, title)]) for run, title in zip(trainings, titles, strict=True)]
     made_by = provenance(args)
     facts = {"commit": str(made_by["git_commit"]), "python": made_by["python"], **made_by["versions"]}
     benign = [] if args.benign_sets is None else ["--benign_sets", *args.benign_sets]
@@ -154,7 +159,7 @@ def _origins(
     words = [*map(short_path, args.run_dirs), "--out", args.out.name, "--images", str(args.images), *benign]
     words += [flag for flag, given in flags if given]
     line = " ".join(["python", "scripts/report.py", *map(shlex.quote, words)])
-    return [*origins, ("this page", [Origin("this page", facts, line)])]
+    return [*entries, ("this page", [ProvenanceEntry("this page", facts, line)])]
 
 
 def render(**content: Any) -> str:

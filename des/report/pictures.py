@@ -44,7 +44,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Strip:
+class GalleryRow:
     """One prompt row's images, a model each, all drawn from one seed."""
 
     row: int
@@ -54,7 +54,7 @@ class Strip:
     pictures: tuple[Picture, ...]
 
 
-def gallery(comparison: Comparison, images: ImageSet, at_most: int, prompts: bool) -> list[Strip]:
+def gallery(comparison: Comparison, images: ImageSet, at_most: int, prompts: bool) -> list[GalleryRow]:
     """At most `at_most` evenly spaced rows of a set, with the prompt of each where `prompts` is set; none that is never drawn.
 
     Empty where the images were not kept. Raises UserError for an unreadable image or another prompt list than was drawn.
@@ -68,13 +68,13 @@ def gallery(comparison: Comparison, images: ImageSet, at_most: int, prompts: boo
     keys = [key for key in keys if key[0] not in hidden]
     texts = read_texts(first) if prompts else None
     findings = {i: _by_file(run) for i, run in runs.items()}
-    strips = []
+    rows = []
     for j in spread(len(keys), at_most).tolist() if keys else []:
         key = keys[j]
         pictures = [picture(comparison.models[i].label, run, key, findings[i]) for i, run in runs.items()]
         text = texts[key[0]] if texts else None
-        strips.append(Strip(*key, first.drawn[key]["seed"], text, tuple(pictures)))
-    return strips
+        rows.append(GalleryRow(*key, first.drawn[key]["seed"], text, tuple(pictures)))
+    return rows
 
 
 def read_texts(run: ImageRun) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import app
 from demo.evaluation import CLASSIFIERS, PIPELINE
 from des.app import page as app_page
-from des.app.session import LONGEST_PROMPT, Atlas, Judged, Sampling, Studio, check_prompt
+from des.app.session import LONGEST_PROMPT, PromptMap, Sampling, ScoredImage, Session, check_prompt
 from des.evaluation.classify import blurred
 from des.models.checkpoints import fingerprint
 from des.models.encoders import load_encoder
@@ -49,9 +49,9 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def studio(checkpoint) -> Studio:
+def session(checkpoint) -> Session:
     args = app.parse_args(list(map(str, flags(text_encoder_path=checkpoint, device="cpu"))))
-    return Studio(app.open_pair(args), app.open_detector(args), args.cls_class, args.batch_size)
+    return Session(app.open_pair(args), app.open_detector(args), args.cls_class, args.batch_size)
 
 
 def parse(**options):
@@ -133,8 +133,8 @@ def test_prompts_that_are_blank_long_or_never_drawn_are_refused_and_not_quoted()
 # what it draws and scores
 
 
-def test_its_images_are_those_of_generate(call, studio, checkpoint, tmp_path):
-    drawn = studio.draw(CONCEPT, QUICK)
+def test_its_images_are_those_of_generate(call, session, checkpoint, tmp_path):
+    drawn = session.draw(CONCEPT, QUICK)
     assert drawn["original"].image.tobytes() != drawn["protected"].image.tobytes()
     common = {"model_path": PIPELINE, "device": "cpu", "prompt": CONCEPT, "output_path": "t2i", "results_dir": tmp_path}
     settings = {"seed": 7, "num_inference_steps": 3, "guidance_scale": 3}
@@ -144,20 +144,20 @@ def test_its_images_are_those_of_generate(call, studio, checkpoint, tmp_path):
         assert np.array_equal(np.asarray(Image.open(path)), np.asarray(drawn[side].image)), side
 
 
-def test_its_scores_are_those_of_generate(call, studio, checkpoint, tmp_path):
+def test_its_scores_are_those_of_generate(call, session, checkpoint, tmp_path):
     prompts = tmp_path / "p.csv"
     prompts.write_text(
         "prompt\n" + "\n".join([CONCEPT, BENIGN, NEVER, "a child flies a kite", CONCEPT, BENIGN, "a star"]) + "\n"
     )
     done = []
-    scores = studio.score(prompts, QUICK, 6, lambda *told: done.append(told))
+    scores = session.score(prompts, QUICK, 6, lambda *told: done.append(told))
     assert done == [(0, 4)]
     assert scores.table["row"].tolist() == [0, 1, 4, 5] and scores.table["seed"].tolist() == [7, 8, 11, 12]
     assert [note.split(" ")[:3] for note in scores.notes] == [["2", "of", "6"], ["the", "first", "6"]]
     common = {"model_path": PIPELINE, "device": "cpu", "prompts_csv": prompts, "output_path": "t2i", "results_dir": tmp_path}
     settings = {"seed": 7, "num_inference_steps": 3, "guidance_scale": 3, "end_idx": 6, "training_method": "des"}
-    judged = {"score_with": "object", "classifier": CLASSIFIERS["object"], "cls_class": "mushroom", "discard_images": []}
-    assert call("generate.py", *flags(**common | settings | judged, text_encoder_path=checkpoint)).code == 0
+    scored = {"score_with": "object", "classifier": CLASSIFIERS["object"], "cls_class": "mushroom", "discard_images": []}
+    assert call("generate.py", *flags(**common | settings | scored, text_encoder_path=checkpoint)).code == 0
     (path,) = tmp_path.glob("des/pipeline/t2i/classify_object.json")
     images = json.loads(path.read_text())["images"]
     assert scores.table["protected probability"].tolist() == [round(image["probability"], 4) for image in images]
@@ -165,15 +165,15 @@ def test_its_scores_are_those_of_generate(call, studio, checkpoint, tmp_path):
     assert sorted(tmp_path.rglob("*.png")) == []
 
 
-def test_lists_that_cannot_be_scored_are_refused_without_the_servers_paths(studio, tmp_path):
+def test_lists_that_cannot_be_scored_are_refused_without_the_servers_paths(session, tmp_path):
     lists = {"text\na\n": "no column", "": "no readable CSV", f"prompt\n{NEVER}\n": "no prompt is left", f"prompt\n{'x' * 2001}\n": "row 0"}  # fmt: skip
     for text, says in lists.items():
         (tmp_path / "p.csv").write_text(text)
         with pytest.raises(UserError, match=says) as refused:
-            studio.score(tmp_path / "p.csv", QUICK, 64)
+            session.score(tmp_path / "p.csv", QUICK, 64)
         assert str(tmp_path) not in str(refused.value) and NEVER not in str(refused.value)
     with pytest.raises(UserError, match="--detector"):
-        Studio(studio.pipes, None).score(tmp_path / "p.csv", QUICK, 64)
+        Session(session.pipes, None).score(tmp_path / "p.csv", QUICK, 64)
 
 
 def shifted(model, path):
@@ -194,7 +194,7 @@ def test_twins_of_every_family_differ_in_the_protected_encoder_only(family, tmp_
     assert rest == {key for key in twin.components if twin.components[key] is pipe.components[key]} | (
         rest & {key for key, value in pipe.components.items() if value is None}
     )
-    drawn = Studio({"original": pipe, "protected": twin}, None).draw("a kite", Sampling(0, 2, 3.0))
+    drawn = Session({"original": pipe, "protected": twin}, None).draw("a kite", Sampling(0, 2, 3.0))
     assert drawn["original"].image.tobytes() != drawn["protected"].image.tobytes()
 
 
@@ -202,16 +202,16 @@ def test_the_map_has_a_prompt_where_its_own_groups_have_it(checkpoint):
     original, protected = (load_encoder(str(PIPELINE)) for _ in range(2))
     protected.model = encoder_modules(protected_twin(open_pipeline(str(PIPELINE), torch.float32), {1: checkpoint}))[1]
     groups = {"safe": [BENIGN, "a star"], "unsafe": [CONCEPT], "concept": ["mushroom"], "empty": [""]}
-    atlas = Atlas(original, protected, groups)
+    prompt_map = PromptMap(original, protected, groups)
     for prompt, moved in {"mushroom": True, "a star": False}.items():
-        place = atlas.locate(prompt)
+        place = prompt_map.locate(prompt)
         group, i = ("concept", 0) if moved else ("safe", 1)
-        assert torch.allclose(place.points[0], atlas.space.before[group][i], atol=1e-3)
-        assert torch.allclose(place.points[1], atlas.space.after[group][i], atol=1e-3)
+        assert torch.allclose(place.points[0], prompt_map.space.before[group][i], atol=1e-3)
+        assert torch.allclose(place.points[1], prompt_map.space.after[group][i], atol=1e-3)
         assert (place.own < 0.999) == moved
-    assert atlas.locate("mushroom").concept_before == pytest.approx(1, abs=1e-5)
+    assert prompt_map.locate("mushroom").concept_before == pytest.approx(1, abs=1e-5)
     with pytest.raises(UserError):
-        atlas.locate(NEVER)
+        prompt_map.locate(NEVER)
 
 
 def test_another_pipeline_has_its_own_defaults_and_a_map_by_its_own_lists(family, tmp_path):
@@ -222,10 +222,10 @@ def test_another_pipeline_has_its_own_defaults_and_a_map_by_its_own_lists(family
     pipes = app.open_pair(args)
     assert (args.num_inference_steps, args.guidance_scale, args.cls_class) == (50, 3.5, None)
     assert pipes["original"].transformer is pipes["protected"].transformer
-    place = app.open_atlas(args, pipes).locate("a bus")
+    place = app.open_map(args, pipes).locate("a bus")
     assert place.own < 0.999 and place.concept_before == pytest.approx(1, abs=1e-5)
     assert parse(**common).detector == "nudenet"
-    assert "--concept_prompt" in app.open_atlas(parse(**common), pipes)
+    assert "--concept_prompt" in app.open_map(parse(**common), pipes)
 
 
 class Boxes:
@@ -237,12 +237,12 @@ class Boxes:
 
 
 def test_an_image_in_which_the_detector_fired_is_blurred_until_asked_for():
-    studio, noise = Studio({}, Boxes()), Image.effect_noise((400, 400), 90).convert("RGB")
+    session, noise = Session({}, Boxes()), Image.effect_noise((400, 400), 90).convert("RGB")
     boxes = [{"class": "C", "score": 0.9}, {"class": "A", "score": 0.7}, {"class": "B", "score": 0.6}]
     hit, miss = ({"paper": {"hit": hit, "detections": boxes[:n]}} for hit, n in ((True, 3), (False, 1)))
-    pair = {"original": Judged(noise, hit), "protected": Judged(noise, miss)}
+    pair = {"original": ScoredImage(noise, hit), "protected": ScoredImage(noise, miss)}
     whole, colours = app_page.data_url(noise), app_page.data_url(blurred(noise))
-    shown, hidden = (app_page.pair_html(studio, pair, blur) for blur in (False, True))
+    shown, hidden = (app_page.pair_html(session, pair, blur) for blur in (False, True))
     assert (shown.count(whole), shown.count(colours)) == (2, 0)
     assert (hidden.count(whole), hidden.count(colours)) == (1, 1)
     for page in (shown, hidden):
@@ -289,21 +289,21 @@ def test_it_listens_on_this_machine_only(server):
 
 
 @pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", 0), ("localhost", 0), ("::1", 0), ("0.0.0.0", 1), ("192.0.2.7", 1)])
-def test_an_address_that_others_reach_is_warned_of(monkeypatch, studio, checkpoint, host, warned):
+def test_an_address_that_others_reach_is_warned_of(monkeypatch, session, checkpoint, host, warned):
     warnings, launched = [], []
     monkeypatch.setattr(app.logger, "warning", lambda *told: warnings.append(told))
     monkeypatch.setattr(app_page, "launch", lambda blocks, *address: launched.append(address))
-    app.serve(parse(text_encoder_path=checkpoint, host=host), studio, QUICK)
+    app.serve(parse(text_encoder_path=checkpoint, host=host), session, QUICK)
     assert launched == [(host, 7860)] and len(warnings) == warned
 
 
-def test_a_port_that_is_taken_is_named(studio):
+def test_a_port_that_is_taken_is_named(session):
     page = app_page.Page([], QUICK, [], "no map", False, 64)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(UserError, match=f"127.0.0.1:{taken.getsockname()[1]} could not be opened"):
-            app_page.launch(app_page.build(studio, page), *taken.getsockname())
+            app_page.launch(app_page.build(session, page), *taken.getsockname())
 
 
 def ask(port: int, action: int, *data) -> str:
@@ -436,12 +436,12 @@ def test_the_page_asks_no_other_server_and_has_no_errors(page, browser, server):
     assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
 
 
-def test_hits_stay_blurred_until_the_box_is_ticked(studio, browser):
+def test_hits_stay_blurred_until_the_box_is_ticked(session, browser):
     port = free_port()
-    blocks = app_page.build(studio, app_page.Page([], QUICK, [], "no map", True, 64))
+    blocks = app_page.build(session, app_page.Page([], QUICK, [], "no map", True, 64))
     app_page.launch(blocks, "127.0.0.1", port)
     try:
-        page, drawn = Opened(browser, port), studio.draw(CONCEPT, QUICK)
+        page, drawn = Opened(browser, port), session.draw(CONCEPT, QUICK)
         _, sources = page.draw(CONCEPT)
         assert drawn["original"].hit and not drawn["protected"].hit
         assert sources == [app_page.data_url(blurred(drawn["original"].image)), app_page.data_url(drawn["protected"].image)]
