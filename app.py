@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     defaults = Sampling(args.seed, args.num_inference_steps, args.guidance_scale)
     with tempfile.TemporaryDirectory(prefix="des-app-") as uploads:
         os.environ.update(GRADIO_TEMP_DIR=uploads)
-        serve(args, Session(pipes, detector, args.cls_class, args.batch_size), defaults)
+        serve(args, Session(pipes, detector, args.cls_class, args.batch_size, args.doubts), defaults)
         threading.Event().wait()
 
 
@@ -158,6 +158,7 @@ def serve(args: argparse.Namespace, session: Session, defaults: Sampling) -> Non
 
     page = app_page.Page(
         about=about(args),
+        doubts=session.doubts,
         defaults=defaults,
         examples=EXAMPLES if args.is_demo else (),
         prompt_map=open_map(args, session.pipes),
@@ -173,7 +174,7 @@ def serve(args: argparse.Namespace, session: Session, defaults: Sampling) -> Non
 def open_pair(args: argparse.Namespace) -> dict[str, DiffusionPipeline]:
     """The original and the protected pipeline, on their device; they share all but the protected text encoders.
 
-    Fills in the sampling that the family decides. Raises UserError where a checkpoint is missing, or does not fit.
+    Fills in the sampling that the family decides, and `doubts`: why a checkpoint may not protect. Raises UserError where a checkpoint is missing, or does not fit.
     """
     if args.is_demo and not given_encoders(args):
         if not QUICKSTART.is_file():
@@ -183,7 +184,9 @@ def open_pair(args: argparse.Namespace) -> dict[str, DiffusionPipeline]:
         args.text_encoder_path = QUICKSTART
     family = family_of(args.model_path)
     original = open_pipeline(args.model_path, dtype_for(family, args.device, args.dtype), scheduler=args.scheduler)
-    pipes = dict(zip(SIDES, (original, protected_twin(original, given_encoders(args))), strict=True))
+    twin, applied = protected_twin(original, given_encoders(args))
+    args.doubts = [f"{given_encoders(args)[i].name}: {facts['doubt']}" for i, facts in applied.items() if facts["doubt"]]
+    pipes = dict(zip(SIDES, (original, twin), strict=True))
     for pipe in pipes.values():
         place(pipe, args.device)
     args.num_inference_steps = args.num_inference_steps or family.num_inference_steps

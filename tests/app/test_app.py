@@ -152,6 +152,7 @@ def test_its_scores_are_those_of_generate(call, session, checkpoint, tmp_path):
     done = []
     scores = session.score(prompts, QUICK, 6, lambda *told: done.append(told))
     assert done == [(0, 4)]
+    assert scores.file == "p.csv" and set(scores.table["file"]) == {"p.csv"}
     assert scores.table["row"].tolist() == [0, 1, 4, 5] and scores.table["seed"].tolist() == [7, 8, 11, 12]
     assert [note.split(" ")[:3] for note in scores.notes] == [["2", "of", "6"], ["the", "first", "6"]]
     common = {"model_path": PIPELINE, "device": "cpu", "prompts_csv": prompts, "output_path": "t2i", "results_dir": tmp_path}
@@ -188,7 +189,7 @@ def shifted(model, path):
 def test_twins_of_every_family_differ_in_the_protected_encoder_only(family, tmp_path, name):
     pipe = open_pipeline(str(family(name)), torch.float32)
     before = fingerprint(pipe.text_encoder)
-    twin = protected_twin(pipe, {1: shifted(family(name), tmp_path / "c.pt")})
+    twin, _ = protected_twin(pipe, {1: shifted(family(name), tmp_path / "c.pt")})
     assert fingerprint(pipe.text_encoder) == before != fingerprint(twin.text_encoder)
     rest = {key for key in pipe.components if key != "text_encoder"}
     assert rest == {key for key in twin.components if twin.components[key] is pipe.components[key]} | (
@@ -200,7 +201,7 @@ def test_twins_of_every_family_differ_in_the_protected_encoder_only(family, tmp_
 
 def test_the_map_has_a_prompt_where_its_own_groups_have_it(checkpoint):
     original, protected = (load_encoder(str(PIPELINE)) for _ in range(2))
-    protected.model = encoder_modules(protected_twin(open_pipeline(str(PIPELINE), torch.float32), {1: checkpoint}))[1]
+    protected.model = encoder_modules(protected_twin(open_pipeline(str(PIPELINE), torch.float32), {1: checkpoint})[0])[1]
     groups = {"safe": [BENIGN, "a star"], "unsafe": [CONCEPT], "concept": ["mushroom"], "empty": [""]}
     prompt_map = PromptMap(original, protected, groups)
     for prompt, moved in {"mushroom": True, "a star": False}.items():
@@ -247,6 +248,37 @@ def test_an_image_in_which_the_detector_fired_is_blurred_until_asked_for():
     assert (hidden.count(whole), hidden.count(colours)) == (1, 1)
     for page in (shown, hidden):
         assert "something (paper): hit, 70%" in page and "something (paper): no hit, 0%" in page
+
+
+@pytest.mark.parametrize(
+    ("finding", "says"),
+    [
+        ({"hit": True, "probability": 0.49, "top": "m"}, "mushroom 49%, below half, but the likeliest class: hit"),
+        ({"hit": True, "probability": 0.98, "top": "m"}, "mushroom: hit, 98%"),
+        ({"hit": False, "probability": 0.49, "top": "box"}, "mushroom: no hit, 49%; looks like: box"),
+        ({"hit": False, "detections": [{"class": "A", "score": 0.49}]}, "mushroom 49%, below the threshold: no hit"),
+        ({"hit": True, "detections": [{"class": "A", "score": 0.49}]}, "mushroom: hit, 49%"),
+        ({"hit": False, "detections": [{"class": "C", "score": 0.49}]}, "mushroom: no hit, 0%"),
+    ],
+)
+def test_a_verdict_names_what_decided_it(finding, says):
+    detector = Boxes()
+    detector.titles = {"paper": "ASR of mushroom"}
+    assert Session({}, detector).words("paper", finding) == says
+
+
+def test_the_page_shows_why_a_checkpoint_may_not_protect(monkeypatch, checkpoint):
+    doubt = "the concept's embedding <b>hardly moved"
+    monkeypatch.setattr("des.models.pipelines.load_measured", lambda encoder, path: {"doubt": doubt})
+    args = parse(text_encoder_path=checkpoint, detector="none")
+    pipes = app.open_pair(args)
+    assert args.doubts == [f"{checkpoint.name}: {doubt}"]
+    page = app_page.Page([], QUICK, args.doubts, [], "no map", False, 64)
+    shown = [str(each.value) for each in app_page.build(Session(pipes, None), page).blocks.values() if hasattr(each, "value")]
+    assert (
+        sum("WHICH MAY NOT PROTECT IT: house.pt: the concept&#x27;s embedding &lt;b&gt;hardly moved." in text for text in shown)
+        == 1
+    )
 
 
 # the server
@@ -298,7 +330,7 @@ def test_an_address_that_others_reach_is_warned_of(monkeypatch, session, checkpo
 
 
 def test_a_port_that_is_taken_is_named(session):
-    page = app_page.Page([], QUICK, [], "no map", False, 64)
+    page = app_page.Page([], QUICK, [], [], "no map", False, 64)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -399,12 +431,36 @@ def test_a_prompt_typed_and_clicked_draws_two_images(page, browser):
     assert verdicts["original"].split(", ")[0] == verdicts["protected"].split(", ")[0] == "mushroom: no hit"
 
 
+def caption(page):
+    """The words below the pair, and whether images and words are dimmed."""
+    opacity = "return getComputedStyle(document.querySelector('#pair .des-caption')).opacity"
+    return page.all("#pair .des-caption")[0].text, float(page.browser.execute_script(opacity)) < 0.5
+
+
+def test_images_have_a_caption_and_are_dimmed_while_the_page_asks_for_others(page):
+    page.type("#compare-seed input", "5")
+    page.draw(BENIGN)
+    page.wait(lambda: caption(page) == (f"“{BENIGN}”, seed 5, 6 steps, guidance 3", False))
+    page.type("#prompt textarea", "a star")
+    page.wait(lambda: caption(page)[1])
+    before = page.sources()
+    page.all("#prompt textarea")[0].send_keys("\n")  # Enter draws
+    page.wait(lambda: caption(page) == ("“a star”, seed 5, 6 steps, guidance 3", False))
+    assert page.sources() != before
+    page.click("#compare-random")
+    page.wait(lambda: page.all("#compare-seed input")[0].get_attribute("value") != "5" and caption(page)[1])
+    assert page.all("#compare-seed input")[0].get_attribute("value").isdecimal()
+    page.type("#compare-seed input", "7")
+
+
 def test_a_prompt_that_is_never_drawn_gets_a_message_and_no_image(page):
     before = page.sources()
     page.type("#prompt textarea", NEVER)
     page.click("#draw")
     page.wait(lambda: [each for each in page.all(".toast-body") if "never drawn" in each.text])
-    assert page.sources() == before
+    assert page.sources() == before and caption(page)[1]
+    shown = "return [...document.querySelectorAll('#pair .error')].map(e => [getComputedStyle(e).fontSize, getComputedStyle(e, '::after').content])"
+    assert page.browser.execute_script(shown) == [["0px", '"Not done"']]
 
 
 def test_a_list_gets_counts_and_a_table(page, tmp_path):
@@ -418,6 +474,10 @@ def test_a_list_gets_counts_and_a_table(page, tmp_path):
     assert "mushroom, original: 1/3 = 33.3% [6.1, 79.2]" in text and "mushroom, protected: 0/3 = 0.0%" in text
     assert "1 of 4 prompts are left out" in text
     page.wait(lambda: "hit" in page.all("#scores")[0].text)
+    assert "p.csv, 3 prompts drawn by each model" in text
+    (tmp_path / "q.csv").write_text("text\na star\n")
+    page.click("#csv button[aria-label='Clear'], #csv button[aria-label='Remove this file']")
+    page.wait(lambda: "%]" not in page.all("#counts")[0].text and page.all("#counts a") == [])
 
 
 def test_the_map_shows_a_prompt(page):
@@ -438,7 +498,7 @@ def test_the_page_asks_no_other_server_and_has_no_errors(page, browser, server):
 
 def test_hits_stay_blurred_until_the_box_is_ticked(session, browser):
     port = free_port()
-    blocks = app_page.build(session, app_page.Page([], QUICK, [], "no map", True, 64))
+    blocks = app_page.build(session, app_page.Page([], QUICK, [], [], "no map", True, 64))
     app_page.launch(blocks, "127.0.0.1", port)
     try:
         page, drawn = Opened(browser, port), session.draw(CONCEPT, QUICK)
