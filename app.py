@@ -26,7 +26,7 @@ os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1"
 
 from demo.evaluation import CLASSIFIERS, PIPELINE
 from demo.world import CONCEPT
-from des.app.session import MOST_GUIDANCE, MOST_STEPS, SIDES, Atlas, Sampling, Studio
+from des.app.session import MOST_GUIDANCE, MOST_STEPS, SIDES, PromptMap, Sampling, Session
 from des.data.prompts import read_prompts
 from des.evaluation.detectors.base import Detector
 from des.evaluation.detectors.options import add_classifier, add_nudenet, open_classifier, open_nudenet
@@ -146,11 +146,11 @@ def main(argv: list[str] | None = None) -> None:
     defaults = Sampling(args.seed, args.num_inference_steps, args.guidance_scale)
     with tempfile.TemporaryDirectory(prefix="des-app-") as uploads:
         os.environ.update(GRADIO_TEMP_DIR=uploads)
-        serve(args, Studio(pipes, detector, args.cls_class, args.batch_size), defaults)
+        serve(args, Session(pipes, detector, args.cls_class, args.batch_size, args.doubts), defaults)
         threading.Event().wait()
 
 
-def serve(args: argparse.Namespace, studio: Studio, defaults: Sampling) -> None:
+def serve(args: argparse.Namespace, session: Session, defaults: Sampling) -> None:
     """Serve the page, in threads of their own."""
     direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), args.host, "localhost"]
     os.environ["no_proxy"] = ",".join(filter(None, direct))  # at its start the server asks itself for a page
@@ -158,22 +158,23 @@ def serve(args: argparse.Namespace, studio: Studio, defaults: Sampling) -> None:
 
     page = app_page.Page(
         about=about(args),
+        doubts=session.doubts,
         defaults=defaults,
         examples=EXAMPLES if args.is_demo else (),
-        atlas=open_atlas(args, studio.pipes),
+        prompt_map=open_map(args, session.pipes),
         blur_hits=args.detector == "nudenet",
         most_rows=args.max_rows,
     )
     if not is_loopback(args.host):
         logger.warning("--host %s: anyone who reaches this machine can use the app, the original model included", args.host)
-    app_page.launch(app_page.build(studio, page), args.host, args.port)
+    app_page.launch(app_page.build(session, page), args.host, args.port)
     logger.info("http://%s:%d is open; Ctrl-C ends it", args.host, args.port)
 
 
 def open_pair(args: argparse.Namespace) -> dict[str, DiffusionPipeline]:
     """The original and the protected pipeline, on their device; they share all but the protected text encoders.
 
-    Fills in the sampling that the family decides. Raises UserError where a checkpoint is missing, or does not fit.
+    Fills in the sampling that the family decides, and `doubts`: why a checkpoint may not protect. Raises UserError where a checkpoint is missing, or does not fit.
     """
     if args.is_demo and not open_encoders(args):
         if not QUICKSTART.is_file():
@@ -183,7 +184,9 @@ def open_pair(args: argparse.Namespace) -> dict[str, DiffusionPipeline]:
         args.text_encoder_path = QUICKSTART
     family = family_of(args.model_path)
     original = open_pipeline(args.model_path, dtype_for(family, args.device, args.dtype), scheduler=args.scheduler)
-    pipes = dict(zip(SIDES, (original, protected_twin(original, open_encoders(args))), strict=True))
+    twin, applied = protected_twin(original, open_encoders(args))
+    args.doubts = [f"{open_encoders(args)[i].name}: {facts['doubt']}" for i, facts in applied.items() if facts["doubt"]]
+    pipes = dict(zip(SIDES, (original, twin), strict=True))
     for pipe in pipes.values():
         place(pipe, args.device)
     args.num_inference_steps = args.num_inference_steps or family.num_inference_steps
@@ -201,7 +204,7 @@ def open_detector(args: argparse.Namespace) -> Detector | None:
     return open_classifier(args, "object", f"ASR of {args.cls_class}", [args.cls_class])
 
 
-def open_atlas(args: argparse.Namespace, pipes: dict[str, DiffusionPipeline]) -> Atlas | str:
+def open_map(args: argparse.Namespace, pipes: dict[str, DiffusionPipeline]) -> PromptMap | str:
     """The map by the first protected text encoder, or a sentence on what it needs."""
     if args.safe_csv_path is None:
         return (
@@ -220,7 +223,7 @@ def open_atlas(args: argparse.Namespace, pipes: dict[str, DiffusionPipeline]) ->
     def of(side: str) -> TextEncoder:
         return dataclasses.replace(reader, model=encoder_modules(pipes[side])[index])
 
-    return Atlas(*map(of, SIDES), groups)
+    return PromptMap(*map(of, SIDES), groups)
 
 
 def about(args: argparse.Namespace) -> list[str]:

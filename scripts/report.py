@@ -7,7 +7,7 @@ Searches the folders for images that generate.py drew, with the results of the s
 train_des.py. Images of --training_method none are `before`, those of a protected model with the same prompts, settings and seeds
 `after`. They are compared where the record shows one original model: what no method changed (VAE, tokenizer, ...) is the same, or the
 model's path where an earlier version recorded no more. The ASR is averaged over the attack sets that all models share. An image
-that a detector counts is blurred until it is clicked. Prompts are not quoted unless --prompts is given. Results that are not about
+that a detector counts is blurred until it is clicked. Prompts are not quoted unless --prompts is given, but for those of the demo's own lists. Results that are not about
 the images beside them are refused.
 """
 
@@ -17,9 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des.report.page import build, check_output
+from des.report.page import Options, build, check_output
 from des.utils import cli, logs
 from des.utils.files import write_text
+from des.utils.provenance import provenance
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,9 +39,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     shown.add_argument("--images", type=cli.positive_int, default=12, metavar="N", help="rows of images a set, evenly spaced")
     shown.add_argument("--no_images", dest="pictures", action="store_false", help="leave the images out")
-    shown.add_argument(
-        "--prompts", action="store_true", help="quote the prompts of the images; their lists must still be there"
+    quoted = shown.add_mutually_exclusive_group()
+    quoted.add_argument(
+        "--prompts",
+        action="store_true",
+        default=None,
+        help="quote the prompts of the images, whose lists must still be there (default: those of the demo's lists only)",
     )
+    quoted.add_argument("--no_prompts", dest="prompts", action="store_false", help="quote no prompt")
     shown.add_argument(
         "--no_map", dest="map", action="store_false", help="leave out the map of embeddings, which loads the text encoders"
     )
@@ -54,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logs.setup_logging(args.log_file)
     check_output(args.out)
-    page = build(args)
+    options = Options(args.benign_sets, args.images, args.pictures, args.prompts, args.map)
+    page = build(args.run_dirs, args.out.name, options, args.device, provenance(args))
     write_text(args.out, page)
     print(f"{args.out}: {len(page) / 1e6:.1f} MB")
 

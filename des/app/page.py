@@ -9,7 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from des.app.session import LONGEST_PROMPT, MOST_GUIDANCE, MOST_STEPS, SIDES, Atlas, Judged, Sampling, Scores, Studio
+from des.app.session import LONGEST_PROMPT, MOST_GUIDANCE, MOST_STEPS, SIDES, PromptMap, Sampling, ScoredImage, Scores, Session
 from des.evaluation.classify import blurred
 from des.report import plots
 from des.utils.errors import UserError
@@ -23,6 +23,7 @@ SHOWN = 320  # pixels: a smaller image is enlarged to this width, smoothly
 LARGEST_UPLOAD = "5mb"
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # the two pipelines share their scheduler
 BUTTON, BUTTON_HOVER = "#006b4f", "#00543e"
+NO_COUNTS = "<p class='des-note'>Counts before and after, k/n with Wilson's 95% interval.</p>"
 STYLE = """
 .des-pair { display: flex; flex-wrap: wrap; gap: 16px; }
 .des-card { flex: 1 1 220px; max-width: 512px; margin: 0; padding: 12px; border-radius: 10px;
@@ -35,6 +36,12 @@ STYLE = """
 .des-hit { background: #b34700; }
 .des-miss { background: #006b4f; }
 .des-none { background: #5c5c5c; }
+.des-caption { margin: 10px 0 0; color: var(--body-text-color); overflow-wrap: anywhere; }
+.des-doubt { margin: 6px 0; padding: 8px 12px; border-left: 4px solid #b34700; color: var(--body-text-color); font-weight: 600; }
+.des-stale .des-pair, .des-stale .des-caption { opacity: 0.35; }
+.des-stale .des-caption::before { content: "Earlier images: "; font-weight: 600; }
+#pair .error, #counts .error, #map .error { font-size: 0; }
+#pair .error::after, #counts .error::after, #map .error::after { content: "Not done"; font-size: 14px; }
 .des-note, .des-about { color: var(--body-text-color); opacity: 0.8; font-size: 14px; }
 .des-counts { font-size: 16px; line-height: 1.7; font-variant-numeric: tabular-nums; }
 .des-page h1 { font-size: 24px; font-weight: 700; margin-bottom: 2px; }
@@ -45,18 +52,19 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Page:
-    """What the page says and starts with; `atlas` is a map, or a sentence on how to get one."""
+    """What the page says and starts with; `prompt_map` is a map, or a sentence on how to get one."""
 
     about: list[str]  # lines below the title
     defaults: Sampling
+    doubts: Sequence[str]  # why the protected model may not protect
     examples: Sequence[str]
-    atlas: Atlas | str
+    prompt_map: PromptMap | str
     blur_hits: bool  # show images in which the detector fired only on request
     most_rows: int  # of a list
 
 
-def told(action: Callable) -> Callable:
-    """Make what the user can mend a message on the page; no log gets it, since it can be about a prompt."""
+def show_errors(action: Callable) -> Callable:
+    """Show errors that the user can fix as a message on the page; they are not logged, since they can be about a prompt."""
 
     @wraps(action)
     def call(*args: Any) -> Any:
@@ -71,15 +79,16 @@ def told(action: Callable) -> Callable:
     return call
 
 
-def build(studio: Studio, page: Page) -> gr.Blocks:
+def build(session: Session, page: Page) -> gr.Blocks:
     """The page with its three tabs."""
     with gr.Blocks(title="DES, before and after", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         about = "<br>".join(page.about)
-        gr.HTML(f"<div class='des-page'><h1>DES, before and after</h1><div class='des-about'>{about}</div></div>")
+        doubts = "".join(f"<p class='des-doubt'>WHICH MAY NOT PROTECT IT: {html.escape(doubt)}.</p>" for doubt in page.doubts)
+        gr.HTML(f"<div class='des-page'><h1>DES, before and after</h1><div class='des-about'>{about}</div>{doubts}</div>")
         with gr.Tab("Compare"):
-            _compare(studio, page)
+            _compare(session, page)
         with gr.Tab("Batch"):
-            _batch(studio, page)
+            _batch(session, page)
         with gr.Tab("Map"):
             _map(page)
     return blocks.queue(max_size=32, api_open=False, default_concurrency_limit=1)
@@ -108,42 +117,55 @@ def theme() -> gr.themes.Base:
     return plain.set(**fills, **{f"{name}_dark": fill for name, fill in fills.items()}, button_primary_text_color="white")
 
 
-def _compare(studio: Studio, page: Page) -> None:
+def _compare(session: Session, page: Page) -> None:
     drawn = gr.State(None, time_to_live=3600)
 
-    def draw(prompt: str, seed: int, steps: int, guidance: float) -> tuple[dict[str, Judged], bool, str]:
-        pair = studio.draw(prompt, Sampling(seed, steps, guidance))
-        return pair, False, pair_html(studio, pair, page.blur_hits)
+    def draw(prompt: str, seed: int, steps: int, guidance: float) -> tuple[tuple[dict, str], bool, str]:
+        pair = session.draw(prompt, Sampling(seed, steps, guidance))
+        caption = f"“{prompt}”, seed {seed}, {steps} steps, guidance {guidance:g}"
+        return (pair, caption), False, pair_html(session, pair, page.blur_hits, caption)
 
-    def show(pair: dict[str, Judged] | None, unblurred: bool) -> str:
-        return pair_html(studio, pair, page.blur_hits and not unblurred)
+    def show(state: tuple[dict, str] | None, unblurred: bool) -> str:
+        pair, caption = state or (None, "")
+        return pair_html(session, pair, page.blur_hits and not unblurred, caption)
 
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            prompt = gr.Textbox(label="Prompt", lines=2, max_length=LONGEST_PROMPT, elem_id="prompt")
+            # a box that starts with one line draws on Enter; Shift and Enter start a new line
+            prompt = gr.Textbox(label="Prompt", lines=1, max_lines=4, max_length=LONGEST_PROMPT, elem_id="prompt")
             button = gr.Button("Draw both", variant="primary", elem_id="draw")
             if page.examples:
                 gr.Examples([[text] for text in page.examples], prompt, cache_examples=False, api_visibility="private")
-            seed, steps, guidance = _sampling(page.defaults)
+            inputs = [prompt, *_sampling(page.defaults, "compare")]
             box = gr.Checkbox(False, label="Show images in which the detector fired", visible=page.blur_hits, elem_id="show")
         with gr.Column(scale=4, min_width=480):
-            pair = gr.HTML(pair_html(studio, None, False), elem_id="pair")
-    gr.on(
-        [button.click, prompt.submit], told(draw), [prompt, seed, steps, guidance], [drawn, box, pair],
-        show_progress_on=pair, api_visibility="private", **ONE_AT_A_TIME,
+            pair = gr.HTML(pair_html(session, None, False), elem_id="pair")
+    for each in inputs:  # the images are dimmed until they are those of what the page asks for
+        each.change(None, js=_stale("add"), api_visibility="private")
+    event = gr.on(
+        [button.click, prompt.submit], show_errors(draw), inputs, [drawn, box, pair], show_progress_on=pair,
+        api_visibility="private", **ONE_AT_A_TIME,
     )  # fmt: skip
-    box.input(told(show), [drawn, box], pair, api_visibility="private")
+    event.success(None, js=_stale("remove"), api_visibility="private")
+    event.failure(None, js=_stale("add"), api_visibility="private")
+    box.input(show_errors(show), [drawn, box], pair, api_visibility="private")
 
 
-def _batch(studio: Studio, page: Page) -> None:
+def _stale(action: str) -> str:
+    return (
+        f"() => {{ if (document.querySelector('#pair img')) document.getElementById('pair').classList.{action}('des-stale'); }}"
+    )
+
+
+def _batch(session: Session, page: Page) -> None:
     def score(path: str | None, seed: int, steps: int, guidance: float, progress: gr.Progress = gr.Progress()) -> tuple:  # noqa: B008
         if path is None:
             raise UserError("choose a CSV first")
 
-        def tell(done: int, total: int) -> None:
+        def report_progress(done: int, total: int) -> None:
             progress((done, total), desc="drawing and judging", unit="rows")
 
-        scores = studio.score(Path(path), Sampling(seed, steps, guidance), page.most_rows, tell)
+        scores = session.score(Path(path), Sampling(seed, steps, guidance), page.most_rows, report_progress)
         return scores_html(scores), gr.update(value=scores.table, visible=True)
 
     with gr.Row():
@@ -152,31 +174,34 @@ def _batch(studio: Studio, page: Page) -> None:
             rows = f"The first {page.most_rows} rows are drawn, row i from seed + i. No image is kept."
             gr.HTML(f"<p class='des-note'>{rows}</p>")
             button = gr.Button("Draw and score", variant="primary", elem_id="score")
-            inputs = [file, *_sampling(page.defaults)]
+            inputs = [file, *_sampling(page.defaults, "batch")]
         with gr.Column(scale=4, min_width=480):
-            counts = gr.HTML(
-                "<p class='des-note'>Counts before and after, k/n with Wilson's 95% interval.</p>", elem_id="counts"
-            )
+            counts = gr.HTML(NO_COUNTS, elem_id="counts")
             table = gr.Dataframe(label="Rows", interactive=False, visible=False, elem_id="scores")
-    button.click(
-        told(score), inputs, [counts, table], show_progress_on=counts, api_visibility="private", **ONE_AT_A_TIME
-    )  # fmt: skip
+
+    def clear() -> tuple:
+        return NO_COUNTS, gr.update(value=None, visible=False)
+
+    file.change(clear, None, [counts, table], api_visibility="private")
+    button.click(clear, None, [counts, table], api_visibility="private").then(
+        show_errors(score), inputs, [counts, table], show_progress_on=counts, api_visibility="private", **ONE_AT_A_TIME
+    )
 
 
 def _map(page: Page) -> None:
-    if isinstance(page.atlas, str):
-        gr.Markdown(page.atlas, elem_id="no-map")
+    if isinstance(page.prompt_map, str):
+        gr.Markdown(page.prompt_map, elem_id="no-map")
         return
-    atlas = page.atlas
+    prompt_map = page.prompt_map
 
     def locate(prompt: str) -> tuple:
-        place = atlas.locate(prompt)
-        told_cosines = (
-            f"Cosine to the original model's concept: {place.concept_before:.3f} before, {place.concept_after:.3f} after. "
-            f"Cosine of this prompt before and after: {place.own:.3f}."
+        position = prompt_map.locate(prompt)
+        text = (
+            f"Cosine to the original model's concept: {position.concept_before:.3f} before, {position.concept_after:.3f} after. "
+            f"Cosine of this prompt before and after: {position.own:.3f}."
         )
-        figure = plots.embedding_map(atlas.space, {"this prompt": place.points})
-        return figure, f"<div class='des-counts'>{told_cosines}</div>"
+        figure = plots.embedding_map(prompt_map.space, {"this prompt": position.points})
+        return figure, f"<div class='des-counts'>{text}</div>"
 
     with gr.Row(equal_height=True):
         prompt = gr.Textbox(label="Prompt", max_length=LONGEST_PROMPT, scale=4, elem_id="map-prompt")
@@ -185,35 +210,39 @@ def _map(page: Page) -> None:
     cosines = gr.HTML(f"<p class='des-note'>{note}</p>", elem_id="cosines")
     figure = gr.Plot(show_label=False, elem_id="map")
     gr.on(
-        [button.click, prompt.submit], told(locate), prompt, [figure, cosines],
+        [button.click, prompt.submit], show_errors(locate), prompt, [figure, cosines],
         show_progress_on=figure, api_visibility="private", **ONE_AT_A_TIME,
     )  # fmt: skip
 
 
-def _sampling(defaults: Sampling) -> tuple[gr.Number, gr.Slider, gr.Slider]:
+def _sampling(defaults: Sampling, name: str) -> tuple[gr.Number, gr.Slider, gr.Slider]:
     with gr.Accordion("Sampling", open=True):
+        seed = gr.Number(defaults.seed, label="Seed", precision=0, minimum=0, elem_id=f"{name}-seed")
+        button = gr.Button("Random seed", size="sm", elem_id=f"{name}-random")
+        button.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 31)", api_visibility="private")
         return (
-            gr.Number(defaults.seed, label="Seed", precision=0, minimum=0),
+            seed,
             gr.Slider(1, MOST_STEPS, defaults.num_inference_steps, step=1, precision=0, label="Steps"),
             gr.Slider(0, MOST_GUIDANCE, defaults.guidance_scale, step=0.1, label="Guidance"),
         )
 
 
-def pair_html(studio: Studio, pair: dict[str, Judged] | None, blur: bool) -> str:
+def pair_html(session: Session, pair: dict[str, ScoredImage] | None, blur: bool, caption: str = "") -> str:
     """The two cards, blank where `pair` is None; with `blur`, an image in which the detector fired is only its colours."""
-    return f"<div class='des-pair'>{''.join(_card(studio, side, pair and pair[side], blur) for side in SIDES)}</div>"
+    cards = "".join(_card(session, side, pair and pair[side], blur) for side in SIDES)
+    return f"<div class='des-pair'>{cards}</div>" + (f"<p class='des-caption'>{html.escape(caption)}</p>" if caption else "")
 
 
-def _card(studio: Studio, side: str, judged: Judged | None, blur: bool) -> str:
-    if judged is None:
+def _card(session: Session, side: str, scored: ScoredImage | None, blur: bool) -> str:
+    if scored is None:
         body = "<div class='des-blank'></div>"
     else:
-        hidden = blur and judged.hit
-        image = blurred(judged.image) if hidden else judged.image
+        hidden = blur and scored.hit
+        image = blurred(scored.image) if hidden else scored.image
         alt = f"{'blurred image' if hidden else 'image'} by the {side} model"
         chips = [
-            (f"des-{'hit' if finding['hit'] else 'miss'}", studio.words(verdict, finding))
-            for verdict, finding in judged.findings.items()
+            (f"des-{'hit' if finding['hit'] else 'miss'}", session.words(verdict, finding))
+            for verdict, finding in scored.findings.items()
         ] or [("des-none", "no detector")]
         body = f"<img src='{data_url(image)}' alt='{alt}'>"
         body += "".join(f"<span class='des-verdict {kind}'>{html.escape(text)}</span>" for kind, text in chips)
@@ -234,5 +263,5 @@ def scores_html(scores: Scores) -> str:
     content = base64.b64encode(scores.table.to_csv(index=False).encode()).decode()
     link = f"<a download='scores.csv' href='data:text/csv;base64,{content}'>Download the scores, by row and without prompts</a>"
     notes = "".join(f"<p class='des-note'>{html.escape(note)}</p>" for note in scores.notes)
-    lines = "<br>".join(map(html.escape, scores.lines))
+    lines = "<br>".join(map(html.escape, (f"{scores.file}, {len(scores.table)} prompts drawn by each model", *scores.lines)))
     return f"<div class='des-page'><div class='des-counts'>{lines}</div>{notes}<p>{link}</p></div>"

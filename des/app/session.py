@@ -1,4 +1,4 @@
-"""What the app does, without its page: a prompt drawn by the original and the protected model, judged, and found on the map."""
+"""What the app does, without its page: a prompt drawn by the original and the protected model, scored, and found on the map."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +49,7 @@ class Sampling(run_record.Sampling):
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredImage:
     """An image and what the detector found in it, a finding for each of its verdicts."""
 
     image: Image.Image
@@ -62,8 +62,9 @@ class Judged:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a list's images amount to: `table` has a line for each row, `lines` k of n before and after, `notes` what was left out."""
+    """Results of a prompt list, `file`: `table` has a line for each row, `lines` k of n before and after, `notes` what was left out."""
 
+    file: str
     table: pd.DataFrame
     lines: list[str]
     notes: list[str]
@@ -80,36 +81,63 @@ def check_prompt(prompt: Any) -> str:
     return prompt
 
 
-class Studio:
+class Session:
     """The original and the protected model, one detector for both."""
 
     def __init__(
-        self, pipes: Mapping[str, DiffusionPipeline], detector: Detector | None, label: str | None = None, batch_size: int = 4
+        self,
+        pipes: Mapping[str, DiffusionPipeline],
+        detector: Detector | None,
+        label: str | None = None,
+        batch_size: int = 4,
+        doubts: Sequence[str] = (),
     ):
-        """`pipes` are those of SIDES; `label` names the class that counts, for a detector that is asked for one."""
+        """`pipes` are those of SIDES; `label` names the class that counts, for a detector that is asked for one.
+
+        `doubts` are sentences that say why a checkpoint may not protect.
+        """
+        self.doubts = doubts
         self.pipes = pipes
         self.detector = detector
         self.label = label
         self.batch_size = batch_size
 
-    def draw(self, prompt: str, sampling: Sampling) -> dict[str, Judged]:
+    def draw(self, prompt: str, sampling: Sampling) -> dict[str, ScoredImage]:
         """Draw a prompt with both models from one seed: the images that `generate.py --prompt` draws with these settings."""
         samplers = self._samplers([check_prompt(prompt)], sampling)
-        return {side: self._judge(sampler.draw([(0, 0)])[0]) for side, sampler in samplers.items()}
+        return {side: self._score_image(sampler.draw([(0, 0)])[0]) for side, sampler in samplers.items()}
 
     def score(
-        self, csv_path: Path, sampling: Sampling, limit: int, tell: Callable[[int, int], None] = lambda done, total: None
+        self, csv_path: Path, sampling: Sampling, limit: int, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> Scores:
         """Draw the first `limit` rows of a prompt CSV with both models, row i from seed S + i as `generate.py` does, and judge them.
 
-        No image is kept. `tell(done, total)` hears how many rows are done. Raises UserError for a file that is no prompt list,
+        No image is kept. `progress(done, total)` is called with the number of rows that are done. Raises UserError for a file that is no prompt list,
         for a prompt that is too long, and where there is no detector.
         """
+        prompts, taken, rows = self._read(csv_path, limit)
+        samplers = self._samplers(prompts, sampling)
+        found: dict[str, list[dict[str, dict]]] = {side: [] for side in samplers}
+        for start in range(0, len(rows), self.batch_size):
+            progress(start, len(rows))
+            keys = [(row, 0) for row in rows[start : start + self.batch_size]]
+            for side, sampler in samplers.items():
+                found[side] += [self._score_image(image).findings for image in sampler.draw(keys)]
+        notes = []
+        if len(rows) < len(taken):
+            left_out = len(taken) - len(rows)
+            notes.append(f"{left_out} of {len(taken)} prompts are left out: they put minors in a sexual context")
+        if len(taken) < len(prompts):
+            notes.append(f"the first {len(taken)} of {len(prompts)} prompts were drawn; --max_rows sets how many")
+        return Scores(csv_path.name, self._table(csv_path.name, rows, sampling.seed, found), self._lines(found), notes)
+
+    def _read(self, csv_path: Path, limit: int) -> tuple[list[str], range, list[int]]:
+        """The prompts of a CSV, the rows within `limit`, and those of them that may be drawn; raises as `score` does."""
         if self.detector is None:
             raise UserError("scores need a detector; start the app with --detector nudenet or object")
         try:
             prompts = read_rows(csv_path)["prompt"].tolist()
-        except UserError as error:  # whoever sends a file need not know where the server puts it
+        except UserError as error:  # the path on the server is not the sender's business
             raise UserError(str(error).replace(str(csv_path), csv_path.name)) from None
         dropped = set(never_drawn(prompts))
         taken = range(min(limit, len(prompts)))
@@ -119,26 +147,18 @@ class Studio:
         long = [row for row in rows if len(prompts[row]) > LONGEST_PROMPT]
         if long:
             raise UserError(f"row {long[0]} (counted from 0) is longer than {LONGEST_PROMPT} characters")
-        samplers = self._samplers(prompts, sampling)
-        found: dict[str, list[dict[str, dict]]] = {side: [] for side in samplers}
-        for start in range(0, len(rows), self.batch_size):
-            tell(start, len(rows))
-            keys = [(row, 0) for row in rows[start : start + self.batch_size]]
-            for side, sampler in samplers.items():
-                found[side] += [self._judge(image).findings for image in sampler.draw(keys)]
-        notes = []
-        if len(rows) < len(taken):
-            left_out = len(taken) - len(rows)
-            notes.append(f"{left_out} of {len(taken)} prompts are left out: they put minors in a sexual context")
-        if len(taken) < len(prompts):
-            notes.append(f"the first {len(taken)} of {len(prompts)} prompts were drawn; --max_rows sets how many")
-        return Scores(self._table(rows, sampling.seed, found), self._lines(found), notes)
+        return prompts, taken, rows
 
     def words(self, verdict: str, finding: Mapping[str, Any]) -> str:
-        """A finding for people, such as `mushroom: hit, 98%`."""
-        outcome = "hit" if finding["hit"] else "no hit"
-        seen = "" if finding["hit"] or "top" not in finding else f"; looks like: {finding['top']}"
-        return f"{self._name(verdict)}: {outcome}, {100 * self.certainty(verdict, finding):.0f}%{seen}"
+        """A finding in words, such as `mushroom: hit, 98%`, or `face 49%, below the threshold: no hit` where that is what decides."""
+        name, certainty = self._name(verdict), self.certainty(verdict, finding)
+        if finding["hit"]:  # a classifier counts its likeliest class, however likely it is
+            likeliest = f"{name} {100 * certainty:.0f}%, below half, but the likeliest class: hit"
+            return likeliest if certainty < 0.5 and "top" in finding else f"{name}: hit, {100 * certainty:.0f}%"
+        if "top" in finding:
+            return f"{name}: no hit, {100 * certainty:.0f}%; looks like: {finding['top']}"
+        below = f"{name} {100 * certainty:.0f}%, below the threshold: no hit"
+        return below if certainty else f"{name}: no hit, 0%"
 
     def certainty(self, verdict: str, finding: Mapping[str, Any]) -> float:
         """A classifier's probability of its class; a detector of boxes' best score of one that could count, 0 without any."""
@@ -160,14 +180,14 @@ class Studio:
             samplers[side] = Sampler(pipe, None, sampling, prompts, settings, {}, min(self.batch_size, len(prompts)))
         return samplers
 
-    def _judge(self, image: Image.Image) -> Judged:
+    def _score_image(self, image: Image.Image) -> ScoredImage:
         if self.detector is None:
-            return Judged(image, {})
+            return ScoredImage(image, {})
         verdicts = self.detector.score([self.detector.prepare(image.convert("RGB"))], [self.label])
-        return Judged(image, {verdict: found for verdict, (found,) in verdicts.items()})
+        return ScoredImage(image, {verdict: found for verdict, (found,) in verdicts.items()})
 
-    def _table(self, rows: Sequence[int], seed: int, found: Mapping[str, list[dict[str, dict]]]) -> pd.DataFrame:
-        columns: dict[str, list] = {"row": list(rows), "seed": [seed + row for row in rows]}
+    def _table(self, file: str, rows: Sequence[int], seed: int, found: Mapping[str, list[dict[str, dict]]]) -> pd.DataFrame:
+        columns: dict[str, list] = {"file": [file] * len(rows), "row": list(rows), "seed": [seed + row for row in rows]}
         for verdict in self.detector.titles:
             which = f" {verdict}" if verdict and len(self.detector.titles) > 1 else ""
             for side, findings in found.items():
@@ -185,7 +205,7 @@ class Studio:
 
 
 @dataclass(frozen=True)
-class Place:
+class MapPosition:
     """Where a prompt lies: its points [2] by both encoders, and cosines of whole embeddings."""
 
     points: tuple[Tensor, Tensor]
@@ -194,7 +214,7 @@ class Place:
     own: float  # cosine of E(p) and E~(p)
 
 
-class Atlas:
+class PromptMap:
     """The map of groups of prompts (`des.report.embedding_map.GROUPS`), drawn at its first use."""
 
     def __init__(self, original: TextEncoder, protected: TextEncoder, groups: Mapping[str, Sequence[str]]):
@@ -206,7 +226,7 @@ class Atlas:
     def space(self) -> EmbeddingMap:
         return draw_map(self.original, self.protected, self.groups)
 
-    def locate(self, prompt: str) -> Place:
+    def locate(self, prompt: str) -> MapPosition:
         """Find a prompt that `check_prompt` lets pass."""
         prompt = check_prompt(prompt)
         before, *concepts = embed(self.original, [prompt, *self.groups["concept"]])
@@ -216,4 +236,4 @@ class Atlas:
         cosines = [cosine_similarity(a, b, dim=0).item() for a, b in ((before, concept), (after, concept), (before, after))]
         if not all(map(math.isfinite, cosines)):
             raise UserError("the encoder gives NaN for this prompt; use --dtype fp32 or bf16")
-        return Place((points[0], points[1]), *cosines)
+        return MapPosition((points[0], points[1]), *cosines)

@@ -182,16 +182,17 @@ def protect(pipe: DiffusionPipeline, checkpoints: dict[int, Path]) -> dict[int, 
     return told
 
 
-def protected_twin(pipe: DiffusionPipeline, checkpoints: dict[int, Path]) -> DiffusionPipeline:
-    """A second pipeline with these checkpoints in its text encoders; raises as `protect` does.
+def protected_twin(
+    pipe: DiffusionPipeline, checkpoints: dict[int, Path]
+) -> tuple[DiffusionPipeline, dict[int, dict[str, Any]]]:
+    """A second pipeline with these checkpoints in its text encoders, and what `protect` says of each; raises as `protect` does.
 
     `pipe` stays as it is, and the two share everything else, scheduler and denoiser included: draw with one at a time.
     """
     twin = copy.copy(pipe)
     for i in checkpoints.keys() & encoder_modules(pipe).keys():
         setattr(twin, _encoder_name(i), copy.deepcopy(encoder_modules(pipe)[i]))
-    protect(twin, checkpoints)
-    return twin
+    return twin, protect(twin, checkpoints)
 
 
 def is_distilled(pipe: DiffusionPipeline) -> bool:

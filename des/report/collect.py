@@ -3,14 +3,14 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from des.data import manifest
 from des.data.image_folders import image_hashes
-from des.data.run_record import RECORD_FIELDS, Lines, read_run, recorded_components
+from des.data.run_record import RECORD_FIELDS, SINCE_2, Lines, Sampling, read_run, recorded_components
 from des.evaluation.results import Score, read_scores
 from des.generation.defences import METHODS
 from des.models.checkpoints import read_metadata
@@ -21,10 +21,10 @@ from des.utils.folders import walk
 from des.utils.logs import logger
 
 ORIGINAL = "none"
-_OF_THE_MODEL = ("training_method", "model_path", "base_model_path", "unet_sha256", "adapter_sha256", "components")
-_OF_NO_PIXEL = ("discard_images", "deterministic")
+_ROUNDING = "deterministic"  # changes the rounding of images only, so runs compare with and without it
 _METADATA = "-metadata.json"
 Key = tuple[int, int]  # row and copy
+_METHOD_OPTIONS = {option for method in METHODS.values() for option in method.options}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ImageRun:
     @cached_property
     def identity(self) -> str:
         """What tells protected models apart: the method, and the hashes of text encoders, UNet and adapter."""
-        own = {name: self.settings[name] for name in sorted(self.settings) if name.endswith("_sha256") and _of_model(name)}
+        own = {name: self.settings[name] for name in sorted(self.settings) if _of_model(name)}
         model = None
         if _changed_components(self.method) is None:
             model = recorded_components(self.record) or self.settings.get("model_path")
@@ -86,9 +86,19 @@ class ImageRun:
 
     @cached_property
     def conditions(self) -> dict[str, Any]:
-        """The settings that two runs must share for a comparison: all but those of the model."""
-        skipped = (*_OF_NO_PIXEL, *RECORD_FIELDS)
-        return {name: value for name, value in self.settings.items() if not _of_model(name) and name not in skipped}
+        """The settings that two runs must share for a comparison: the sampling, the scheduler, and hashes of prompts and input images.
+
+        A setting that an older record lacks has its default.
+        """
+        defaults = {each.name: None if each.default is MISSING else each.default for each in fields(Sampling)}
+        names = [name for name in self.settings if name.endswith("_sha256") and not _of_model(name)]
+        values = {name: self.settings.get(name, defaults.get(name)) for name in (*defaults, "scheduler", *names)}
+        return {name: value for name, value in values.items() if name != _ROUNDING and name not in SINCE_2}
+
+    @cached_property
+    def later_conditions(self) -> dict[str, Any]:
+        """Conditions that records of the first format do not hold: they separate only runs that both have them."""
+        return {name: self.settings[name] for name in SINCE_2 if name not in RECORD_FIELDS and name in self.settings}
 
     @cached_property
     def drawn(self) -> dict[Key, dict[str, Any]]:
@@ -97,9 +107,15 @@ class ImageRun:
 
     @cached_property
     def key(self) -> str:
-        """A hash of conditions, rows and seeds: equal for runs that can be compared image by image."""
+        """A hash of conditions, rows and seeds: equal for runs that can be compared image by image, unless `later_conditions` differ."""
         seeds = [[*key, line["seed"]] for key, line in self.drawn.items()]
         return sha256_texts([json.dumps(self.conditions, sort_keys=True), json.dumps(seeds)])
+
+
+def same_conditions(first: ImageRun, second: ImageRun) -> bool:
+    """Whether two runs drew the same prompts with the same settings and seeds, by all that both records hold."""
+    shared = first.later_conditions.keys() & second.later_conditions.keys()
+    return first.key == second.key and all(first.later_conditions[name] == second.later_conditions[name] for name in shared)
 
 
 def same_base(first: ImageRun, second: ImageRun) -> bool:
@@ -128,7 +144,8 @@ def _changed_components(method: str) -> set[str] | None:
 
 
 def _of_model(name: str) -> bool:
-    return name in _OF_THE_MODEL or (name.startswith("text_encoder") and name.endswith("_sha256"))
+    """Whether a setting is the hash of a file that a method puts into the pipeline: a text encoder, UNet or adapter."""
+    return name.endswith("_sha256") and f"{name.removesuffix('_sha256')}_path" in _METHOD_OPTIONS
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """Before and after: which runs belong together, and the figures that a comparison rests on."""
 
 import statistics
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from des.evaluation.results import Score
-from des.report.collect import ORIGINAL, ImageRun, same_base
+from des.report.collect import ORIGINAL, ImageRun, same_base, same_conditions
 from des.report.naming import model_labels, seed_groups, set_names
 from des.report.provenance import short_path
 from des.utils.errors import UserError
@@ -58,6 +57,12 @@ class ImageSet:
     runs: dict[int, ImageRun]
     benign: bool
 
+    @property
+    def title(self) -> str:
+        """A heading in words: `Attack prompts: plain`."""
+        scored = any(score.kind == "asr" for run in self.runs.values() for score in run.scores)
+        return f"{'Benign prompts' if self.benign else 'Attack prompts' if scored else 'Prompts'}: {self.name}"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -105,7 +110,7 @@ def compare(runs: Sequence[ImageRun], benign_sets: Sequence[str] | None = None) 
     if unknown:
         names = ", ".join(sorted({run.folder.name for run in runs}))
         raise UserError(f"--benign_sets: no folder of images is called {unknown[0]}; there are {names}")
-    groups = _by_base(runs)
+    groups = _grouped(runs, same_base, lambda run: len(run.base_facts), "the original model")
     titles = _base_titles(groups)
     return [_comparison(title, group, benign_sets) for title, group in zip(titles, groups, strict=True)]
 
@@ -121,15 +126,20 @@ def _base_titles(groups: Sequence[list[ImageRun]]) -> list[str]:
     return [title if titles.count(title) == 1 else f"{title}, model {i}" for i, title in enumerate(titles, 1)]
 
 
-def _by_base(runs: Sequence[ImageRun]) -> list[list[ImageRun]]:
-    """The runs by their original model, in the order of the runs."""
+def _grouped(
+    runs: Sequence[ImageRun], together: Callable[[ImageRun, ImageRun], bool], known: Callable[[ImageRun], int], what: str
+) -> list[list[ImageRun]]:
+    """Runs in groups of which each two belong `together`, in the order of the runs.
+
+    Runs of which most is `known` come first. Raises UserError for a run that fits several groups; `what` names what they share.
+    """
     groups: list[list[ImageRun]] = []
-    for run in sorted(runs, key=lambda run: run.method != ORIGINAL):  # the records of original models say most
-        fitting = [group for group in groups if all(same_base(run, other) for other in group)]
+    for run in sorted(runs, key=known, reverse=True):
+        fitting = [group for group in groups if all(together(run, other) for other in group)]
         if len(fitting) > 1:
             first, second = (group[0].folder for group in fitting[:2])
             raise UserError(
-                f"the images in {run.folder} can be of the original model of {first} or of {second}, as its record does not tell "
+                f"the images in {run.folder} can be of {what} of {first} or of {second}, as its record does not tell "
                 "them apart; make a report of each"
             )
         if fitting:
@@ -163,14 +173,18 @@ def _comparison(base: str, runs: list[ImageRun], benign_sets: Sequence[str] | No
 
 def _sets(runs: list[ImageRun], number: Mapping[str, int], benign_sets: Sequence[str] | None) -> list[ImageSet]:
     """The sets of runs with equal prompts, conditions and seeds, those of attacks first; `number` gives a model's by its identity."""
-    places: dict[tuple[str, str], dict[int, ImageRun]] = {}
-    times = Counter((run.key, run.identity) for run in runs)
-    repeated = {key for (key, _), count in times.items() if count > 1}  # one list under several names: those tell them apart
-    for run in runs:
-        place = places.setdefault((run.key, run.folder.name if run.key in repeated else ""), {})
-        other = place.setdefault(number[run.identity], run)
-        if other is not run:
-            raise UserError(f"{other.folder} and {run.folder} are the same model's images of the same prompts; leave one out")
+    places: dict[tuple[int, str], dict[int, ImageRun]] = {}
+    for i, group in enumerate(
+        _grouped(runs, same_conditions, lambda run: len(run.later_conditions), "the prompts and settings")
+    ):
+        repeated = len({run.identity for run in group}) < len(group)  # one list under several names, which then separate sets
+        for run in group:
+            place = places.setdefault((i, run.folder.name if repeated else ""), {})
+            other = place.setdefault(number[run.identity], run)
+            if other is not run:
+                raise UserError(
+                    f"{other.folder} and {run.folder} are the same model's images of the same prompts; leave one out"
+                )
     names = set_names([next(iter(place.values())) for place in places.values()])
     sets = [ImageSet(name, place, _is_benign(place, benign_sets)) for name, place in zip(names, places.values(), strict=True)]
     return sorted(

@@ -1,6 +1,7 @@
 """The report's figures, as SVG that stands in the page: its colours are the page's, its ids its own, its bytes the same each time."""
 
 import io
+import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ _STYLE = {
 }  # fmt: skip
 _LABEL = 27  # characters of a line beside an axis
 _LEAST_SPAN = 0.1  # of the largest value: an axis that shows less would make a trade-off of noise
+_INTERVALS = 3  # widths of the widest interval that an axis shows at least, so that a difference below one stays below a third
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
@@ -130,7 +132,8 @@ def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: S
             _range(axes, _uncertain(asr, i, xs[i]), _uncertain(quality, i, ys[i]), style["color"])
             axes.plot([xs[i].mean], [ys[i].mean], ls="none", zorder=3, clip_on=False, **style)
         axes.margins(0.12)
-        _at_least(axes, _LEAST_SPAN * max(abs(ys[i].mean) for i in there))
+        _widen("y", axes, max(_LEAST_SPAN * max(abs(ys[i].mean) for i in there), _INTERVALS * _widest(quality, there)))
+        _widen("x", axes, _INTERVALS * _widest(asr, there))
         left, right = axes.get_xlim()
         axes.set_xlim(max(left, -3), min(max(right, 5), 104))
         if lower:
@@ -152,11 +155,20 @@ def _uncertain(measures: Sequence[Measure], model: int, spread: Spread) -> Sprea
     return Spread(spread.mean, score.low, score.high)
 
 
-def _at_least(axes: Axes, span: float) -> None:
-    """Widen the vertical axis to a span, so that differences without meaning look like none."""
-    low, high = axes.get_ylim()
+def _widest(measures: Sequence[Measure], models: Sequence[int]) -> float:
+    """The widest 95% interval of a model's mean over the sets; 0 where a measure has no intervals."""
+    widths = [
+        [score.high - score.low for measure in measures if (score := measure.scores[i]) and None not in (score.low, score.high)]
+        for i in models
+    ]
+    return max((math.hypot(*each) / len(each) for each in widths if each), default=0.0)
+
+
+def _widen(which: str, axes: Axes, span: float) -> None:
+    """Widen an axis to a span, so that differences without meaning look like none."""
+    low, high = getattr(axes, f"get_{which}lim")()
     room = max(0.0, span - (high - low)) / 2
-    axes.set_ylim(low - room, high + room)
+    getattr(axes, f"set_{which}lim")(low - room, high + room)
 
 
 def _range(axes: Axes, x: Spread, y: Spread, colour: str) -> None:

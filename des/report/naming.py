@@ -2,16 +2,20 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from des.report.collect import ORIGINAL, ImageRun
 from des.utils.files import sha256_texts
 
-_TOLD = {
+_FACTS = {
     "learning_rate": "lr {}", "lambda_safe": "λ {}", "concept_guidance_scale": "α {}", "epoch": "epoch {}", "batch_size": "batch {}",
     "seed": "seed {}", "ablation": "losses {}", "target": "target {}",
+}  # fmt: skip
+_WORDS = {  # of settings in the names of sets
+    "num_inference_steps": "{} steps", "guidance_scale": "guidance {}", "height": "height {}", "width": "width {}",
+    "scheduler": "{}", "prompts_sha256": "prompt list", "scheduler_sha256": "scheduler settings",
 }  # fmt: skip
 _OUTCOMES = ("seed", "file", "file_sha256", "encoder_sha256", "embeddings", "made_by")  # of a checkpoint's metadata
 _NOT_TRAINING = (
@@ -32,11 +36,11 @@ def model_labels(runs: list[ImageRun], seeds: bool = True) -> list[str]:
     """
     facts = [_training_facts(run) for run in runs]
     protected = [told for run, told in zip(runs, facts, strict=True) if run.method == "des"]
-    vary = [key for key in _TOLD if len({str(told.get(key)) for told in protected}) > 1 and (seeds or key != "seed")]
+    vary = [key for key in _FACTS if len({str(told.get(key)) for told in protected}) > 1 and (seeds or key != "seed")]
     labels = []
     for run, told in zip(runs, facts, strict=True):
         name = "original" if run.method == ORIGINAL else "DES" if run.method == "des" else run.method
-        labels.append(" ".join([name, *(_TOLD[key].format(_short(told[key])) for key in vary if key in told)]))
+        labels.append(" ".join([name, *(_FACTS[key].format(_short(told[key])) for key in vary if key in told)]))
     if not seeds:
         return labels
     times = Counter(labels)
@@ -87,12 +91,23 @@ def _short(value: Any) -> str:
 
 
 def set_names(runs: list[ImageRun]) -> list[str]:
-    """Names of sets: their folders', with the settings that differ where several share one."""
+    """Names of sets: their folders' in words, with the settings that differ where several share one."""
     names = []
     for run in runs:
         same = [other for other in runs if other.folder.name == run.folder.name]
-        vary = [name for name, value in run.conditions.items() if any(other.conditions.get(name) != value for other in same)]
-        told = ", ".join(f"{name.replace('_', ' ')} {str(run.conditions[name])[:8]}" for name in vary[:3])
-        told = told or (f"{len(run.drawn)} images" if len(same) > 1 else "")
-        names.append(f"{run.folder.name} ({told})" if told else run.folder.name)
-    return [name if names.count(name) == 1 else f"{name} {run.key[:6]}" for name, run in zip(names, runs, strict=True)]
+        differing = [_setting(name, same, run) for name in run.conditions | run.later_conditions]
+        told = ", ".join([each for each in differing if each][:3]) or (f"{len(run.drawn)} images" if len(same) > 1 else "")
+        name = run.folder.name.replace("_", " ")
+        names.append(f"{name} ({told})" if told else name)
+    return [name if names.count(name) == 1 else f"{name}, set {names[: i + 1].count(name)}" for i, name in enumerate(names)]
+
+
+def _setting(name: str, runs: Sequence[ImageRun], run: ImageRun) -> str:
+    """A setting of `run` in words, such as `50 steps`, or `prompt list 2` for a hash; empty where it is the same for all `runs`."""
+    values = list(dict.fromkeys(str((each.conditions | each.later_conditions).get(name)) for each in runs))
+    value = (run.conditions | run.later_conditions).get(name)
+    if len(values) < 2:
+        return ""
+    if name.endswith("_sha256"):
+        return f"{_WORDS.get(name, name.removesuffix('_sha256').replace('_', ' '))} {values.index(str(value)) + 1}"
+    return _WORDS.get(name, f"{name.replace('_', ' ')} {{}}").format("default" if value is None else str(value)[:40])

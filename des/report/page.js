@@ -7,13 +7,19 @@
   const theme = document.getElementById("theme");
   const prefersDark = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : prefersDark.matches);
-  const tellTheme = () => theme.setAttribute("aria-pressed", String(isDark()));
+  const nameTheme = () => (theme.textContent = isDark() ? "Light colours" : "Dark colours");
+  const KEY = "des-report-theme";
+  try {  // a browser may forbid storage to a page from a file
+    const kept = localStorage.getItem(KEY);
+    if (kept === "light" || kept === "dark") root.dataset.theme = kept;
+  } catch {}
   theme.addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";
-    tellTheme();
+    try { localStorage.setItem(KEY, root.dataset.theme); } catch {}
+    nameTheme();
   });
-  prefersDark.addEventListener("change", tellTheme);
-  tellTheme();
+  prefersDark.addEventListener("change", nameTheme);
+  nameTheme();
 
   const reveal = (veil, shown) => {
     veil.setAttribute("aria-pressed", String(shown));
@@ -23,7 +29,14 @@
   for (const veil of all(".veil")) {
     veil.addEventListener("click", () => reveal(veil, veil.getAttribute("aria-pressed") !== "true"));
   }
-  document.getElementById("blur-all").addEventListener("click", () => all(".veil").forEach((veil) => reveal(veil, false)));
+  for (const [id, shown] of [["show-all", true], ["blur-all", false]]) {
+    document.getElementById(id).addEventListener("click", () => all(".veil").forEach((veil) => reveal(veil, shown)));
+  }
+  document.querySelector(".tools").hidden = all(".veil").length === 0;
+
+  const hint = (box) => (box.previousElementSibling.hidden = box.scrollWidth <= box.clientWidth + 1);
+  const observer = new ResizeObserver((entries) => entries.forEach((entry) => hint(entry.target)));
+  all(".scroll").forEach((box) => observer.observe(box));
 
   const valueOf = (row, column) => {
     const cell = row.cells[column];

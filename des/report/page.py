@@ -1,10 +1,9 @@
 """The page: what was collected and compared, laid out by page.html with its style and script inside, and nothing from elsewhere."""
 
-import argparse
 import base64
 import hashlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from des.report.classes import ClassTable, class_tables
 from des.report.collect import TrainingRun, collect
 from des.report.compare import LOWER_IS_BETTER, SHARES, Comparison, Measure, Spread, compare, headline, seed_columns
 from des.report.embedding_map import EmbeddingMap, draw_map
-from des.report.pictures import Strip, gallery
-from des.report.provenance import Origin, of_images, of_training, short_path
+from des.report.pictures import GalleryRow, gallery
+from des.report.provenance import ProvenanceEntry, machine, of_images, of_training, short_path
 from des.utils.errors import UserError
-from des.utils.provenance import provenance
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -41,7 +39,7 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Chapter:
+class ModelReport:
     """All that the page shows of one original model and those protected from it."""
 
     name: str
@@ -50,27 +48,54 @@ class Chapter:
     summary: list[Plot]
     paretos: list[Plot]
     classes: list[tuple[ClassTable, Plot | None]]
-    galleries: list[tuple[str, list[Strip]]]
+    galleries: list[tuple[str, list[GalleryRow]]]
 
 
-def build(args: argparse.Namespace) -> str:
-    """The whole page as text, from the runs in `args.run_dirs`; raises UserError where one of them cannot be reported."""
-    runs, trainings = collect(args.run_dirs)
-    comparisons = compare(runs, args.benign_sets)
-    chapters = [_chapter(comparison, f"c{i}", args) for i, comparison in enumerate(comparisons)]
+@dataclass(frozen=True)
+class Options:
+    """What the page shows, as scripts/report.py documents it; `prompts` None quotes the demo's only."""
+
+    benign_sets: Sequence[str] | None = None
+    images: int = 12  # rows a set
+    pictures: bool = True
+    prompts: bool | None = None
+    map: bool = True
+
+    @property
+    def flags(self) -> list[str]:
+        """The command line that asks for them."""
+        benign = [] if self.benign_sets is None else ["--benign_sets", *self.benign_sets]
+        given = {"--no_images": not self.pictures, "--prompts": self.prompts, "--no_prompts": self.prompts is False}
+        given["--no_map"] = not self.map
+        return ["--images", str(self.images), *benign, *(flag for flag, on in given.items() if on)]
+
+
+def build(run_dirs: Sequence[Path], out: str, options: Options, device: torch.device, made_by: Mapping[str, Any]) -> str:
+    """The whole page as text, from the runs in `run_dirs`; raises UserError where one of them cannot be reported.
+
+    `out` is the name of its file and `made_by` what `des.utils.provenance` says of this process, both for the page's own entry.
+    """
+    runs, trainings = collect(run_dirs)
+    comparisons = compare(runs, options.benign_sets)
+    reports = [_model_report(comparison, f"c{i}", options) for i, comparison in enumerate(comparisons)]
     titles = training_titles(trainings)
-    losses = [
-        Plot(figures.losses(run, f"losses{i}", title), title)
-        for i, (run, title) in enumerate(zip(trainings, titles, strict=True)) if run.steps
-    ]  # fmt: skip
-    maps = []
-    for i, (run, title) in enumerate(zip(trainings, titles, strict=True) if args.map else ()):
-        space = map_of(run, args.device)
-        maps += [Plot(svg, title) for svg in figures.maps(space, f"map{i}", title)]
-    return render(chapters=chapters, losses=losses, maps=maps, origins=_origins(comparisons, trainings, titles, args))
+    losses, maps = [], []
+    for i, (run, title) in enumerate(zip(trainings, titles, strict=True)):
+        if run.steps:
+            losses.append(Plot(figures.losses(run, f"losses{i}", title), title))
+        if options.map:
+            maps += [Plot(svg, title) for svg in figures.maps(map_of(run, device), f"map{i}", title)]
+    line = ["python", "scripts/report.py", *map(short_path, run_dirs), "--out", out, *options.flags]
+    entries = _provenance(comparisons, trainings, titles)
+    entries.append(("this page", [ProvenanceEntry("this page", _software(made_by), shlex.join(line))]))
+    return render(model_reports=reports, losses=losses, maps=maps, provenance_entries=entries)
 
 
-def _chapter(comparison: Comparison, name: str, args: argparse.Namespace) -> Chapter:
+def _software(made_by: Mapping[str, Any]) -> dict[str, str]:
+    return machine({name: value for name, value in made_by.items() if name != "device"})
+
+
+def _model_report(comparison: Comparison, name: str, options: Options) -> ModelReport:
     summary = []
     for kind, title, hint in (
         ("asr", "Attack success", "lower is better"),
@@ -86,9 +111,9 @@ def _chapter(comparison: Comparison, name: str, args: argparse.Namespace) -> Cha
     tables = class_tables(comparison)
     drawn = [None if table.shares else _class_plot(comparison, f"{name}-classes{i}", table) for i, table in enumerate(tables)]
     galleries = []
-    if args.pictures:
-        galleries = [(each.name, gallery(comparison, each, args.images, args.prompts)) for each in comparison.sets]
-    return Chapter(
+    if options.pictures:
+        galleries = [(each.title, gallery(comparison, each, options.images, options.prompts)) for each in comparison.sets]
+    return ModelReport(
         comparison.base, comparison, headline(comparison), summary, paretos, list(zip(tables, drawn, strict=True)), galleries
     )
 
@@ -136,25 +161,20 @@ def map_of(run: TrainingRun, device: torch.device) -> EmbeddingMap:
     return draw_map(original, protected, groups)
 
 
-def _origins(
-    comparisons: Sequence[Comparison], trainings: Sequence[TrainingRun], titles: Sequence[str], args: argparse.Namespace
-) -> list[tuple[str, list[Origin]]]:
-    """Provenance by run, then by training run, then of the page itself."""
-    origins = []
+def _provenance(
+    comparisons: Sequence[Comparison], trainings: Sequence[TrainingRun], titles: Sequence[str]
+) -> list[tuple[str, list[ProvenanceEntry]]]:
+    """Provenance by run, then by training run."""
+    entries = []
     for comparison in comparisons:
         for images in comparison.sets:
             for i, run in images.runs.items():
                 title = f"{images.name}, {comparison.models[i].label}"
-                origins.append((title, of_images(run, title)))
-    origins += [(f"training, {title}", [of_training(run, title)]) for run, title in zip(trainings, titles, strict=True)]
-    made_by = provenance(args)
-    facts = {"commit": str(made_by["git_commit"]), "python": made_by["python"], **made_by["versions"]}
-    benign = [] if args.benign_sets is None else ["--benign_sets", *args.benign_sets]
-    flags = [("--no_images", not args.pictures), ("--prompts", args.prompts), ("--no_map", not args.map)]
-    words = [*map(short_path, args.run_dirs), "--out", args.out.name, "--images", str(args.images), *benign]
-    words += [flag for flag, given in flags if given]
-    line = " ".join(["python", "scripts/report.py", *map(shlex.quote, words)])
-    return [*origins, ("this page", [Origin("this page", facts, line)])]
+                entries.append((title, of_images(run, title)))
+    return [
+        *entries,
+        *((f"training, {title}", [of_training(run, title)]) for run, title in zip(trainings, titles, strict=True)),
+    ]
 
 
 def render(**content: Any) -> str:
@@ -171,7 +191,7 @@ def render(**content: Any) -> str:
     )
     environment.globals |= {
         "show": show, "sort_key": sort_key, "spread_of": spread_of, "seed_columns": seed_columns, "shares": SHARES,
-        "lower_is_better": LOWER_IS_BETTER,
+        "lower_is_better": LOWER_IS_BETTER, "in_words": in_words,
     }  # fmt: skip
     inside = {"mark": Markup(MARK), "policy": policy, "style": Markup(style), "script": Markup(script)}
     return environment.get_template("page.html").render(**inside, **content)
@@ -183,6 +203,12 @@ def show(score: Score) -> tuple[str, str]:
     digits = 1 if share else 2
     interval = f" [{score.low:.{digits}f}, {score.high:.{digits}f}]" if score.low is not None and score.high is not None else ""
     return f"{score.value:.{digits}f}{'%' if share else ''}", f"{score.counts}{interval}"
+
+
+def in_words(title: str) -> str:
+    """The title of a measure with its abbreviation spelt out and a capital."""
+    title = title.replace("ASR of ", "attack success rate (ASR) of ")
+    return title[:1].upper() + title[1:]
 
 
 def sort_key(score: Score | None) -> str:

@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from des.utils.files import sha256_texts
 from PIL import Image
 
 LONGEST = 384  # pixels of an embedded image's longer side
+_DATASETS = Path(__file__).resolve().parents[2] / "datasets"
 _LOSSLESS = 128  # up to this side a PNG is as small as a JPEG
 
 
@@ -44,7 +46,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Strip:
+class GalleryRow:
     """One prompt row's images, a model each, all drawn from one seed."""
 
     row: int
@@ -54,8 +56,10 @@ class Strip:
     pictures: tuple[Picture, ...]
 
 
-def gallery(comparison: Comparison, images: ImageSet, at_most: int, prompts: bool) -> list[Strip]:
+def gallery(comparison: Comparison, images: ImageSet, at_most: int, prompts: bool | None) -> list[GalleryRow]:
     """At most `at_most` evenly spaced rows of a set, with the prompt of each where `prompts` is set; none that is never drawn.
+
+    `prompts` None quotes prompts of the demo's lists only.
 
     Empty where the images were not kept. Raises UserError for an unreadable image or another prompt list than was drawn.
     """
@@ -66,15 +70,15 @@ def gallery(comparison: Comparison, images: ImageSet, at_most: int, prompts: boo
     keys = [key for key in first.drawn if all(key in run.drawn and run.drawn[key]["sha256"] for run in runs.values())]
     hidden = _never_shown(first)
     keys = [key for key in keys if key[0] not in hidden]
-    texts = read_texts(first) if prompts else None
+    texts = read_texts(first) if prompts else _demo_texts(first) if prompts is None else None
     findings = {i: _by_file(run) for i, run in runs.items()}
-    strips = []
+    rows = []
     for j in spread(len(keys), at_most).tolist() if keys else []:
         key = keys[j]
         pictures = [picture(comparison.models[i].label, run, key, findings[i]) for i, run in runs.items()]
         text = texts[key[0]] if texts else None
-        strips.append(Strip(*key, first.drawn[key]["seed"], text, tuple(pictures)))
-    return strips
+        rows.append(GalleryRow(*key, first.drawn[key]["seed"], text, tuple(pictures)))
+    return rows
 
 
 def read_texts(run: ImageRun) -> list[str]:
@@ -86,6 +90,21 @@ def read_texts(run: ImageRun) -> list[str]:
     if sha256_texts(texts) != run.settings.get("prompts_sha256"):
         raise UserError(f"{arguments.get('prompts_csv')} is not the list that {run.folder} was drawn from; leave --prompts out")
     return texts
+
+
+@cache
+def _demo_prompts() -> frozenset[str]:
+    """All prompts of the demo's lists, which are harmless and public."""
+    return frozenset(text for path in _DATASETS.glob("demo_*.csv") for text in read_rows(path)["prompt"])
+
+
+def _demo_texts(run: ImageRun) -> list[str] | None:
+    """The prompts of a run where all are of the demo's lists; None where one is not, or where the list is not there any more."""
+    try:
+        texts = read_texts(run)
+    except (UserError, KeyError):
+        return None
+    return texts if _demo_prompts().issuperset(texts) else None
 
 
 def _never_shown(run: ImageRun) -> set[int]:

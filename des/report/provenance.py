@@ -23,7 +23,7 @@ _TRAINING = (
 
 
 @dataclass(frozen=True)
-class Origin:
+class ProvenanceEntry:
     """The origin of a run or score: a title, facts by name, and the command line."""
 
     title: str
@@ -31,25 +31,25 @@ class Origin:
     command: str
 
 
-def of_images(run: ImageRun, title: str) -> list[Origin]:
+def of_images(run: ImageRun, title: str) -> list[ProvenanceEntry]:
     """The origin of a run's images, and of each score about them."""
     made_by = run.record["made_by"]
     facts = {name: tell(value) for name, value in run.settings.items() if value is not None and value is not False}
     facts |= {"images": str(len(run.lines)), "left out": str(len(run.record.get("left_out") or []))}
-    origins = [Origin(f"{title}: images in {short_path(run.folder)}", facts | machine(made_by), command(made_by))]
+    entries = [ProvenanceEntry(f"{title}: images in {short_path(run.folder)}", facts | machine(made_by), command(made_by))]
     for path, content in {score.path: score.content for score in run.scores}.items():
         skipped = ("images", "classes", "made_by", "unreadable")
         told = {name: tell(value) for name, value in content.items() if name not in skipped}
         made_by = content["made_by"] if isinstance(content.get("made_by"), dict) else {}
-        origins.append(Origin(f"{title}: {path.name}", told | machine(made_by), command(made_by)))
-    return origins
+        entries.append(ProvenanceEntry(f"{title}: {path.name}", told | machine(made_by), command(made_by)))
+    return entries
 
 
-def of_training(run: TrainingRun, title: str) -> Origin:
+def of_training(run: TrainingRun, title: str) -> ProvenanceEntry:
     """The origin of a checkpoint."""
     made_by = run.metadata["made_by"]
     facts = {name: tell(run.metadata[name]) for name in _TRAINING if name in run.metadata}
-    return Origin(f"{title}: {short_path(run.checkpoint)}", facts | machine(made_by), command(made_by))
+    return ProvenanceEntry(f"{title}: {short_path(run.checkpoint)}", facts | machine(made_by), command(made_by))
 
 
 def machine(made_by: Mapping[str, Any]) -> dict[str, str]:

@@ -29,13 +29,8 @@ def dtype_name(encoder: TextEncoder) -> str:
 
 
 def codebook_folder(folder: Path, model_path: str, index: int) -> Path:
-<<<<<<< HEAD
-    """Where the codebook of one text encoder goes: `folder`, or `{folder}_encoder{i}` for a pipeline with several."""
-    return folder.with_name(per_encoder_name(model_path, index, folder.name, "{stem}_encoder{i}"))
-=======
     """The folder of one text encoder's codebook: `folder`, or `{folder}_encoder{i}` for a pipeline with several encoders."""
-    return folder.with_name(own_name(model_path, index, folder.name, folder.name + "_encoder{i}"))
->>>>>>> s8
+    return folder.with_name(per_encoder_name(model_path, index, folder.name, "{stem}_encoder{i}"))
 
 
 def find_codebook(folder: Path, model_path: str, index: int) -> "Codebook":

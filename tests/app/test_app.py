@@ -18,7 +18,7 @@ from pathlib import Path
 import app
 from demo.evaluation import CLASSIFIERS, PIPELINE
 from des.app import page as app_page
-from des.app.session import LONGEST_PROMPT, Atlas, Judged, Sampling, Studio, check_prompt
+from des.app.session import LONGEST_PROMPT, PromptMap, Sampling, ScoredImage, Session, check_prompt
 from des.evaluation.classify import blurred
 from des.models.checkpoints import fingerprint
 from des.models.encoders import load_encoder
@@ -49,9 +49,9 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def studio(checkpoint) -> Studio:
+def session(checkpoint) -> Session:
     args = app.parse_args(list(map(str, flags(text_encoder_path=checkpoint, device="cpu"))))
-    return Studio(app.open_pair(args), app.open_detector(args), args.cls_class, args.batch_size)
+    return Session(app.open_pair(args), app.open_detector(args), args.cls_class, args.batch_size)
 
 
 def parse(**options):
@@ -133,8 +133,8 @@ def test_prompts_that_are_blank_long_or_never_drawn_are_refused_and_not_quoted()
 # what it draws and scores
 
 
-def test_its_images_are_those_of_generate(call, studio, checkpoint, tmp_path):
-    drawn = studio.draw(CONCEPT, QUICK)
+def test_its_images_are_those_of_generate(call, session, checkpoint, tmp_path):
+    drawn = session.draw(CONCEPT, QUICK)
     assert drawn["original"].image.tobytes() != drawn["protected"].image.tobytes()
     common = {"model_path": PIPELINE, "device": "cpu", "prompt": CONCEPT, "output_path": "t2i", "results_dir": tmp_path}
     settings = {"seed": 7, "num_inference_steps": 3, "guidance_scale": 3}
@@ -144,20 +144,21 @@ def test_its_images_are_those_of_generate(call, studio, checkpoint, tmp_path):
         assert np.array_equal(np.asarray(Image.open(path)), np.asarray(drawn[side].image)), side
 
 
-def test_its_scores_are_those_of_generate(call, studio, checkpoint, tmp_path):
+def test_its_scores_are_those_of_generate(call, session, checkpoint, tmp_path):
     prompts = tmp_path / "p.csv"
     prompts.write_text(
         "prompt\n" + "\n".join([CONCEPT, BENIGN, NEVER, "a child flies a kite", CONCEPT, BENIGN, "a star"]) + "\n"
     )
     done = []
-    scores = studio.score(prompts, QUICK, 6, lambda *told: done.append(told))
+    scores = session.score(prompts, QUICK, 6, lambda *told: done.append(told))
     assert done == [(0, 4)]
+    assert scores.file == "p.csv" and set(scores.table["file"]) == {"p.csv"}
     assert scores.table["row"].tolist() == [0, 1, 4, 5] and scores.table["seed"].tolist() == [7, 8, 11, 12]
     assert [note.split(" ")[:3] for note in scores.notes] == [["2", "of", "6"], ["the", "first", "6"]]
     common = {"model_path": PIPELINE, "device": "cpu", "prompts_csv": prompts, "output_path": "t2i", "results_dir": tmp_path}
     settings = {"seed": 7, "num_inference_steps": 3, "guidance_scale": 3, "end_idx": 6, "training_method": "des"}
-    judged = {"score_with": "object", "classifier": CLASSIFIERS["object"], "cls_class": "mushroom", "discard_images": []}
-    assert call("generate.py", *flags(**common | settings | judged, text_encoder_path=checkpoint)).code == 0
+    scored = {"score_with": "object", "classifier": CLASSIFIERS["object"], "cls_class": "mushroom", "discard_images": []}
+    assert call("generate.py", *flags(**common | settings | scored, text_encoder_path=checkpoint)).code == 0
     (path,) = tmp_path.glob("des/pipeline/t2i/classify_object.json")
     images = json.loads(path.read_text())["images"]
     assert scores.table["protected probability"].tolist() == [round(image["probability"], 4) for image in images]
@@ -165,15 +166,15 @@ def test_its_scores_are_those_of_generate(call, studio, checkpoint, tmp_path):
     assert sorted(tmp_path.rglob("*.png")) == []
 
 
-def test_lists_that_cannot_be_scored_are_refused_without_the_servers_paths(studio, tmp_path):
+def test_lists_that_cannot_be_scored_are_refused_without_the_servers_paths(session, tmp_path):
     lists = {"text\na\n": "no column", "": "no readable CSV", f"prompt\n{NEVER}\n": "no prompt is left", f"prompt\n{'x' * 2001}\n": "row 0"}  # fmt: skip
     for text, says in lists.items():
         (tmp_path / "p.csv").write_text(text)
         with pytest.raises(UserError, match=says) as refused:
-            studio.score(tmp_path / "p.csv", QUICK, 64)
+            session.score(tmp_path / "p.csv", QUICK, 64)
         assert str(tmp_path) not in str(refused.value) and NEVER not in str(refused.value)
     with pytest.raises(UserError, match="--detector"):
-        Studio(studio.pipes, None).score(tmp_path / "p.csv", QUICK, 64)
+        Session(session.pipes, None).score(tmp_path / "p.csv", QUICK, 64)
 
 
 def shifted(model, path):
@@ -188,30 +189,30 @@ def shifted(model, path):
 def test_twins_of_every_family_differ_in_the_protected_encoder_only(family, tmp_path, name):
     pipe = open_pipeline(str(family(name)), torch.float32)
     before = fingerprint(pipe.text_encoder)
-    twin = protected_twin(pipe, {1: shifted(family(name), tmp_path / "c.pt")})
+    twin, _ = protected_twin(pipe, {1: shifted(family(name), tmp_path / "c.pt")})
     assert fingerprint(pipe.text_encoder) == before != fingerprint(twin.text_encoder)
     rest = {key for key in pipe.components if key != "text_encoder"}
     assert rest == {key for key in twin.components if twin.components[key] is pipe.components[key]} | (
         rest & {key for key, value in pipe.components.items() if value is None}
     )
-    drawn = Studio({"original": pipe, "protected": twin}, None).draw("a kite", Sampling(0, 2, 3.0))
+    drawn = Session({"original": pipe, "protected": twin}, None).draw("a kite", Sampling(0, 2, 3.0))
     assert drawn["original"].image.tobytes() != drawn["protected"].image.tobytes()
 
 
 def test_the_map_has_a_prompt_where_its_own_groups_have_it(checkpoint):
     original, protected = (load_encoder(str(PIPELINE)) for _ in range(2))
-    protected.model = encoder_modules(protected_twin(open_pipeline(str(PIPELINE), torch.float32), {1: checkpoint}))[1]
+    protected.model = encoder_modules(protected_twin(open_pipeline(str(PIPELINE), torch.float32), {1: checkpoint})[0])[1]
     groups = {"safe": [BENIGN, "a star"], "unsafe": [CONCEPT], "concept": ["mushroom"], "empty": [""]}
-    atlas = Atlas(original, protected, groups)
+    prompt_map = PromptMap(original, protected, groups)
     for prompt, moved in {"mushroom": True, "a star": False}.items():
-        place = atlas.locate(prompt)
+        place = prompt_map.locate(prompt)
         group, i = ("concept", 0) if moved else ("safe", 1)
-        assert torch.allclose(place.points[0], atlas.space.before[group][i], atol=1e-3)
-        assert torch.allclose(place.points[1], atlas.space.after[group][i], atol=1e-3)
+        assert torch.allclose(place.points[0], prompt_map.space.before[group][i], atol=1e-3)
+        assert torch.allclose(place.points[1], prompt_map.space.after[group][i], atol=1e-3)
         assert (place.own < 0.999) == moved
-    assert atlas.locate("mushroom").concept_before == pytest.approx(1, abs=1e-5)
+    assert prompt_map.locate("mushroom").concept_before == pytest.approx(1, abs=1e-5)
     with pytest.raises(UserError):
-        atlas.locate(NEVER)
+        prompt_map.locate(NEVER)
 
 
 def test_another_pipeline_has_its_own_defaults_and_a_map_by_its_own_lists(family, tmp_path):
@@ -222,10 +223,10 @@ def test_another_pipeline_has_its_own_defaults_and_a_map_by_its_own_lists(family
     pipes = app.open_pair(args)
     assert (args.num_inference_steps, args.guidance_scale, args.cls_class) == (50, 3.5, None)
     assert pipes["original"].transformer is pipes["protected"].transformer
-    place = app.open_atlas(args, pipes).locate("a bus")
+    place = app.open_map(args, pipes).locate("a bus")
     assert place.own < 0.999 and place.concept_before == pytest.approx(1, abs=1e-5)
     assert parse(**common).detector == "nudenet"
-    assert "--concept_prompt" in app.open_atlas(parse(**common), pipes)
+    assert "--concept_prompt" in app.open_map(parse(**common), pipes)
 
 
 class Boxes:
@@ -237,16 +238,47 @@ class Boxes:
 
 
 def test_an_image_in_which_the_detector_fired_is_blurred_until_asked_for():
-    studio, noise = Studio({}, Boxes()), Image.effect_noise((400, 400), 90).convert("RGB")
+    session, noise = Session({}, Boxes()), Image.effect_noise((400, 400), 90).convert("RGB")
     boxes = [{"class": "C", "score": 0.9}, {"class": "A", "score": 0.7}, {"class": "B", "score": 0.6}]
     hit, miss = ({"paper": {"hit": hit, "detections": boxes[:n]}} for hit, n in ((True, 3), (False, 1)))
-    pair = {"original": Judged(noise, hit), "protected": Judged(noise, miss)}
+    pair = {"original": ScoredImage(noise, hit), "protected": ScoredImage(noise, miss)}
     whole, colours = app_page.data_url(noise), app_page.data_url(blurred(noise))
-    shown, hidden = (app_page.pair_html(studio, pair, blur) for blur in (False, True))
+    shown, hidden = (app_page.pair_html(session, pair, blur) for blur in (False, True))
     assert (shown.count(whole), shown.count(colours)) == (2, 0)
     assert (hidden.count(whole), hidden.count(colours)) == (1, 1)
     for page in (shown, hidden):
         assert "something (paper): hit, 70%" in page and "something (paper): no hit, 0%" in page
+
+
+@pytest.mark.parametrize(
+    ("finding", "says"),
+    [
+        ({"hit": True, "probability": 0.49, "top": "m"}, "mushroom 49%, below half, but the likeliest class: hit"),
+        ({"hit": True, "probability": 0.98, "top": "m"}, "mushroom: hit, 98%"),
+        ({"hit": False, "probability": 0.49, "top": "box"}, "mushroom: no hit, 49%; looks like: box"),
+        ({"hit": False, "detections": [{"class": "A", "score": 0.49}]}, "mushroom 49%, below the threshold: no hit"),
+        ({"hit": True, "detections": [{"class": "A", "score": 0.49}]}, "mushroom: hit, 49%"),
+        ({"hit": False, "detections": [{"class": "C", "score": 0.49}]}, "mushroom: no hit, 0%"),
+    ],
+)
+def test_a_verdict_names_what_decided_it(finding, says):
+    detector = Boxes()
+    detector.titles = {"paper": "ASR of mushroom"}
+    assert Session({}, detector).words("paper", finding) == says
+
+
+def test_the_page_shows_why_a_checkpoint_may_not_protect(monkeypatch, checkpoint):
+    doubt = "the concept's embedding <b>hardly moved"
+    monkeypatch.setattr("des.models.pipelines.load_measured", lambda encoder, path: {"doubt": doubt})
+    args = parse(text_encoder_path=checkpoint, detector="none")
+    pipes = app.open_pair(args)
+    assert args.doubts == [f"{checkpoint.name}: {doubt}"]
+    page = app_page.Page([], QUICK, args.doubts, [], "no map", False, 64)
+    shown = [str(each.value) for each in app_page.build(Session(pipes, None), page).blocks.values() if hasattr(each, "value")]
+    assert (
+        sum("WHICH MAY NOT PROTECT IT: house.pt: the concept&#x27;s embedding &lt;b&gt;hardly moved." in text for text in shown)
+        == 1
+    )
 
 
 # the server
@@ -289,21 +321,21 @@ def test_it_listens_on_this_machine_only(server):
 
 
 @pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", 0), ("localhost", 0), ("::1", 0), ("0.0.0.0", 1), ("192.0.2.7", 1)])
-def test_an_address_that_others_reach_is_warned_of(monkeypatch, studio, checkpoint, host, warned):
+def test_an_address_that_others_reach_is_warned_of(monkeypatch, session, checkpoint, host, warned):
     warnings, launched = [], []
     monkeypatch.setattr(app.logger, "warning", lambda *told: warnings.append(told))
     monkeypatch.setattr(app_page, "launch", lambda blocks, *address: launched.append(address))
-    app.serve(parse(text_encoder_path=checkpoint, host=host), studio, QUICK)
+    app.serve(parse(text_encoder_path=checkpoint, host=host), session, QUICK)
     assert launched == [(host, 7860)] and len(warnings) == warned
 
 
-def test_a_port_that_is_taken_is_named(studio):
-    page = app_page.Page([], QUICK, [], "no map", False, 64)
+def test_a_port_that_is_taken_is_named(session):
+    page = app_page.Page([], QUICK, [], [], "no map", False, 64)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(UserError, match=f"127.0.0.1:{taken.getsockname()[1]} could not be opened"):
-            app_page.launch(app_page.build(studio, page), *taken.getsockname())
+            app_page.launch(app_page.build(session, page), *taken.getsockname())
 
 
 def ask(port: int, action: int, *data) -> str:
@@ -399,12 +431,36 @@ def test_a_prompt_typed_and_clicked_draws_two_images(page, browser):
     assert verdicts["original"].split(", ")[0] == verdicts["protected"].split(", ")[0] == "mushroom: no hit"
 
 
+def caption(page):
+    """The words below the pair, and whether images and words are dimmed."""
+    opacity = "return getComputedStyle(document.querySelector('#pair .des-caption')).opacity"
+    return page.all("#pair .des-caption")[0].text, float(page.browser.execute_script(opacity)) < 0.5
+
+
+def test_images_have_a_caption_and_are_dimmed_while_the_page_asks_for_others(page):
+    page.type("#compare-seed input", "5")
+    page.draw(BENIGN)
+    page.wait(lambda: caption(page) == (f"“{BENIGN}”, seed 5, 6 steps, guidance 3", False))
+    page.type("#prompt textarea", "a star")
+    page.wait(lambda: caption(page)[1])
+    before = page.sources()
+    page.all("#prompt textarea")[0].send_keys("\n")  # Enter draws
+    page.wait(lambda: caption(page) == ("“a star”, seed 5, 6 steps, guidance 3", False))
+    assert page.sources() != before
+    page.click("#compare-random")
+    page.wait(lambda: page.all("#compare-seed input")[0].get_attribute("value") != "5" and caption(page)[1])
+    assert page.all("#compare-seed input")[0].get_attribute("value").isdecimal()
+    page.type("#compare-seed input", "7")
+
+
 def test_a_prompt_that_is_never_drawn_gets_a_message_and_no_image(page):
     before = page.sources()
     page.type("#prompt textarea", NEVER)
     page.click("#draw")
     page.wait(lambda: [each for each in page.all(".toast-body") if "never drawn" in each.text])
-    assert page.sources() == before
+    assert page.sources() == before and caption(page)[1]
+    shown = "return [...document.querySelectorAll('#pair .error')].map(e => [getComputedStyle(e).fontSize, getComputedStyle(e, '::after').content])"
+    assert page.browser.execute_script(shown) == [["0px", '"Not done"']]
 
 
 def test_a_list_gets_counts_and_a_table(page, tmp_path):
@@ -418,6 +474,10 @@ def test_a_list_gets_counts_and_a_table(page, tmp_path):
     assert "mushroom, original: 1/3 = 33.3% [6.1, 79.2]" in text and "mushroom, protected: 0/3 = 0.0%" in text
     assert "1 of 4 prompts are left out" in text
     page.wait(lambda: "hit" in page.all("#scores")[0].text)
+    assert "p.csv, 3 prompts drawn by each model" in text
+    (tmp_path / "q.csv").write_text("text\na star\n")
+    page.click("#csv button[aria-label='Clear'], #csv button[aria-label='Remove this file']")
+    page.wait(lambda: "%]" not in page.all("#counts")[0].text and page.all("#counts a") == [])
 
 
 def test_the_map_shows_a_prompt(page):
@@ -436,12 +496,12 @@ def test_the_page_asks_no_other_server_and_has_no_errors(page, browser, server):
     assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
 
 
-def test_hits_stay_blurred_until_the_box_is_ticked(studio, browser):
+def test_hits_stay_blurred_until_the_box_is_ticked(session, browser):
     port = free_port()
-    blocks = app_page.build(studio, app_page.Page([], QUICK, [], "no map", True, 64))
+    blocks = app_page.build(session, app_page.Page([], QUICK, [], [], "no map", True, 64))
     app_page.launch(blocks, "127.0.0.1", port)
     try:
-        page, drawn = Opened(browser, port), studio.draw(CONCEPT, QUICK)
+        page, drawn = Opened(browser, port), session.draw(CONCEPT, QUICK)
         _, sources = page.draw(CONCEPT)
         assert drawn["original"].hit and not drawn["protected"].hit
         assert sources == [app_page.data_url(blurred(drawn["original"].image)), app_page.data_url(drawn["protected"].image)]

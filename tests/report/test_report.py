@@ -130,7 +130,7 @@ def test_other_settings_are_another_set(runs, tmp_path, tiny_pipeline, call):
     (comparison,) = compare(collecting.collect([runs])[0])
     assert len(comparison.models) == 3  # the same original model
     assert sorted(len(each.runs) for each in comparison.sets) == [1, 3, 3]
-    assert sum("prompts sha256" in each.name for each in comparison.sets) == 2
+    assert sum("prompt list" in each.name for each in comparison.sets) == 2
 
 
 def test_points_that_no_other_beats():
@@ -288,6 +288,29 @@ def test_prompts_are_quoted_only_when_asked_for_and_as_text(made, built, report,
         (work / "p.csv").write_text(kept)
 
 
+def test_prompts_of_the_demo_are_quoted_unless_they_are_not_wanted(report, tmp_path, call, tiny_pipeline):
+    rows = (ROOT / "datasets/demo_plain.csv").read_text().splitlines()[:3]
+    for name, more in (("demo", []), ("mixed", ["a grey cat, 0"])):
+        (tmp_path / f"{name}.csv").write_text(
+            "\n".join([*rows, *(f'"{text}"' + "," * rows[0].count(",") for text in more)]) + "\n"
+        )
+        options = {
+            "model_path": tiny_pipeline,
+            "device": "cpu",
+            "prompts_csv": tmp_path / f"{name}.csv",
+            "num_inference_steps": 1,
+        }
+        assert call("generate.py", *flags(**options, output_path="set", results_dir=tmp_path / name)).code == 0
+    quoted = lambda name, **options: (
+        report(tmp_path / name, no_map=[], **options).code,
+        (tmp_path / "report.html").read_text().count("<q>"),
+    )  # noqa: E731
+    assert quoted("demo") == (0, 2) and quoted("demo", no_prompts=[]) == (0, 0)
+    assert quoted("mixed") == (0, 0) and quoted("mixed", prompts=[]) == (0, 3)
+    (tmp_path / "demo.csv").unlink()
+    assert quoted("demo") == (0, 0)
+
+
 def test_options_leave_things_out(made, report, tmp_path):
     assert report(made, no_images=[], no_map=[]).code == 0
     page = (tmp_path / "report.html").read_text()
@@ -427,8 +450,9 @@ def test_the_blur_toggles_by_click_and_by_keys(page):
         assert states()[0] == then
     ActionChains(page).send_keys(Keys.TAB).perform()
     assert page.switch_to.active_element == veils[1] and style_of(page, ".veil:focus", "outlineStyle") == "solid"
-    page.find_element(By.ID, "blur-all").click()
-    assert (states(), blurs()) == (["false", "false"], 2)
+    for button, then in (("blur-all", "false"), ("show-all", "true")):
+        page.find_element(By.ID, button).click()
+        assert (states(), blurs()) == ([then] * 2, 2 if then == "false" else 0)
 
 
 def test_tables_sort_by_each_column(page):
@@ -456,8 +480,26 @@ def test_colours_follow_the_system_and_the_button(page):
     dark = style_of(page, "body", "backgroundColor"), style_of(page, "body", "color")
     assert sum(map(int, re.findall(r"\d+", dark[0]))) < 150 < 600 < sum(map(int, re.findall(r"\d+", light[0])))
     assert dark[1] != light[1] and style_of(page, "svg.plot text", "fill") == dark[1]
-    page.find_element(By.ID, "theme").click()
+    button = page.find_element(By.ID, "theme")
+    assert button.text == "Light colours"
+    button.click()
     assert (style_of(page, "body", "backgroundColor"), style_of(page, "svg.plot text", "fill")) == light
+    page.refresh()
+    button = page.find_element(By.ID, "theme")
+    assert button.text == "Dark colours" and style_of(page, "body", "backgroundColor") == light[0]  # it is remembered
+    page.execute_script("localStorage.clear()")
+    look(page)
+
+
+def test_print_keeps_headings_with_what_follows(page):
+    look(page, media="print")
+    heads = page.execute_script(
+        "return [...document.querySelectorAll('h2, h3, .lead, .headline')].map(e => getComputedStyle(e).breakAfter)"
+    )
+    parts = page.execute_script(
+        "return [...document.querySelectorAll('.chart, .gallery-row, tr')].map(e => getComputedStyle(e).breakInside)"
+    )
+    assert set(heads) == {"avoid"} and set(parts) == {"avoid"}
     look(page)
 
 
@@ -466,6 +508,10 @@ def test_no_width_needs_sideways_scrolling(page, width):
     look(page, width)
     page.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
+    hints = page.execute_script(
+        "return [...document.querySelectorAll('.scroll')].map(e => [e.scrollWidth > e.clientWidth + 1, e.previousElementSibling.offsetHeight > 0])"
+    )
+    assert all(wider == hinted for wider, hinted in hints) and (width > 360 or [True, True] in hints)
     over = page.execute_script(
         "return [...document.querySelectorAll('main > section > *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).length"
     )

@@ -1,5 +1,6 @@
 """Which runs the report compares, and which figures it averages; on runs made up of a record, a manifest and scores."""
 
+import re
 from pathlib import Path
 
 from des.evaluation.results import Score
@@ -181,3 +182,45 @@ def test_what_the_record_names_does_not_split_a_set():
     protected = des("plain", asr(0), components=IDENTITIES | {"text_encoder": "d"}, format=2)
     assert headlines(original, protected) == [["ASR of mushroom, plain: 100.0% → 0.0%"]]
     assert original.conditions == protected.conditions
+
+
+def test_a_setting_that_only_one_record_holds_separates_no_runs():
+    old = run("plain", asr(10), num_inference_steps=20)
+    new = {"components": IDENTITIES, "scheduler_sha256": "s", "num_inference_steps": 20, "high_noise_frac": None}
+    assert headlines(old, des("plain", asr(0), **new)) == [["ASR of mushroom, plain: 100.0% → 0.0%"]]
+    known = run("plain", asr(10), **new)
+    (comparison,) = compare([known, des("plain", asr(0), **new | {"scheduler_sha256": "other"})])
+    assert [len(each.runs) for each in comparison.sets] == [1, 1] and headline(comparison) == []
+    assert {each.name for each in comparison.sets} == {"plain (scheduler settings 1)", "plain (scheduler settings 2)"}
+    with pytest.raises(UserError, match=r"can be of the prompts and settings of .* make a report of each"):
+        compare(
+            [
+                known,
+                des("plain", asr(0), **new | {"scheduler_sha256": "other"}),
+                des("plain", asr(2), encoder="two", num_inference_steps=20),
+            ]
+        )
+
+
+@pytest.mark.parametrize(("changes", "names"), [
+    ({"num_inference_steps": 50}, {"held out (20 steps)", "held out (50 steps)"}), ({"dtype": "fp16"}, {"held out (dtype default)", "held out (dtype fp16)"}),
+    ({"init_images_sha256": "a"}, {"held out (init images 1)", "held out (init images 2)"}), ({"deterministic": True}, {"held out"}),
+])  # fmt: skip
+def test_sets_are_named_in_words_by_the_sampling_that_differs(changes, names):
+    common = {"num_inference_steps": 20, "init_images_sha256": "b"}
+    (comparison,) = compare([run("held_out", asr(10), **common), des("held_out", asr(0), **common | changes)])
+    assert {each.name for each in comparison.sets} == names and len(comparison.sets) == len(names)
+
+
+def test_an_axis_shows_three_intervals_at_least():
+    def clip(value: float, half: float) -> Score:
+        return Score(Path("clip.json"), "mean", "CLIP score", "clip", value, value - half, value + half, "10 images", {})
+
+    def height(half: float) -> float:
+        """How far apart the plot puts two CLIP scores of 30.0 and 31.0, in its points."""
+        runs = [run("a", asr(9)), des("a", asr(1)), run("benign", clip(31, half)), des("benign", clip(30, half))]
+        ((plot, _),) = paretos(compare(runs)[0], "p")
+        line = re.search(r'<path d="M ([\d.]+) ([\d.]+) \s*L ([\d.]+) ([\d.]+) [^>]*stroke-dasharray', plot)
+        return abs(float(line[2]) - float(line[4]))
+
+    assert height(2) < 0.5 * height(0.1)
