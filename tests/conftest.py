@@ -95,7 +95,7 @@ def training_line(tmp_path: Path, **changes: object) -> list[object]:
 
 
 def spawn(script: str, *argv: object, cwd: Path = ROOT) -> Finished:
-    """Run a script in a process of its own."""
+    """Run a script in a separate process."""
     command = [sys.executable, str(ROOT / script), *map(str, argv)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ)
     return Finished(done.returncode, done.stdout, done.stderr)
@@ -137,7 +137,7 @@ def browser(tmp_path_factory):
 
 @contextmanager
 def serving() -> Iterator[Server]:
-    """A server on loopback for as long as it is needed."""
+    """Run a server on loopback inside the `with` block."""
     server = Server()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
@@ -155,9 +155,9 @@ def loopback(monkeypatch):
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder with its content, but for locks and for what an interrupted scorer keeps."""
-    own = (".lock", ".part.jsonl")
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(own)]
+    """Every file under a folder with its content, except locks and unfinished scores."""
+    temporary = (".lock", ".part.jsonl")
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(temporary)]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -170,7 +170,7 @@ def family(tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory) -> Path:
-    """A StableDiffusionPipeline with random weights, 16x16 images, and case A's text encoder and tokenizer."""
+    """A StableDiffusionPipeline with random weights and 16x16 images; its text encoder and tokenizer are those of golden case A."""
     return build("sd_v1", tmp_path_factory.mktemp("models") / "tiny-sd")
 
 

@@ -37,6 +37,15 @@ CLIP, OTHER_CLIP, T5 = 32, 48, 96  # widths; T5 is at least as wide as both CLIP
 TIME = 8  # width of each of SDXL's size and crop embeddings
 DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
+OPEN_CLIP = {  # a CLIP of open_clip, as Q16 reads it
+    "model_cfg": {
+        "embed_dim": 24, "quick_gelu": True,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1},
+    },
+    "preprocess_cfg": {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]},
+}  # fmt: skip
+
 
 def build(name: str, folder: Path) -> Path:
     """Save the tiny pipeline of a family to a folder; the same weights every time."""

@@ -13,16 +13,9 @@ import pytest
 import torch
 from conftest import ROOT, flags, snapshot
 from PIL import Image
+from tiny import OPEN_CLIP
 
-WIDTH = 24
-CONFIG = {
-    "model_cfg": {
-        "embed_dim": WIDTH, "quick_gelu": True,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {"context_length": 16, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1},
-    },
-    "preprocess_cfg": {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]},
-}  # fmt: skip
+WIDTH = OPEN_CLIP["model_cfg"]["embed_dim"]
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +23,10 @@ def clip_folder(tmp_path_factory):
     """An open_clip folder with random weights."""
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
-    model = open_clip.CLIP(**{key: CONFIG["model_cfg"][key] for key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")})
-    (folder / "open_clip_config.json").write_text(json.dumps(CONFIG))
+    model = open_clip.CLIP(
+        **{key: OPEN_CLIP["model_cfg"][key] for key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}
+    )
+    (folder / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP))
     torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
     return folder
 

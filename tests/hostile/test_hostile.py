@@ -26,7 +26,7 @@ import torch
 from conftest import GOLDEN, ROOT, SCRIPTS, flags, snapshot
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_q16 import CONFIG as OPEN_CLIP
+from tiny import OPEN_CLIP
 from transformers import CLIPTextModel
 
 MARKER = "zyzzyva"  # a word that stands for a prompt which no message may repeat
@@ -50,7 +50,7 @@ CLASSIFIER = ROOT / "demo/models/classifier_object"
     ],
     ids=["BOM", "CRLF", "quotes", "NaN", "duplicates", "empty rows", "short row", "unicode", "1 MB"],
 )
-def test_odd_prompt_lists_are_read_as_they_stand(tmp_path, content, prompts):
+def test_unusual_prompt_lists_are_read_unchanged(tmp_path, content, prompts):
     (tmp_path / "p.csv").write_bytes(content)
     rows = read_rows(tmp_path / "p.csv")
     assert rows["prompt"].tolist() == prompts and rows.index.tolist() == list(range(len(prompts)))
