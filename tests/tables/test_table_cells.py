@@ -9,6 +9,7 @@ from des.tables.cells import ORIGINAL, PromptSet
 from des.tables.demo import demo_world
 from des.tables.paper import model_name, paper_world
 from des.tables.runner import Runner
+from des.utils.errors import UserError
 from des.utils.stats import proportion
 from scripts import reproduce
 
@@ -137,6 +138,11 @@ def test_reference_images_that_are_missing_do_not_stop_a_table(tmp_path, tiny_pi
     world = paper_world(str(tiny_pipeline), {}, tmp_path / "coco", None, None, None)
     runner = Runner(world, str(tiny_pipeline), tmp_path, "smoke", torch.device("cpu"), 4, 42, discard_images=False, dry=False)
     assert runner.fid(ORIGINAL) == Cell(missing="not run: no reference images in coco (--coco_images)")
+
+
+def test_a_family_without_a_table_is_refused(family):
+    with pytest.raises(UserError, match="is chroma, of which the paper has no table"):
+        model_name(str(family("chroma")))
 
 
 @pytest.mark.parametrize(
