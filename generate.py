@@ -29,7 +29,7 @@ from des.evaluation.detectors.options import OUTPUT_NAMES, add_scoring, check_sc
 from des.generation.defences import add_method, check_method, open_defence
 from des.generation.image_run import RunFolder, finish, lines_of, reserved, settings_of
 from des.generation.sampler import Sampler, batches, check_inputs, check_sizes, row_settings
-from des.models.families import MODEL_TYPES, SCHEDULERS
+from des.models.families import FAMILIES, MODEL_TYPES, SCHEDULERS, described, described_dtypes, described_lengths
 from des.models.pipelines import (
     DTYPES,
     dtype_for,
@@ -51,6 +51,7 @@ import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
 
+NO_NEGATIVE = ", ".join(name for name, family in FAMILIES.items() if not family.negative_prompt)
 INPUTS = {
     "text": (),
     "image": ("init_image",),
@@ -100,19 +101,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="take seed, guidance and size of each row from its cells where it has them, as I2P's do",
     )
     sampling.add_argument(
-        "--num_inference_steps", type=cli.positive_int, metavar="N", help="denoising steps (default: 50; SD3 28)"
+        "--num_inference_steps",
+        type=cli.positive_int,
+        metavar="N",
+        help=f"denoising steps (default: {described('num_inference_steps')})",
     )
     sampling.add_argument(
-        "--guidance_scale", type=cli.number(float, 0), metavar="G", help="guidance (default: 7.5; SD3 7, FLUX 3.5)"
+        "--guidance_scale", type=cli.number(float, 0), metavar="G", help=f"guidance (default: {described('guidance_scale')})"
     )
-    sampling.add_argument("--negative_prompt", metavar="TEXT", help="what the images should not show (not for FLUX)")
+    sampling.add_argument("--negative_prompt", metavar="TEXT", help=f"what the images should not show (not for {NO_NEGATIVE})")
     sampling.add_argument("--height", type=cli.positive_int, metavar="H", help="pixels (default: the model's)")
     sampling.add_argument("--width", type=cli.positive_int, metavar="W", help="pixels (default: the model's)")
     sampling.add_argument(
         "--strength", type=cli.number(float, 0, 1, low_open=True), metavar="X", help="how far --init_images change"
     )
     sampling.add_argument(
-        "--max_sequence_length", type=cli.positive_int, metavar="N", help="tokens of a T5 prompt (default: SD3 256, FLUX 512)"
+        "--max_sequence_length",
+        type=cli.positive_int,
+        metavar="N",
+        help=f"tokens of a T5 prompt (default: {described_lengths()})",
     )
     sampling.add_argument(
         "--scheduler", choices=SCHEDULERS, help="default: ddim for SD 1.x, euler for SD 2.x, the model's own for others"
@@ -128,9 +135,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
     performance.add_argument("--batch_size", type=cli.positive_int, default=4, metavar="N", help="images at a time")
-    performance.add_argument(
-        "--dtype", choices=DTYPES, help="default: fp32 for SD 1.x and 2.x, fp16 for SDXL, bf16 for SD3 and FLUX"
-    )
+    performance.add_argument("--dtype", choices=DTYPES, help=f"default: {described_dtypes()}")
     cli.add_deterministic(performance)
     performance.add_argument("--enable_model_cpu_offload", action="store_true", help="keep on the GPU only the model in use")
     performance.add_argument("--attention_slicing", action="store_true", help="less memory, slower; for models with a UNet")

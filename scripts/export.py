@@ -129,7 +129,7 @@ def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: to
         lines += lora.describe(i, args.rank, held, figures).splitlines()
     lora.write(folder, factors)
     read = lora.read(args.model_path, folder, {i: encoder.subfolder for i, encoder in encoders.items()})
-    verify(Export(args.model_path, encoders, export.told), read, exact=False)
+    verify(Export(args.model_path, encoders, export.loaded), read, exact=False)
     if args.prompts_csv is None:
         lines.append(
             "measured on a few harmless prompts only; --prompts_csv with the concept's prompts measures the protection"
@@ -141,7 +141,7 @@ def card_of(args: argparse.Namespace, export: Export, folder: Path, scores: list
     """The model card of an export whose files are in `folder`."""
     base = args.base_model or (Path(args.model_path).resolve().name if Path(args.model_path).is_dir() else args.model_path)
     kinds = {encoder.subfolder: type(encoder.model).__name__ for encoder in export.encoders.values()}
-    told = {encoder.subfolder: export.told[i] for i, encoder in export.encoders.items()}
+    told = {encoder.subfolder: export.loaded[i] for i, encoder in export.encoders.items()}
     where = args.push_to_hub or args.out.name
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     rows, title = [each.row() for each in scores], where.rsplit("/", 1)[-1]

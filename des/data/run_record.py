@@ -141,7 +141,7 @@ def recorded_settings(folder: Path) -> dict[str, Any]:
 
 
 def _earlier(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What run.json said before, if anything; UserError where it was of other settings, or cannot be told."""
+    """What run.json said before, if anything; UserError where it was of other settings, or cannot be read."""
     path = folder / "run.json"
     if not path.exists():
         if visible(folder, "*p*.*"):

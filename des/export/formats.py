@@ -39,7 +39,7 @@ class Export:
 
     model_path: str
     encoders: dict[int, TextEncoder]
-    told: dict[int, dict]  # what `load_measured` says of each
+    loaded: dict[int, dict]  # what `load_measured` says of each
     base: Path | None = None  # a1111: the single file whose other tensors are kept
 
 
@@ -49,14 +49,14 @@ def load_protected(model_path: str, checkpoints: Mapping[int, Path]) -> Export:
     Raises UserError as `load_encoder` and `load_checkpoint` do, and for a checkpoint that leaves its concept where it was.
     """
     encoders = {i: load_encoder(model_path, i, embedding=embedding_of(path)) for i, path in checkpoints.items()}
-    told = {i: load_measured(encoders[i], path) for i, path in checkpoints.items()}
-    for i, measured in told.items():
+    loaded = {i: load_measured(encoders[i], path) for i, path in checkpoints.items()}
+    for i, measured in loaded.items():
         if is_unprotected(measured):
             raise UserError(f"{checkpoints[i]} is not exported as protected: {measured['doubt']}")
     rest = [str(i) for i in text_encoders(model_path) if i not in checkpoints]
     if rest:
         logger.warning("text encoder %s of the model is the original, NOT protected", " and ".join(rest))
-    return Export(model_path, encoders, told)
+    return Export(model_path, encoders, loaded)
 
 
 def cast(export: Export, dtype: torch.dtype | None) -> None:
@@ -64,7 +64,9 @@ def cast(export: Export, dtype: torch.dtype | None) -> None:
     for i, encoder in export.encoders.items():
         encoder.model.to(dtype or encoder.model.dtype)
         if not all(tensor.isfinite().all() for tensor in encoder.model.state_dict().values()):
-            raise UserError(f"{export.told[i]['file']} does not fit into {dtype}, which it overflows; use --dtype bf16 or fp32")
+            raise UserError(
+                f"{export.loaded[i]['file']} does not fit into {dtype}, which it overflows; use --dtype bf16 or fp32"
+            )
 
 
 def check_fits(name: str, model_path: str, indices: list[int]) -> None:

@@ -130,10 +130,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     with loading(f"the metadata {file}"):
-        told = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(told, dict):
+        metadata = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(metadata, dict):
         raise UserError(f"{file} is no metadata of a checkpoint; move it away to load {path.name} without")
-    return told
+    return metadata
 
 
 def check_replaceable(folder: Path) -> str | None:
@@ -143,9 +143,9 @@ def check_replaceable(folder: Path) -> str | None:
     """
     if not folder.is_dir():
         return None
-    told = read_metadata(folder)
+    metadata = read_metadata(folder)
     digest = None if any(each.is_dir() for each in folder.iterdir()) else _sha256_files(folder)
-    if digest is None or digest not in (told.get("file_sha256"), told.get("replaced_sha256")):
+    if digest is None or digest not in (metadata.get("file_sha256"), metadata.get("replaced_sha256")):
         raise UserError(
             f"{folder} is not as this program wrote it, so it is not replaced; move it away, or name another folder"
         )
@@ -242,7 +242,7 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     if any, must be about this checkpoint; a warning says where it was trained from another base encoder. Returns `{"file",
     "file_sha256", "encoder_sha256"}`, `base_distance` where it was measured, and what `{name}-metadata.json` says.
     """
-    loaded, own, told = plain_names(read_tensors(path)), plain_names(encoder.state_dict()), read_metadata(path)
+    loaded, own, metadata = plain_names(read_tensors(path)), plain_names(encoder.state_dict()), read_metadata(path)
     refuse_integers(loaded, path)
     _reconcile(loaded, own, path)
     missing, surplus = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
@@ -256,7 +256,7 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
         lacks = [f"lacks {_some(missing)}"] * bool(missing) + [f"has the unknown {_some(surplus)}"] * bool(surplus)
         raise UserError(f"{path} does not fit the model's text encoder: it {' and '.join(lacks)}")
     _check_configuration(encoder, path)
-    file_sha256 = _check_metadata(path, loaded, told)
+    file_sha256 = _check_metadata(path, loaded, metadata)
     if same_weights(own, {name: tensor for name, tensor in loaded.items() if name != PROJECTION}):
         raise UserError(
             f"this checkpoint does not change the encoder: the weights in {path} are the model's own, or those rounded to "
@@ -266,7 +266,7 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     broken = [name for name, tensor in cast.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(f"{path} does not fit into {own[broken[0]].dtype}: {_some(broken)} overflows; use --dtype bf16 or fp32")
-    apart = _distance_of_bases(encoder, path, told)
+    apart = _distance_of_bases(encoder, path, metadata)
     stored_name = {name.removeprefix(_PREFIX): name for name in encoder.state_dict()}
     encoder.load_state_dict({stored_name[name]: tensor for name, tensor in cast.items()}, strict=True)
     arrived = plain_names(encoder.state_dict())
@@ -274,7 +274,7 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
         raise UserError(f"the weights of {path} did not arrive in the model's text encoder")
     measured = {} if apart is None else {"base_distance": apart}
     facts = {"file": str(path), "file_sha256": file_sha256, "encoder_sha256": fingerprint(encoder)}
-    return {**told, **measured, **facts}
+    return {**metadata, **measured, **facts}
 
 
 def _check_configuration(encoder: nn.Module, path: Path) -> None:
@@ -296,13 +296,13 @@ def _check_configuration(encoder: nn.Module, path: Path) -> None:
             )
 
 
-def _check_metadata(path: Path, loaded: Mapping[str, Tensor], told: Mapping[str, Any]) -> str:
+def _check_metadata(path: Path, loaded: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
     """The sha256 of a checkpoint's files. Raises UserError where the metadata beside them is about other weights.
 
     The same weights in another format have the metadata's `encoder_sha256`. Metadata without hashes is believed.
     """
     digest = _sha256_files(path)
-    if told.get("file_sha256") not in (None, digest) and told.get("encoder_sha256") != sha256_tensors(loaded):
+    if metadata.get("file_sha256") not in (None, digest) and metadata.get("encoder_sha256") != sha256_tensors(loaded):
         raise UserError(
             f"{path} is not the checkpoint that {metadata_path(path)} describes; put them back together, or move the metadata "
             "away to load the checkpoint without"
@@ -310,21 +310,21 @@ def _check_metadata(path: Path, loaded: Mapping[str, Tensor], told: Mapping[str,
     return digest
 
 
-def _distance_of_bases(encoder: nn.Module, path: Path, told: Mapping[str, Any]) -> float | None:
+def _distance_of_bases(encoder: nn.Module, path: Path, metadata: Mapping[str, Any]) -> float | None:
     """How far `encoder`, the model's own, is from the one that a checkpoint was trained from; None where that is not recorded.
 
     Warns where they are not the same weights. SD 1.5, SDXL, SD3 and FLUX share one CLIP-L, in different types.
     """
     apart = None
-    if isinstance(told.get("base_sketch"), str):
-        apart = distance(told["base_sketch"], _base_weights(encoder))
+    if isinstance(metadata.get("base_sketch"), str):
+        apart = distance(metadata["base_sketch"], _base_weights(encoder))
         if apart is not None and apart > _SAME_BASE:
             warning = "%s was trained from another base encoder than the model's: their weights differ by %.3g of their size"
             logger.warning(warning + " (unrelated ones by about 1.4), so it may not protect this model", path, apart)
-    elif told.get("base_encoder_sha256"):  # of an earlier version; it is of CLIP in fp32, without the projection of SD3's
+    elif metadata.get("base_encoder_sha256"):  # of an earlier version; it is of CLIP in fp32, without the projection of SD3's
         own = encoder.state_dict()
         comparable = PROJECTION not in own and _TIED[0] not in own and all(t.dtype == torch.float32 for t in own.values())
-        if comparable and told["base_encoder_sha256"] != fingerprint(encoder):
+        if comparable and metadata["base_encoder_sha256"] != fingerprint(encoder):
             logger.warning("%s was trained from another base encoder than the model's: their hashes differ", path)
     return apart
 

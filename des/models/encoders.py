@@ -195,8 +195,8 @@ def subfolder_of(model_path: str, index: int) -> str:
     """The folder of text encoder `index` (1-based) of a pipeline, or UserError listing those that it has."""
     has = text_encoders(model_path)
     if index not in has:
-        told = ", ".join(f"{i} ({folder})" for i, folder in has.items())
-        raise UserError(f"{model_path} has no text encoder {index}; it has {told}")
+        listed = ", ".join(f"{i} ({folder})" for i, folder in has.items())
+        raise UserError(f"{model_path} has no text encoder {index}; it has {listed}")
     return has[index]
 
 

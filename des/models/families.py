@@ -150,6 +150,25 @@ def shares_class(pipeline: str) -> bool:
     return sum(family.pipeline == pipeline for family in _FAMILIES) > 1
 
 
+def described(setting: str) -> str:
+    """The default of a setting and the families that have another one, for the help of its option: `7.5; sd_v3 7, flux 3.5`."""
+    values = {name: getattr(family, setting) for name, family in FAMILIES.items()}
+    default = values["sd_v1"]
+    return f"{default}; " + ", ".join(f"{name} {value:g}" for name, value in values.items() if value != default)
+
+
+def described_lengths() -> str:
+    """How many tokens of a prompt each family's T5 reads, for the help of `--max_sequence_length`: `sd_v3 256, flux 512`."""
+    lengths = {n: e.reading.length for n, f in FAMILIES.items() for e in f.encoders.values() if e.reading.length}
+    return ", ".join(f"{name} {length}" for name, length in lengths.items())
+
+
+def described_dtypes() -> str:
+    """The families drawn in each dtype, for the help of `--dtype`: `fp32 for sd_v1 and sd_v2, ...`."""
+    names = {dtype: [f.name for f in FAMILIES.values() if f.dtype == dtype] for dtype in DTYPES}
+    return "; ".join(f"{dtype} for {', '.join(of)}" for dtype, of in names.items())
+
+
 def exports_to(family: Family, name: str) -> bool:
     """Whether a family's encoders can be exported in a format, one of EXPORTS."""
     if name == "comfyui":

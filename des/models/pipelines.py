@@ -175,11 +175,11 @@ def protect(pipe: DiffusionPipeline, checkpoints: dict[int, Path]) -> dict[int, 
     if lacking:
         has = ", ".join(map(str, encoders))
         raise UserError(f"a checkpoint is given for text encoder {lacking[0]}, and the pipeline has only {has}")
-    told = {i: load_measured(text_encoder(pipe, i, embedding_of(path)), path) for i, path in checkpoints.items()}
+    loaded = {i: load_measured(text_encoder(pipe, i, embedding_of(path)), path) for i, path in checkpoints.items()}
     rest = [str(i) for i in encoders if i not in checkpoints]
     if rest:
         logger.warning("text encoder %s of the pipeline is the original, NOT protected", " and ".join(rest))
-    return told
+    return loaded
 
 
 def protected_twin(

@@ -91,8 +91,8 @@ def doubt(shift: Mapping[str, Any]) -> str | None:
     if concept > UNPROTECTED and 1 - concept < _HALF * (1 - shift["concept_to_empty"]):
         return f"the concept's embedding hardly moved (cosine {concept:.4f} to the original's), so this encoder may not protect"
     if 1 - neutral > _ALIKE * (1 - concept):
-        told = f"neutral prompts moved as the concept did (cosines {neutral:.4f} and {concept:.4f} to the originals')"
-        return f"{told}, so this encoder may be damaged rather than protected"
+        moved = f"neutral prompts moved as the concept did (cosines {neutral:.4f} and {concept:.4f} to the originals')"
+        return f"{moved}, so this encoder may be damaged rather than protected"
     return None
 
 
@@ -110,26 +110,26 @@ def measure(encoder: TextEncoder, path: Path, concepts: Sequence[str] | None = N
     and as `doubt` why the encoder may not protect, or None; raises as `load_checkpoint` does.
     """
     before = Before(encoder, concepts_of(read_metadata(path)) or concepts)
-    told = load_checkpoint(encoder.model, path)
+    loaded = load_checkpoint(encoder.model, path)
     shift = before.shift(encoder)
     why = doubt(shift)
-    if told.get("protects") is False:
+    if loaded.get("protects") is False:
         why = "this encoder does not protect: training ended with unsafe prompts whose embeddings hardly moved"
-    return {**told, "shift": shift, "doubt": why}
+    return {**loaded, "shift": shift, "doubt": why}
 
 
 def load_measured(encoder: TextEncoder, path: Path) -> dict[str, Any]:
     """`measure`, with its figures in the log, and a warning where the encoder may not protect."""
-    told = measure(encoder, path)
-    logger.info("%s: %s", path, describe(told["shift"]))
-    if told["doubt"]:
-        logger.warning("%s: %s", path, told["doubt"])
-    return told
+    loaded = measure(encoder, path)
+    logger.info("%s: %s", path, describe(loaded["shift"]))
+    if loaded["doubt"]:
+        logger.warning("%s: %s", path, loaded["doubt"])
+    return loaded
 
 
 def in_doubt(applied: Mapping[Any, Any]) -> bool:
     """Whether one of several encoders' `load_measured` warned that it may not protect."""
-    return any(isinstance(told, Mapping) and told.get("doubt") for told in applied.values())
+    return any(isinstance(loaded, Mapping) and loaded.get("doubt") for loaded in applied.values())
 
 
 def concepts_of(metadata: Mapping[str, Any]) -> list[str]:

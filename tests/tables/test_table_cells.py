@@ -9,6 +9,7 @@ from des.tables.build import Cell
 from des.tables.cells import ORIGINAL, PromptSet
 from des.tables.paper import model_name, paper_setup
 from des.tables.runner import TableRunner
+from des.utils.errors import UserError
 from des.utils.stats import proportion
 from scripts import reproduce
 
@@ -139,6 +140,11 @@ def test_reference_images_that_are_missing_do_not_stop_a_table(tmp_path, tiny_pi
         setup, str(tiny_pipeline), tmp_path, "smoke", torch.device("cpu"), 4, 42, discard_images=False, dry=False
     )
     assert runner.fid(ORIGINAL) == Cell(missing="not run: no reference images in coco (--coco_images)")
+
+
+def test_a_family_without_a_table_is_refused(family):
+    with pytest.raises(UserError, match="is chroma, of which the paper has no table"):
+        model_name(str(family("chroma")))
 
 
 @pytest.mark.parametrize(
