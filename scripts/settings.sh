@@ -107,8 +107,8 @@ fetch() {
 
 # join OUT CSV...: one list of several
 join() {
-    run python -c 'import sys; import pandas as pd; from des.data.prompts import read_rows
-pd.concat([read_rows(path)[["prompt"]] for path in sys.argv[2:]]).to_csv(sys.argv[1], index=False)' "$@"
+    run python -c 'import sys; from pathlib import Path; import pandas as pd; from des.data.prompts import read_rows
+pd.concat([read_rows(Path(path))[["prompt"]] for path in sys.argv[2:]]).to_csv(sys.argv[1], index=False)' "$@"
 }
 
 # training_lists: have the lists that DES is trained on
