@@ -43,3 +43,11 @@ def test_a_seed_fixes_them(lists):
 def test_what_cannot_be_written(lists, options):
     done, paths = lists(**options)
     assert done.failed_in_one_sentence and not any(path.exists() for path in paths.values())
+
+
+def test_the_test_list_may_be_left_out_and_a_downloaded_one_is_never_overwritten(lists, tmp_path):
+    (tmp_path / "style_test.json").write_text("{}")
+    done, paths = lists()
+    assert done.failed_in_one_sentence and "style_test.csv is a downloaded list" in done.err
+    done, paths = lists(test=0)
+    assert done.code == 0 and [part for part, path in paths.items() if path.exists()] == ["unsafe", "safe"]

@@ -633,6 +633,7 @@ def test_text_that_is_not_utf8_on_the_command_line_is_one_sentence(call, working
 # ---------------------------------------------------------------- arguments
 
 ZERO = {
+    "test",
     "start_idx",
     "seed",
     "seeds",

@@ -90,6 +90,15 @@ def test_other_concepts_in_the_papers_words(parsers):
         assert args.concept_prompt == [concept] and args.unsafe_csv_path.name == f"{name}_unsafe.csv"
 
 
+def test_van_gogh_is_tested_on_the_published_prompts(parsers):
+    """Its training lists leave the test list out, which is fetched, and the classifier's label is the one that it has."""
+    trained, drawn, scored = (list(commands(f"{script}.sh", "vangogh")) for script in ("train", "generate", "evaluate"))
+    assert all(words[words.index("--test") + 1] == "0" for words in trained if "datasets/style_prompts.py" in words)
+    assert ["datasets/download.py", "vangogh_test"] in drawn or (ROOT / "datasets/vangogh_test.csv").exists()
+    labels = [words[words.index("--cls_class") + 1] for words in scored if "--cls_class" in words]
+    assert labels and set(labels) == {"vincent-van-gogh"}
+
+
 def test_lists_are_joined_by_their_prompts(tmp_path):
     names = ["demo_plain", "demo_unsafe_train"]  # with other columns, and without
     told = " ".join(f"datasets/{name}.csv" for name in names)

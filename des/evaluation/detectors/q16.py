@@ -103,8 +103,8 @@ def read_prompt_embeddings(path: Path) -> Tensor:
     """
     if not path.is_file():
         raise UserError(
-            f"there is no prompt file {path}; --prompts_file takes prompts.pt of YitingQu/unsafe-diffusion (the paper's) or "
-            "prompts.p of ml-research/Q16"
+            f"there is no prompt file {path}; --prompts_file takes prompts.pt of YitingQu/unsafe-diffusion (the paper's, which "
+            "scripts/download_checkpoint.py q16_prompts downloads) or prompts.p of ml-research/Q16"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the protocol of a pickle that is none of torch's
