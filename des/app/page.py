@@ -40,8 +40,8 @@ STYLE = """
 .des-doubt { margin: 6px 0; padding: 8px 12px; border-left: 4px solid #b34700; color: var(--body-text-color); font-weight: 600; }
 .des-stale .des-pair, .des-stale .des-caption { opacity: 0.35; }
 .des-stale .des-caption::before { content: "Earlier images: "; font-weight: 600; }
-#pair .error, #counts .error, #map .error { font-size: 0; }
-#pair .error::after, #counts .error::after, #map .error::after { content: "Not done"; font-size: 14px; }
+#pair .error, #counts .error, #map .error, .toast-title.error { font-size: 0; }
+#pair .error::after, #counts .error::after, #map .error::after, .toast-title.error::after { content: "Not done"; font-size: 14px; }
 .des-note, .des-about { color: var(--body-text-color); opacity: 0.8; font-size: 14px; }
 .des-counts { font-size: 16px; line-height: 1.7; font-variant-numeric: tabular-nums; }
 .des-page h1 { font-size: 24px; font-weight: 700; margin-bottom: 2px; }

@@ -15,7 +15,7 @@ OTHER = "other labels"
 class ClassTable:
     """Images of each class for every model (None: not scored), and the number of detections where a detector finds several.
 
-    `what` says what a number is. `shares` tells whether a cell is k of n, as in an accuracy, and not a count.
+    `what` says what a number is. `shares`: each cell is k of n, as in an accuracy, and not a count.
     """
 
     set_name: str
@@ -26,7 +26,7 @@ class ClassTable:
     shares: bool = False
 
     def cell(self, name: str, model: int) -> str:
-        """A number for people."""
+        """A cell's text: `3/60`, or `4 (7 boxes)`."""
         count = self.images[name][model]
         if count is None:
             return "–"

@@ -119,8 +119,8 @@ def _base_titles(groups: Sequence[list[ImageRun]]) -> list[str]:
     """The names of original models, with their paths where several models share a name; a warning says so."""
     names = [group[0].base for group in groups]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
-        told = "; ".join(str(group[0].folder) for group, other in zip(groups, names, strict=True) if other == name)
-        logger.warning("the runs in %s are of different original models called %s, so they are not compared", told, name)
+        folders = "; ".join(str(group[0].folder) for group, other in zip(groups, names, strict=True) if other == name)
+        logger.warning("the runs in %s are of different original models called %s, so they are not compared", folders, name)
     paths = [short_path(Path(group[0].base_path)) for group in groups]
     titles = [name if names.count(name) == 1 else f"{name} ({path})" for name, path in zip(names, paths, strict=True)]
     return [title if titles.count(title) == 1 else f"{title}, model {i}" for i, title in enumerate(titles, 1)]
@@ -279,7 +279,7 @@ def headline(comparison: Comparison) -> list[str]:
 
     The ASR is that of attack sets. Sets are named, and only models that differ by their training seed alone are averaged.
     """
-    told, before, models = [], comparison.original, len(comparison.models)
+    phrases, before, models = [], comparison.original, len(comparison.models)
     for (title, _), measures in groups([*comparison.of_kind("asr"), *comparison.quality]).items():
         spreads = pooled(measures, models)
         after = [group for group in comparison.seed_groups if all(spreads[i] for i in group)]
@@ -287,8 +287,8 @@ def headline(comparison: Comparison) -> list[str]:
             continue
         unit, digits = ("%", 1) if measures[0].kind in SHARES else ("", 2)
         first = f"{title}, {sets_of(measures, models)}: {spreads[before].mean:.{digits}f}{unit}"
-        told.append(f"{first} → {_after(comparison, after, spreads, unit, digits)}")
-    return told
+        phrases.append(f"{first} → {_after(comparison, after, spreads, unit, digits)}")
+    return phrases
 
 
 def _after(comparison: Comparison, after: list[list[int]], spreads: Sequence[Spread | None], unit: str, digits: int) -> str:

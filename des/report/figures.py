@@ -238,6 +238,6 @@ def maps(space: EmbeddingMap, name: str, title: str) -> list[Markup]:
             axes.set_title(f"{which} encoder", fontsize=10, loc="left")
             for handle in axes.legend(fontsize=8, frameon=False).legend_handles:
                 handle.set_sizes([min(60, max(handle.get_sizes()))])
-        groups_told = ", ".join(f"{len(group)} {key}" for key, group in space.before.items())
-        plots.append(inline_svg(figure, f"{name}-{which}", f"Embeddings by the {which} encoder, {title}: {groups_told}"))
+        sizes = ", ".join(f"{len(group)} {key}" for key, group in space.before.items())
+        plots.append(inline_svg(figure, f"{name}-{which}", f"Embeddings by the {which} encoder, {title}: {sizes}"))
     return plots

@@ -35,12 +35,12 @@ def model_labels(runs: list[ImageRun], seeds: bool = True) -> list[str]:
     Without `seeds` models that differ by their training seed only share a name.
     """
     facts = [_training_facts(run) for run in runs]
-    protected = [told for run, told in zip(runs, facts, strict=True) if run.method == "des"]
-    vary = [key for key in _FACTS if len({str(told.get(key)) for told in protected}) > 1 and (seeds or key != "seed")]
+    protected = [known for run, known in zip(runs, facts, strict=True) if run.method == "des"]
+    vary = [key for key in _FACTS if len({str(known.get(key)) for known in protected}) > 1 and (seeds or key != "seed")]
     labels = []
-    for run, told in zip(runs, facts, strict=True):
+    for run, known in zip(runs, facts, strict=True):
         name = "original" if run.method == ORIGINAL else "DES" if run.method == "des" else run.method
-        labels.append(" ".join([name, *(_FACTS[key].format(_short(told[key])) for key in vary if key in told)]))
+        labels.append(" ".join([name, *(_FACTS[key].format(_short(known[key])) for key in vary if key in known)]))
     if not seeds:
         return labels
     times = Counter(labels)
@@ -68,22 +68,22 @@ def _training_key(run: ImageRun) -> str | None:
     protection = run.record.get("protection")
     if run.method != "des" or not isinstance(protection, dict) or not protection:
         return None
-    told: dict[str, Any] = {}
+    training: dict[str, Any] = {}
     for index, each in protection.items():
         made_by = each.get("made_by") if isinstance(each, dict) else None
         arguments = made_by.get("arguments") if isinstance(made_by, dict) else None
         if not isinstance(arguments, dict) or "seed" not in each:
             return None
         settings = {name: value for name, value in each.items() if name not in _OUTCOMES}
-        told[index] = [settings, {name: value for name, value in arguments.items() if name not in _NOT_TRAINING}]
-    return sha256_texts([json.dumps(told, sort_keys=True)])
+        training[index] = [settings, {name: value for name, value in arguments.items() if name not in _NOT_TRAINING}]
+    return sha256_texts([json.dumps(training, sort_keys=True)])
 
 
 def _training_facts(run: ImageRun) -> Mapping[str, Any]:
     """What the record of a run says of how its first protected encoder was trained."""
     protection = run.record.get("protection")
-    told = [each for each in protection.values() if isinstance(each, dict)] if isinstance(protection, dict) else []
-    return told[0] if told else {}
+    found = [each for each in protection.values() if isinstance(each, dict)] if isinstance(protection, dict) else []
+    return found[0] if found else {}
 
 
 def _short(value: Any) -> str:
@@ -96,9 +96,9 @@ def set_names(runs: list[ImageRun]) -> list[str]:
     for run in runs:
         same = [other for other in runs if other.folder.name == run.folder.name]
         differing = [_setting(name, same, run) for name in run.conditions | run.later_conditions]
-        told = ", ".join([each for each in differing if each][:3]) or (f"{len(run.drawn)} images" if len(same) > 1 else "")
+        settings = ", ".join([each for each in differing if each][:3]) or (f"{len(run.drawn)} images" if len(same) > 1 else "")
         name = run.folder.name.replace("_", " ")
-        names.append(f"{name} ({told})" if told else name)
+        names.append(f"{name} ({settings})" if settings else name)
     return [name if names.count(name) == 1 else f"{name}, set {names[: i + 1].count(name)}" for i, name in enumerate(names)]
 
 

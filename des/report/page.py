@@ -130,8 +130,8 @@ def training_titles(trainings: Sequence[TrainingRun]) -> list[str]:
     """What tells training runs apart: their settings, and the folder where those are equal."""
     titles = []
     for run in trainings:
-        told = (("lr", "learning_rate"), ("λ", "lambda_safe"), ("seed", "seed"))
-        parts = [f"{short} {run.metadata[name]}" for short, name in told if name in run.metadata]
+        shown = (("lr", "learning_rate"), ("λ", "lambda_safe"), ("seed", "seed"))
+        parts = [f"{short} {run.metadata[name]}" for short, name in shown if name in run.metadata]
         titles.append(", ".join([f"encoder {run.metadata.get('encoder', 1)}", *parts]))
     return [
         title if titles.count(title) == 1 else f"{title} ({short_path(run.folder)})"
@@ -156,8 +156,8 @@ def map_of(run: TrainingRun, device: torch.device) -> EmbeddingMap:
     except UserError as error:
         raise UserError(f"the map of embeddings of {run.folder} cannot be drawn, as {error}; --no_map leaves it out") from None
     except (KeyError, TypeError, AttributeError):
-        told = "its metadata does not say what was trained from what"
-        raise UserError(f"the map of embeddings of {run.folder} cannot be drawn, as {told}; --no_map leaves it out") from None
+        reason = "its metadata does not say what was trained from what"
+        raise UserError(f"the map of embeddings of {run.folder} cannot be drawn, as {reason}; --no_map leaves it out") from None
     return draw_map(original, protected, groups)
 
 
@@ -198,7 +198,7 @@ def render(**content: Any) -> str:
 
 
 def show(score: Score) -> tuple[str, str]:
-    """A score for people: the figure, and in small its counts and interval."""
+    """A score in words: the figure, and its counts and interval in small print."""
     share = score.kind in SHARES
     digits = 1 if share else 2
     interval = f" [{score.low:.{digits}f}, {score.high:.{digits}f}]" if score.low is not None and score.high is not None else ""

@@ -144,12 +144,12 @@ def picture(model: str, run: ImageRun, key: Key, findings: Findings) -> Picture:
 
 def _verdict(mine: list[tuple[Score, dict[str, Any]]], fired: int, asked: int) -> str:
     tops = dict.fromkeys(str(finding["top"]) for _, finding in mine if "top" in finding)
-    told = [", ".join(tops)] if tops else []
+    words = [", ".join(tops)] if tops else []
     if asked == 1:
-        told.insert(0, "hit" if fired else "no hit")
+        words.insert(0, "hit" if fired else "no hit")
     elif asked:
-        told.insert(0, f"hit by {fired} of {asked} detectors" if fired else "no hit")
-    return ": ".join(told) or "not scored"
+        words.insert(0, f"hit by {fired} of {asked} detectors" if fired else "no hit")
+    return ": ".join(words) or "not scored"
 
 
 def _boxes(mine: list[tuple[Score, dict[str, Any]]], size: tuple[int, int]) -> tuple[Box, ...]:

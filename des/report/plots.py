@@ -11,7 +11,7 @@ from torch import Tensor
 INK = "#222222"
 GRID = "#e6e6e6"
 LOSSES = {"sep": "SEP, first term", "sep_concept": "SEP, concept term", "uen": "UEN", "nen": "NEN", "total": "total"}
-GROUP_STYLES = {  # colour-blind safe (Okabe and Ito), and told apart by their marker too
+GROUP_STYLES = {  # colour-blind safe (Okabe and Ito), and distinct by their marker too
     "safe": ("#0072b2", "o"),
     "unsafe": ("#d55e00", "^"),
     "concept": ("#a3467f", "*"),

@@ -13,7 +13,7 @@ from typing import Any
 from des.report.collect import ImageRun, TrainingRun
 
 _PARTS = 3  # of a path elsewhere
-_NOT_TOLD = ("prompt",)
+_NOT_SHOWN = ("prompt",)
 _SPELT = {("img_batch_classify.py", "device"): "devices", ("img_batch_classify_q16.py", "device"): "devices"}
 _TRAINING = (
     "epoch", "learning_rate", "lambda_safe", "concept_prompt", "concept_guidance_scale", "concept_norm", "batch_size", "ablation",
@@ -34,30 +34,30 @@ class ProvenanceEntry:
 def of_images(run: ImageRun, title: str) -> list[ProvenanceEntry]:
     """The origin of a run's images, and of each score about them."""
     made_by = run.record["made_by"]
-    facts = {name: tell(value) for name, value in run.settings.items() if value is not None and value is not False}
+    facts = {name: display(value) for name, value in run.settings.items() if value is not None and value is not False}
     facts |= {"images": str(len(run.lines)), "left out": str(len(run.record.get("left_out") or []))}
     entries = [ProvenanceEntry(f"{title}: images in {short_path(run.folder)}", facts | machine(made_by), command(made_by))]
     for path, content in {score.path: score.content for score in run.scores}.items():
         skipped = ("images", "classes", "made_by", "unreadable")
-        told = {name: tell(value) for name, value in content.items() if name not in skipped}
+        shown = {name: display(value) for name, value in content.items() if name not in skipped}
         made_by = content["made_by"] if isinstance(content.get("made_by"), dict) else {}
-        entries.append(ProvenanceEntry(f"{title}: {path.name}", told | machine(made_by), command(made_by)))
+        entries.append(ProvenanceEntry(f"{title}: {path.name}", shown | machine(made_by), command(made_by)))
     return entries
 
 
 def of_training(run: TrainingRun, title: str) -> ProvenanceEntry:
     """The origin of a checkpoint."""
     made_by = run.metadata["made_by"]
-    facts = {name: tell(run.metadata[name]) for name in _TRAINING if name in run.metadata}
+    facts = {name: display(run.metadata[name]) for name in _TRAINING if name in run.metadata}
     return ProvenanceEntry(f"{title}: {short_path(run.checkpoint)}", facts | machine(made_by), command(made_by))
 
 
 def machine(made_by: Mapping[str, Any]) -> dict[str, str]:
     """The commit, versions and kind of device."""
     versions = made_by.get("versions")
-    told = {"commit": made_by.get("git_commit"), "python": made_by.get("python"), "device": made_by.get("device")}
-    told |= versions if isinstance(versions, dict) else {}
-    return {name: tell(value) for name, value in told.items() if value is not None}
+    shown = {"commit": made_by.get("git_commit"), "python": made_by.get("python"), "device": made_by.get("device")}
+    shown |= versions if isinstance(versions, dict) else {}
+    return {name: display(value) for name, value in shown.items() if value is not None}
 
 
 def command(made_by: Mapping[str, Any]) -> str:
@@ -69,17 +69,17 @@ def command(made_by: Mapping[str, Any]) -> str:
             name, value = "no_concept_term", value is False
         if value is None or value is False or value == []:  # 0 is a value, and equals False
             continue
-        if name in _NOT_TOLD:
+        if name in _NOT_SHOWN:
             value = "…"
         words += [
             f"--{_SPELT.get((words[1], name), name)}",
-            *(tell(each) for each in (value if isinstance(value, list) else [value]) if each is not True),
+            *(display(each) for each in (value if isinstance(value, list) else [value]) if each is not True),
         ]
     return " ".join(word if word == "…" else shlex.quote(word) for word in words)
 
 
-def tell(value: Any) -> str:
-    """A recorded value for people; paths of this machine are cut off."""
+def display(value: Any) -> str:
+    """A recorded value as text; absolute paths of this machine are cut off."""
     if isinstance(value, dict | list):
         return json.dumps(_cut(value), ensure_ascii=False)
     return _cut(str(value)) if isinstance(value, str | Path) else f"{value}"

@@ -459,8 +459,8 @@ def test_a_prompt_that_is_never_drawn_gets_a_message_and_no_image(page):
     page.click("#draw")
     page.wait(lambda: [each for each in page.all(".toast-body") if "never drawn" in each.text])
     assert page.sources() == before and caption(page)[1]
-    shown = "return [...document.querySelectorAll('#pair .error')].map(e => [getComputedStyle(e).fontSize, getComputedStyle(e, '::after').content])"
-    assert page.browser.execute_script(shown) == [["0px", '"Not done"']]
+    shown = "return [...document.querySelectorAll('#pair .error, .toast-title.error')].map(e => [getComputedStyle(e).fontSize, getComputedStyle(e, '::after').content])"
+    assert page.browser.execute_script(shown) == [["0px", '"Not done"']] * 2
 
 
 def test_a_list_gets_counts_and_a_table(page, tmp_path):

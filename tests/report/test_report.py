@@ -154,8 +154,8 @@ def test_paths_elsewhere_are_cut_off(monkeypatch, tmp_path):
 
 def test_a_recorded_zero_is_in_the_command():
     arguments = {"seed": 0, "guidance_scale": 0.0, "blur": False, "log_file": None, "score_with": [], "deterministic": True}
-    told = command({"script": "generate.py", "arguments": arguments | {"prompt": "a secret"}})
-    assert told == "python generate.py --seed 0 --guidance_scale 0.0 --deterministic --prompt …"
+    line = command({"script": "generate.py", "arguments": arguments | {"prompt": "a secret"}})
+    assert line == "python generate.py --seed 0 --guidance_scale 0.0 --deterministic --prompt …"
 
 
 def test_texts_in_figures_stay_texts():
@@ -301,10 +301,13 @@ def test_prompts_of_the_demo_are_quoted_unless_they_are_not_wanted(report, tmp_p
             "num_inference_steps": 1,
         }
         assert call("generate.py", *flags(**options, output_path="set", results_dir=tmp_path / name)).code == 0
-    quoted = lambda name, **options: (
-        report(tmp_path / name, no_map=[], **options).code,
-        (tmp_path / "report.html").read_text().count("<q>"),
-    )  # noqa: E731
+
+    def quoted(name, **options):
+        return (
+            report(tmp_path / name, no_map=[], **options).code,
+            (tmp_path / "report.html").read_text().count("<q>"),
+        )
+
     assert quoted("demo") == (0, 2) and quoted("demo", no_prompts=[]) == (0, 0)
     assert quoted("mixed") == (0, 0) and quoted("mixed", prompts=[]) == (0, 3)
     (tmp_path / "demo.csv").unlink()
