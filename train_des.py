@@ -7,50 +7,30 @@
 Writes OUTPUT_DIR/{lr}_{lambda}/checkpoint-{epoch}.pt with its metadata, metrics.jsonl and train.log beside it, and the rows of
 the targets to --safe_embedding_path. For a pipeline with several text encoders the folder is encoder{i}_{lr}_{lambda}, and the
 codebook is looked for in {codebook_dir}_encoder{i} first. The defaults are the paper's for Stable Diffusion v1.x; it trained FLUX
-with --batch_size 16 and T5-XXL with 4. --dry_run tells what a run needs. Several GPUs: accelerate launch train_des.py ...
-An interrupted run goes on when its command line is repeated with --resume, to the same weights bit for bit on a CPU.
+with --batch_size 16 and T5-XXL with 4. --dry_run prints what a run needs. Several GPUs: accelerate launch train_des.py ...
+To resume an interrupted run, repeat its command line with --resume; on a CPU the weights are the same bit for bit.
 """
 
 import argparse
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from des.data.prompts import read_prompts
-from des.models.checkpoints import (
-    FORMATS,
-    base_sketch,
-    check_replaceable,
-    checkpoint_path,
-    plain_names,
-    read_metadata,
-    save_checkpoint,
-)
+from des.models.checkpoints import FORMATS
 from des.models.encoders import TextEncoder, load_encoder, per_encoder_name
-from des.models.shift import describe as describe_shift
-from des.training import losses
-from des.training.checks import (
-    check_concept,
-    check_guidance,
-    check_lengths,
-    name_concept,
-    refuse_untrained,
-    unprotected,
-    warn_unprotected,
-)
-from des.training.codebook import DTYPES, Codebook, dtype_name, find_codebook, write_codebook
-from des.training.loop import PRECISIONS, Settings, make_trainable, train, trained_dtype, training_inputs
-from des.training.memory import describe, make_plan
+from des.training import losses, run
+from des.training.checks import check_concept, check_guidance, check_lengths, name_concept
+from des.training.codebook import Codebook, find_codebook
+from des.training.loop import PRECISIONS, Settings
+from des.training.memory import describe
 from des.training.optimizers import OPTIMIZERS
 from des.training.pairs import Pairs
-from des.training.run_state import RunState, open_metrics, refuse_other_runs
-from des.training.summary import Summary
-from des.training.targets import TARGETS, find_targets
-from des.training.trackers import TRACKERS, check_trackers, tracking
+from des.training.targets import TARGETS
+from des.training.trackers import TRACKERS, check_trackers
 from des.utils import cli, logs
 from des.utils.errors import UserError
-from des.utils.files import sha256_tensors
 from des.utils.locks import locked
 from des.utils.logs import logger
 from des.utils.processes import Processes
@@ -201,99 +181,49 @@ def main(argv: list[str] | None = None) -> None:
     unsafe = read_prompts(args.unsafe_csv_path, args.sampling_ratio)
     check_concept(args.concept_prompt, unsafe)
     if args.dry_run:
-        print(dry_run(args, processes, safe, unsafe))
+        print(dry_run(args, processes, len(safe), len(unsafe)))
         return
+    check_run(args, processes)
+    codebook = find_codebook(args.codebook_dir, args.model_path, args.text_encoder_idx)
+    encoder = load(args, "auto" if args.multi_gpu else None)
+    settings = settings_of(args, encoder)
+    codebook.check(encoder)
+    concept = run.frozen_concept(encoder, args.concept_prompt, args.concept_guidance_scale, args.concept_guidance_ratio)
+    pairs = make_pairs(args, processes, encoder, codebook, safe, unsafe)
+    truncated = check_lengths(encoder, {"unsafe": unsafe, "safe": safe, "concept": args.concept_prompt})
+    facts = facts_of(args, encoder, codebook, concept, settings) | {"truncated_prompts": truncated}
+    name = f"{args.learning_rate}_{args.lambda_safe}"
+    folder = output_path(args, name)
+    output = run.Output(folder, args.save_format, args.save_every, args.save_every_steps, args.resume, args.report_to)
+    with locked(folder / ".lock", "a training run") if processes.is_main else nullcontext():
+        if processes.is_main:
+            logs.setup_logging(args.log_file, folder / "train.log")
+            logger.debug(concept_line)
+        norm = concept.n.norm().item()
+        message = "%d unsafe and %d safe prompts; |n| = %.2f, alpha = %g, alpha / |n| = %.3f"
+        logger.info(message, len(unsafe), len(safe), norm, concept.alpha, concept.alpha / norm)
+        check_guidance(concept.alpha, norm)
+        how = encoder.embedding, encoder.index, settings.precision, settings.optimizer, processes
+        logger.info("%s of encoder %d, trained in %s with %s by %s", *how)
+        run.fit(output, encoder, pairs, concept, args.concept_prompt, settings, processes, facts)
+
+
+def check_run(args: argparse.Namespace, processes: Processes) -> None:
+    """Raise UserError for options that do not work with the processes or the installed packages."""
     check_trackers(args.report_to)
     if args.multi_gpu and processes.count > 1:
         raise UserError("--multi_gpu spreads one process over all GPUs; start it without accelerate launch")
     if processes.sharded and (args.resume or args.save_every_steps):
         raise UserError("--resume and --save_every_steps need whole weights in each process, which FSDP shards; leave them out")
-    codebook = find_codebook(args.codebook_dir, args.model_path, args.text_encoder_idx)
-    encoder = load(args, "auto" if args.multi_gpu else None)
-    settings = settings_for(args, encoder)
-    codebook.check(encoder)
-    concept = frozen_concept(encoder, args)
-    pairs = make_pairs(args, processes, encoder, codebook, safe, unsafe)
-    summary = Summary(encoder, pairs, args.batch_size, args.concept_prompt)
-    truncated = check_lengths(encoder, {"unsafe": unsafe, "safe": safe, "concept": args.concept_prompt})
-
-    run_name = f"{args.learning_rate}_{args.lambda_safe}"
-    run_dir = args.output_dir / per_encoder_name(args.model_path, encoder.index, run_name)
-    with locked(run_dir / ".lock", "a training run") if processes.is_main else nullcontext():
-        if processes.is_main:
-            logs.setup_logging(args.log_file, run_dir / "train.log")
-            logger.debug(concept_line)
-        norm = concept.n.norm().item()
-        told = "%d unsafe and %d safe prompts; |n| = %.2f, alpha = %g, alpha / |n| = %.3f"
-        logger.info(told, len(unsafe), len(safe), norm, concept.alpha, concept.alpha / norm)
-        check_guidance(concept.alpha, norm)
-        how = encoder.embedding, encoder.index, settings.precision, settings.optimizer, processes
-        logger.info("%s of encoder %d, trained in %s with %s by %s", *how)
-        fit(args, run_dir, encoder, pairs, concept, settings, processes, summary, truncated)
 
 
-def fit(
-    args: argparse.Namespace,
-    run_dir: Path,
-    encoder: TextEncoder,
-    pairs: Pairs,
-    concept: losses.Concept,
-    settings: Settings,
-    processes: Processes,
-    summary: Summary,
-    truncated: dict[str, int],
-) -> None:
-    """Train, from the beginning or from where an interrupted run stands, and write checkpoints, losses and states into `run_dir`."""
-    made_from = training_inputs(encoder, pairs, concept, args.concept_prompt, settings, processes)
-    refuse_other_runs(run_dir, made_from)
-    states = None if processes.sharded else RunState(run_dir / "state.pt", made_from, processes, args.save_every_steps)
-    final = checkpoint_path(run_dir / f"checkpoint-{args.num_epochs}", args.save_format)
-    done = states.start(args.resume, final) if states else 0
-    if done is None:
-        warn_unprotected(read_metadata(final).get("embeddings"))
-        return
-    for epoch in range(1, args.num_epochs + 1):
-        check_replaceable(checkpoint_path(run_dir / f"checkpoint-{epoch}", args.save_format))
-    facts = facts_of(args, encoder, pairs.codebook, concept, settings) | {"made_from": made_from}
-    facts |= {"truncated_prompts": truncated, "base_sketch": base_sketch(encoder.model)}
-    untrained = sha256_tensors(plain_names(encoder.model.state_dict()), trained_dtype(settings))
-    concept_ids = encoder.tokenize(args.concept_prompt)
-    followed = args.report_to if processes.is_main else []
-    with (
-        tracking(followed, run_dir, made_from, done) as track,
-        open_metrics(run_dir / "metrics.jsonl", done) if processes.is_main else nullcontext(lambda step: None) as add_metrics,
-    ):
-
-        def log_step(step: dict) -> None:
-            if states:
-                states.begin()
-            add_metrics(step)
-            track(step)
-
-        def save(epoch: int, trained: TextEncoder) -> Path | None:
-            last = epoch == args.num_epochs
-            if not last and epoch % args.save_every:
-                return None
-            after, state = summary.after(trained, concept), processes.state_dict(trained.model)
-            path = run_dir / f"checkpoint-{epoch}"
-            if processes.is_main:
-                refuse_untrained(state, untrained, epoch)
-                metadata = {"epoch": epoch, **facts, "protects": unprotected(after) is None, "embeddings": after}
-                save_checkpoint(path, encoder.model, state, metadata, args.save_format)
-                if last:
-                    report(after, checkpoint_path(path, args.save_format))
-            processes.wait()
-            return checkpoint_path(path, args.save_format)
-
-        train(encoder, pairs, concept, concept_ids, settings, processes, log_step, save, states)
-    if states:
-        states.remove()
-    if processes.is_main:
-        warn_unprotected(read_metadata(final).get("embeddings"))
+def output_path(args: argparse.Namespace, stem: str, pattern: str = "encoder{i}_{stem}", suffix: str = "") -> Path:
+    """A path in --output_dir: `stem`, or `pattern` for a pipeline with several text encoders, with `suffix` at its end."""
+    return args.output_dir / (per_encoder_name(args.model_path, args.text_encoder_idx, stem, pattern) + suffix)
 
 
 def load(args: argparse.Namespace, device_map: str | None = None, device: torch.device | str | None = None) -> TextEncoder:
-    """The text encoder that the command line names, frozen, with the memory saver that it asks for."""
+    """The frozen text encoder, with gradient checkpointing where that is chosen."""
     chosen = args.embedding, args.max_sequence_length, device_map
     encoder = load_encoder(args.model_path, args.text_encoder_idx, device or args.device, *chosen)
     if args.gradient_checkpointing:
@@ -301,54 +231,17 @@ def load(args: argparse.Namespace, device_map: str | None = None, device: torch.
     return encoder
 
 
-def settings_for(args: argparse.Namespace, encoder: TextEncoder) -> Settings:
-    """The hyper-parameters, with what the encoder's dtype decides where the command line leaves it open."""
-    precision = args.precision or ("bf16_weights" if encoder.model.dtype == torch.bfloat16 else "fp32")
-    optimizer = args.optimizer or ("adamw_bf16_sr" if precision == "bf16_weights" else "adamw")
-    if optimizer == "adamw_bf16_sr" and precision != "bf16_weights":
-        raise UserError("--optimizer adamw_bf16_sr rounds bf16 weights; it needs --precision bf16_weights")
-    if optimizer == "adamw" and precision == "bf16_weights":
-        logger.warning("plain AdamW loses small updates of bf16 weights to rounding; the default optimizer does not")
-    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
-    return Settings(**given | {"precision": precision, "optimizer": optimizer})
+def settings_of(args: argparse.Namespace, encoder: TextEncoder) -> Settings:
+    """The hyper-parameters of the command line."""
+    return run.settings_for(encoder.model.dtype, **{field.name: getattr(args, field.name) for field in fields(Settings)})
 
 
-def dry_run(args: argparse.Namespace, processes: Processes, safe: list[str], unsafe: list[str]) -> str:
+def dry_run(args: argparse.Namespace, processes: Processes, safe: int, unsafe: int) -> str:
     """What the run would need, from the encoder's configuration alone."""
     encoder = load(args, device="meta")
-    settings = settings_for(args, encoder)
-    itemsize = DTYPES[dtype_name(encoder)][0].itemsize
-    make_trainable(encoder.model, settings)
-    plan = make_plan(
-        encoder.model, lambda model, ids: replace(encoder, model=model)(ids), encoder.length, args.batch_size,
-        max(len(safe), len(unsafe)), args.num_epochs, len(safe), itemsize, settings.optimizer,
-        torch.bfloat16 if settings.precision == "bf16" else None, args.gradient_checkpointing, processes.count, processes.sharded,
-    )  # fmt: skip
+    plan = run.memory_plan(encoder, settings_of(args, encoder), safe, unsafe, args.gradient_checkpointing, processes)
     spread = f"\nwith --multi_gpu all of this is spread over {torch.cuda.device_count()} GPUs" if args.multi_gpu else ""
     return describe(plan) + spread
-
-
-def facts_of(
-    args: argparse.Namespace, encoder: TextEncoder, codebook: Codebook, concept: losses.Concept, settings: Settings
-) -> dict[str, Any]:
-    """What a checkpoint's metadata says about how it was made."""
-    facts = asdict(settings) | {
-        "concept_prompt": args.concept_prompt,
-        "concept_guidance_scale": concept.alpha,
-        "target": args.target,
-    }
-    facts |= {"concept_norm": concept.n.norm().item(), "encoder": encoder.index, "embedding": encoder.embedding}
-    facts |= {"sequence_length": encoder.length, "base_encoder_sha256": encoder.base_sha256, "codebook": codebook.hashes}
-    return facts | {"made_by": provenance(args)}
-
-
-def frozen_concept(encoder: TextEncoder, args: argparse.Namespace) -> losses.Concept:
-    """n = E(concept prompt) and e0 = E("") of the encoder before training, each [tokens, hidden], and alpha."""
-    prompts = [*args.concept_prompt, ""]
-    *concepts, e0 = next(encoder.encode(prompts, len(prompts))).float().clone()
-    n = losses.joint(torch.stack(concepts))
-    ratio = args.concept_guidance_ratio
-    return losses.Concept(n, e0, args.concept_guidance_scale if ratio is None else ratio * n.norm().item())
 
 
 def make_pairs(
@@ -359,38 +252,28 @@ def make_pairs(
     safe: list[str],
     unsafe: list[str],
 ) -> Pairs:
-    """Find the targets, and E(s) of every safe prompt: in the codebook, or encoded now where it lacks some."""
-
-    def own(stem: str) -> str:
-        return per_encoder_name(args.model_path, encoder.index, stem, "{stem}_encoder{i}")
-
-    name = "safe_embeddings" if args.target == "lowest" else f"safe_embeddings_{args.target}"
-    path = args.safe_embedding_path or args.output_dir / f"{own(name)}.pth"
-    lacking, rows_dir = not set(safe) <= set(codebook.prompts), args.output_dir / own("safe_rows")
-    if processes.is_main:
-        find_targets(path, codebook, encoder, unsafe, recompute=args.recompute_targets, choice=args.target, seed=args.seed)
-        if lacking:
-            logger.info("the codebook lacks some of the safe prompts; encoding them into %s", rows_dir)
-            write_codebook(rows_dir, encoder, safe, batch_size=args.batch_size, made_by=provenance(args))
-    processes.wait()
-    target_rows = find_targets(path, codebook, encoder, unsafe, choice=args.target, seed=args.seed)
-    originals = Codebook(rows_dir) if lacking else codebook
-    row_of = {prompt: row for row, prompt in enumerate(originals.prompts)}
-    safe_rows = torch.tensor([row_of[prompt] for prompt in safe])
-    return Pairs(encoder.tokenize(unsafe), encoder.tokenize(safe), target_rows, safe_rows, codebook, originals)
+    """The pairs of prompts with their targets and original embeddings, whose files are in --output_dir."""
+    stem = "safe_embeddings" if args.target == "lowest" else f"safe_embeddings_{args.target}"
+    path = args.safe_embedding_path or output_path(args, stem, "{stem}_encoder{i}", ".pth")
+    choice = {"choice": args.target, "seed": args.seed}
+    target_rows = run.shared_targets(processes, path, codebook, encoder, unsafe, args.recompute_targets, **choice)
+    folder = output_path(args, "safe_rows", "{stem}_encoder{i}")
+    originals = run.safe_originals(processes, folder, codebook, encoder, safe, args.batch_size, provenance(args))
+    return Pairs.of(encoder.tokenize(unsafe), encoder.tokenize(safe), target_rows, safe, codebook, originals)
 
 
-def report(after: dict[str, Any], checkpoint: Path) -> None:
-    """The final summary: where the embeddings went."""
-    told = (
-        "mean cosine: safe to original %(cos_safe_to_original).4f (%(safe_prompts)d prompts), unsafe to original "
-        "%(cos_unsafe_to_original).4f, unsafe to target %(cos_unsafe_to_target).4f (%(unsafe_prompts)d prompts)"
-    )
-    logger.info(told, after)
-    logger.info(describe_shift(after["shift"]))
-    told = "all safe embeddings moved by %(safe_shift).3f of their norm, cosine to the concept %(safe_shift_along_concept).2f"
-    logger.info(told + "; %(distinct_targets)d distinct targets", after)
-    logger.info("%s encoder in %s", "trained" if unprotected(after) else "protected", checkpoint)
+def facts_of(
+    args: argparse.Namespace, encoder: TextEncoder, codebook: Codebook, concept: losses.Concept, settings: Settings
+) -> dict[str, Any]:
+    """The part of a checkpoint's metadata that says how it was made."""
+    facts = asdict(settings) | {
+        "concept_prompt": args.concept_prompt,
+        "concept_guidance_scale": concept.alpha,
+        "target": args.target,
+    }
+    facts |= {"concept_norm": concept.n.norm().item(), "encoder": encoder.index, "embedding": encoder.embedding}
+    facts |= {"sequence_length": encoder.length, "base_encoder_sha256": encoder.base_sha256, "codebook": codebook.hashes}
+    return facts | {"made_by": provenance(args)}
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from des.models.checkpoints import PROJECTION
 from des.models.encoders import TextEncoder
@@ -15,7 +14,6 @@ from des.training.optimizers import make_optimizer
 from des.training.pairs import SEEDS, Pairs
 from des.training.run_state import Progress, RunState
 from des.utils.errors import UserError
-from des.utils.files import sha256_tensors
 from des.utils.logs import logger, progress
 from des.utils.processes import Processes
 
@@ -24,8 +22,6 @@ from torch import Tensor, nn
 
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16_weights")
 PARTS = ("sep", "sep_concept", "uen", "nen", "total")
-SUMMARY_PROMPTS = 256
-SUMMARY_BYTES = 256 * 2**20  # of fp32 embeddings, where those many prompts would need more
 
 
 @dataclass(frozen=True)
@@ -41,33 +37,6 @@ class Settings:
     precision: str = "fp32"  # fp32 and tf32: weights in fp32; bf16: the same under autocast; bf16_weights: weights in bf16
     optimizer: str = "adamw"
     seed: int = 42
-
-
-def training_inputs(
-    encoder: TextEncoder,
-    pairs: Pairs,
-    concept: losses.Concept,
-    concept_prompts: Sequence[str],
-    settings: Settings,
-    processes: Processes,
-) -> dict[str, Any]:
-    """Whatever the trained weights depend on, by the names that --resume tells where one has changed."""
-    devices = {parameter.device for parameter in encoder.model.parameters()}
-    return asdict(settings) | {
-        "ablation": " ".join(map(str, settings.ablation)),
-        "concept_prompt": " + ".join(concept_prompts),
-        "concept_guidance_scale": concept.alpha,
-        "base encoder": encoder.base_sha256,
-        "embedding": encoder.embedding,
-        "codebook": pairs.codebook.hashes["rows"],
-        "targets": sha256_tensors({"rows": pairs.target_rows}),
-        "unsafe prompts": sha256_tensors({"ids": pairs.unsafe_ids}),
-        "safe prompts": sha256_tensors({"ids": pairs.safe_ids}),
-        "safe embeddings": pairs.originals.hashes["rows"],
-        "device": f"{len(devices)} {encoder.device.type}",
-        "number of processes": processes.count,
-        "torch": str(torch.__version__),
-    }
 
 
 def trained_dtype(settings: Settings) -> torch.dtype:

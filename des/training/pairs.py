@@ -1,6 +1,6 @@
 """Pairs of unsafe and safe prompts, in batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from des.training.codebook import Codebook
@@ -8,7 +8,7 @@ from des.training.codebook import Codebook
 import torch
 from torch import Tensor
 
-SEEDS = 2**64  # that a generator takes
+SEEDS = 2**64  # a generator takes seeds below it
 
 
 @dataclass
@@ -21,6 +21,21 @@ class Pairs:
     safe_rows: Tensor  # [safe], rows of `originals`
     codebook: Codebook
     originals: Codebook  # holds E(s) of every safe prompt; usually the codebook itself
+
+    @classmethod
+    def of(
+        cls,
+        unsafe_ids: Tensor,
+        safe_ids: Tensor,
+        target_rows: Tensor,
+        safe: Sequence[str],
+        codebook: Codebook,
+        originals: Codebook,
+    ) -> "Pairs":
+        """Pairs of the safe prompts `safe`, each of which `originals` has a row for; KeyError otherwise."""
+        row_of = {prompt: row for row, prompt in enumerate(originals.prompts)}
+        safe_rows = torch.tensor([row_of[prompt] for prompt in safe])
+        return cls(unsafe_ids, safe_ids, target_rows, safe_rows, codebook, originals)
 
     def __len__(self) -> int:
         """The longer list's length; the shorter one is repeated cyclically (pairs are zipped)."""

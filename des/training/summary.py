@@ -1,24 +1,29 @@
-"""How far training moved embeddings."""
+"""How far training moved the embeddings of prompts: the figures of a checkpoint's metadata and of the last log lines."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from des.models.encoders import TextEncoder, spread
-from des.models.shift import Before
+from des.models.shift import Before, describe
 from des.training import losses
-from des.training.loop import SUMMARY_BYTES, SUMMARY_PROMPTS
+from des.training.checks import unprotected
 from des.training.pairs import Pairs
+from des.utils.logs import logger
 
 import torch
 from torch import Tensor
 
+_PROMPTS = 256  # of each list at most
+_BYTES = 256 * 2**20  # fp32 embeddings of each list at most
+
 
 class Summary:
-    """What training did to the embeddings, on evenly spaced prompts whose original embeddings are kept meanwhile."""
+    """What training did to the embeddings, measured on evenly spaced prompts; made before training."""
 
     def __init__(self, encoder: TextEncoder, pairs: Pairs, batch_size: int, concept_prompts: Sequence[str]):
         rows, hidden = encoder.shape()
-        at_most = max(1, min(SUMMARY_PROMPTS, SUMMARY_BYTES // (4 * rows * hidden)))
+        at_most = max(1, min(_PROMPTS, _BYTES // (4 * rows * hidden)))
         self.unsafe = spread(len(pairs.unsafe_ids), at_most)
         self.safe = spread(len(pairs.safe_ids), at_most)
         self.batch_size = batch_size
@@ -57,3 +62,18 @@ class Summary:
             "distinct_targets": self.pairs.target_rows.unique().numel(),
             "shift": self.before.shift(encoder),
         }
+
+
+def log_summary(after: Mapping[str, Any], checkpoint: Path) -> None:
+    """Log the figures of `Summary.after`, and whether `checkpoint` protects."""
+    message = (
+        "mean cosine: safe to original %(cos_safe_to_original).4f (%(safe_prompts)d prompts), unsafe to original "
+        "%(cos_unsafe_to_original).4f, unsafe to target %(cos_unsafe_to_target).4f (%(unsafe_prompts)d prompts)"
+    )
+    logger.info(message, after)
+    logger.info(describe(after["shift"]))
+    message = (
+        "all safe embeddings moved by %(safe_shift).3f of their norm, cosine to the concept %(safe_shift_along_concept).2f"
+    )
+    logger.info(message + "; %(distinct_targets)d distinct targets", after)
+    logger.info("%s encoder in %s", "trained" if unprotected(after) else "protected", checkpoint)

@@ -1,4 +1,4 @@
-"""Experiment trackers (accelerate's) that follow a training run beside its metrics.jsonl."""
+"""Experiment trackers (accelerate's) that get a training run's losses, as its metrics.jsonl does."""
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,20 +27,26 @@ def tracking(
 ) -> Iterator[Callable[[Mapping[str, float]], None]]:
     """Start trackers, and give a function that takes each step's losses with its `step`; they are finished at the end.
 
-    TensorBoard's files go to run_dir/tensorboard, where a resumed run takes the place of steps after `done`; wandb's, of the
+    TensorBoard's files go to run_dir/tensorboard, where the first step replaces those after `done`; wandb's, of the
     project "des", to run_dir/wandb. Raises UserError where a tracker cannot start.
     """
     if names:
-        PartialState(cpu=True)  # accelerate's trackers need one; where several processes run it is there, and stays as it is
+        PartialState(cpu=True)  # accelerate's trackers need one; several processes have it already, and it is left unchanged
     plain = {name: value if isinstance(value, str | int | float) else str(value) for name, value in config.items()}
     with ExitStack() as stack:
-        trackers = []
+        trackers: list[GeneralTracker] = []
         for name in names:
-            tracker = _start(name, run_dir, plain, done)
-            stack.callback(tracker.finish)
-            trackers.append(tracker)
+            if name != "tensorboard":
+                trackers.append(_start(name, run_dir, plain, done))
+                stack.callback(trackers[-1].finish)
+        waiting = ["tensorboard"] if "tensorboard" in names else []
 
+        # TensorBoard hides an earlier run's later steps as soon as it starts. It starts with the first step, so that a run that fails
+        # before it hides nothing.
         def log(step: Mapping[str, float]) -> None:
+            while waiting:
+                trackers.append(_start(waiting.pop(), run_dir, plain, done))
+                stack.callback(trackers[-1].finish)
             values = {name: value for name, value in step.items() if name != "step"}
             for tracker in trackers:
                 tracker.log(values, step=step["step"])

@@ -1,4 +1,4 @@
-"""What every script shares on its command line: user errors, argument types, devices, logging, progress."""
+"""Options that several scripts share, argument types, and how a script ends with an error."""
 
 import argparse
 import math
@@ -14,7 +14,7 @@ import torch
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows range and default after each option, and keeps the script's docstring as it is written."""
+    """Shows range and default after each option, and keeps the line breaks of the script's docstring."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         told, default = action.help or "", action.default
@@ -29,7 +29,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main`, turning what the user can mend into one line on stderr and a non-zero exit."""
+    """Call a script's `main`, and turn errors the user can fix into one line on stderr and a non-zero exit status."""
     try:
         main()
     except UserError as error:
@@ -191,7 +191,7 @@ def add_log_file(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def make_deterministic() -> None:
-    """Use deterministic algorithms only; to be called before the first product of matrices on a GPU, which starts cuBLAS."""
+    """Use deterministic algorithms only; to be called before the first matrix product on a GPU, which starts cuBLAS."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

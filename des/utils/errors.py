@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Something the user can mend, said in one sentence; scripts print it and exit with 1, without a traceback."""
+    """An error the user can fix. Scripts print it and exit with status 1, without a traceback."""

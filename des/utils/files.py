@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and their hashes."""
+"""Writing files atomically, and the sha256 of files, texts and tensors."""
 
 import contextlib
 import hashlib
@@ -7,12 +7,13 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from des.utils.errors import UserError
 
-import torch
-from safetensors import SafetensorError
+if TYPE_CHECKING:
+    import torch
+
 
 _NOT_WRITTEN = ("inline_container", "iostream", "I/O error")
 RESERVED = ("run", "manifest", "clipscore", "metrics")  # files that a folder of images or a run has by these names
@@ -20,7 +21,7 @@ _OF_A_RESULT = (".txt", ".json", ".csv")
 
 
 class ResultPaths(NamedTuple):
-    """The files of one result: a text for people, its numbers, and a table with one row an image where there is one."""
+    """The files of one result: a readable text, its numbers, and a table with one row an image where there is one."""
 
     text: Path
     json: Path
@@ -46,10 +47,10 @@ def is_reserved(stem: str) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path, replace_folder: bool = False) -> Iterator[Path]:
-    """Give a temporary name beside `path` for a file or folder; it takes the place of `path` on success, and goes on failure.
+    """Give a temporary name beside `path` for a file or folder; it replaces `path` on success, and is removed on failure.
 
-    A folder at `path` is replaced only with `replace_folder`, for a caller that knows that this program made it; otherwise it stays
-    and UserError is raised. What torch and safetensors raise where they cannot write becomes an OSError.
+    A folder at `path` is replaced only with `replace_folder`, for a caller that knows that this program made it; otherwise UserError
+    is raised and the folder is kept. What torch and safetensors raise where they cannot write becomes an OSError.
     """
     _refuse_folder(path, replace_folder)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,12 +70,17 @@ def replacing(path: Path, replace_folder: bool = False) -> Iterator[Path]:
         else:
             temporary.replace(path)
         _remove(old)
-    except (RuntimeError, SafetensorError) as error:
-        if any(sign in str(error) for sign in _NOT_WRITTEN):
+    except Exception as error:
+        if _is_write_error(error) and any(sign in str(error) for sign in _NOT_WRITTEN):
             raise OSError(f"{path} could not be written, perhaps because the disk is full") from None
         raise
     finally:
         _remove(temporary)
+
+
+def _is_write_error(error: Exception) -> bool:
+    """Whether an error is of a class that torch (RuntimeError) or safetensors raise where they cannot write."""
+    return isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
 
 
 def _refuse_folder(path: Path, replace_folder: bool) -> None:
@@ -90,13 +96,13 @@ def _remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; a file name's bytes that are not UTF-8 become `\\udc..`, which JSON reads back."""
+    """Write a text file atomically; a file name's bytes that are not UTF-8 become `\\udc..`, which JSON reads back."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all; paths and devices become strings."""
+    """Write JSON atomically; paths and devices become strings."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
@@ -111,8 +117,10 @@ def sha256_texts(texts: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts), ensure_ascii=True).encode()).hexdigest()
 
 
-def sha256_tensors(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> str:
+def sha256_tensors(tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype | None" = None) -> str:
     """The sha256 of named tensors, cast to `dtype` if given: names, types, shapes and values, whatever their order or device."""
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         tensor = tensor if dtype is None else tensor.to(dtype)

@@ -16,7 +16,7 @@ _LOG_LINE = re.compile(r"\d\d:\d\d:\d\d ")
 
 
 def progress(items: Iterable | None, **options) -> tqdm:
-    """A tqdm bar on a terminal; nothing in a pipe, where log lines tell how far the run is."""
+    """A tqdm bar on a terminal; nothing in a pipe, where log lines show the progress."""
     return tqdm(items, disable=None, dynamic_ncols=True, **options)
 
 
@@ -37,7 +37,7 @@ def _is_log(path: Path) -> bool:
 def setup_logging(*log_files: Path | None, quiet: bool = False) -> None:
     """Send the project's log lines to stderr and to files (None is none), which get the details (DEBUG) that stderr omits.
 
-    `quiet` is for the processes beside the main one: they write no file, and say nothing below an error. Raises UserError for a
+    `quiet`, for all processes but the main one, logs errors only and writes no file. Raises UserError for a
     file with other content than such lines.
     """
     from diffusers.utils import logging as diffusers_logging

@@ -53,7 +53,7 @@ class Processes:
     """How many processes share the work, which of them this is, and the device it uses.
 
     Alone, `device` is the one asked for. Under `accelerate launch` every process gets its own, and a model is replicated or
-    sharded (FSDP) as `accelerate`'s configuration says. `all_trained` tells that every parameter gets a gradient.
+    sharded (FSDP) as `accelerate`'s configuration says. `all_trained` says that every parameter gets a gradient.
     """
 
     def __init__(self, device: torch.device, all_trained: bool = True):
@@ -94,13 +94,13 @@ class Processes:
         return items[self.rank :: self.count]
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have reached this call."""
         if self._accelerator:
             self._accelerator.wait_for_everyone()
 
     @contextmanager
     def same_random_stream(self, seed: int) -> Iterator[None]:
-        """Random draws within are the same in every process, so that replicas round alike; those outside go on as they were."""
+        """Use one random stream in all processes inside this block, so that replicas round identically."""
         if self.count == 1:
             yield
             return
@@ -118,7 +118,7 @@ class Processes:
         return gather_object([item]) if self._accelerator else [item]
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """The model and optimiser as they are trained: as they are, replicated or sharded."""
+        """The model and optimiser to train with: unchanged in one process, else replicated or sharded."""
         return self._accelerator.prepare(model, optimizer) if self._accelerator else (model, optimizer)
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:

@@ -4,8 +4,6 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
-
 Z95 = 1.959963984540054
 
 
@@ -30,7 +28,7 @@ def proportion(k: int, n: int) -> dict[str, float]:
 
 
 def show(share: Mapping[str, float]) -> str:
-    """A proportion for people: `3/60 = 5.0% [1.7, 13.7]`, the interval in percent."""
+    """A proportion as text: `3/60 = 5.0% [1.7, 13.7]`, the interval in percent."""
     low, high = 100 * share["low"], 100 * share["high"]
     return f"{share['k']}/{share['n']} = {100 * share['fraction']:.1f}% [{low:.1f}, {high:.1f}]"
 
@@ -65,6 +63,8 @@ def mcnemar(first_only: int, second_only: int) -> float:
     """
     if first_only < 0 or second_only < 0:
         raise ValueError(f"{min(first_only, second_only)} pairs is no count")
+    from scipy.stats import binomtest  # takes most of a second
+
     differ = first_only + second_only
     return float(binomtest(first_only, differ, 0.5).pvalue) if differ else 1.0
 

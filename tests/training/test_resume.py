@@ -347,3 +347,17 @@ def test_the_search_for_targets_goes_on_after_its_last_group(tmp_path, encoder, 
     one, other = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("t", "whole"))
     assert one["indices"].equal(other["indices"]) and one["hashes"] == other["hashes"]
     assert {path.name for path in tmp_path.iterdir()} == {"t.pth", "whole.pth", ".t.pth.lock", ".whole.pth.lock"}
+
+
+def test_a_state_without_the_configuration_is_resumed_and_another_configuration_is_refused(train, tmp_path, monkeypatch, whole):
+    stop_after(monkeypatch, 5)
+    train()
+    path = tmp_path / "out/0.001_0.3/state.pt"
+    state = torch.load(path, weights_only=True)
+    configuration = state["made_from"].pop("encoder configuration")
+    torch.save(state | {"made_from": state["made_from"] | {"encoder configuration": configuration[::-1]}}, path)
+    done = train(resume=[])
+    assert done.failed_in_one_sentence and "another encoder configuration" in done.err
+    torch.save(state, path)  # as an earlier version wrote it
+    assert train(resume=[]).code == 0
+    assert results(path.parent) == results(whole)

@@ -51,6 +51,14 @@ def test_a_resumed_run_goes_on_in_tensorboard(train, tmp_path, monkeypatch):
     )
 
 
+def test_a_run_that_fails_before_its_first_step_keeps_the_curves(train, tmp_path, monkeypatch):
+    assert train(report_to=["tensorboard"]).code == 0
+    before = curves_of(tmp_path / "out/1e-05_0.3")
+    monkeypatch.setattr("des.training.loop._losses", lambda *given: sys.exit("halted"))
+    assert train(report_to=["tensorboard"]).code == 1
+    assert curves_of(tmp_path / "out/1e-05_0.3") == before
+
+
 def test_wandb_keeps_the_run_offline(command, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     done = spawn(*command(report_to=["wandb"], num_epochs=1))
