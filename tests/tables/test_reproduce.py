@@ -131,6 +131,17 @@ def test_an_ablation_trains_its_own_models(reproduce, tmp_path):
     assert done.code == 0, done.err
     assert snapshot(reference) == before and (out / "T18.csv").read_text() == figures
 
+    metadata = out / "checkpoints/des/0.002_0.3/checkpoint-1-metadata.json"
+    content = json.loads(metadata.read_text())
+    content["made_from"]["concept_prompt"] = "umbrella"
+    metadata.write_text(json.dumps(content))
+    weights = snapshot(metadata.parent)["checkpoint-1.pt"]
+    (out / "jobs/train-des.json").unlink()
+    refused = reproduce(table="T18")
+    assert refused.failed_in_one_sentence and "another concept_prompt (umbrella, now mushroom)" in refused.err, refused.err
+    assert "another --out," in refused.err and "--output_dir" not in refused.err
+    assert snapshot(metadata.parent)["checkpoint-1.pt"] == weights
+
 
 def test_the_plan_of_every_table(reproduce, tmp_path):
     plan = reproduce(table="all", scale="paper", dry_run=[], seconds_per_image=0.1, seconds_per_step=0.1)
