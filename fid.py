@@ -28,7 +28,7 @@ from des.utils.errors import UserError
 from des.utils.files import result_paths, sha256_file, sha256_texts, write_json, write_text
 from des.utils.locks import locked
 from des.utils.provenance import provenance
-from des.utils.resume import Partial
+from des.utils.resume import Findings
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -139,7 +139,7 @@ def score_fid(args: argparse.Namespace) -> str:
     hashes = extractor_hashes(extractor, args.feature_extractor)
     check_statistics(args, recorded, hashes)
     paths = result_paths(args.output_file)
-    partial = Partial(paths.json, sha256_texts([*hashes.values(), *args.variant]))
+    partial = Findings(paths.json, sha256_texts([*hashes.values(), *args.variant]))
     references = [stored] if stored else gaussians(extractor, reference, args, "reference", partial)
     found = gaussians(extractor, generated, args, "generated", partial)
     width, stored_width = len(found[0].mean), len(references[0].mean)
@@ -170,7 +170,7 @@ def score_fid(args: argparse.Namespace) -> str:
 
 
 def gaussians(
-    extractor: Extractor, digests: dict[Path, str], args: argparse.Namespace, name: str, partial: Partial
+    extractor: Extractor, digests: dict[Path, str], args: argparse.Namespace, name: str, partial: Findings
 ) -> list[Gaussian]:
     """The Gaussian of the images' features for every variant."""
     features = extract(extractor, digests, args.batch_size, args.num_workers, name, partial)

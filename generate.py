@@ -24,7 +24,7 @@ from des.data.images import image_name, read_image
 from des.data.prompts import never_drawn, read_rows
 from des.data.run_record import Sampling, claim, recorded_settings
 from des.data.truncation import truncated_by_encoder
-from des.evaluation.classify import Scorecards
+from des.evaluation.classify import ImageScores
 from des.evaluation.detectors.options import OUTPUT_NAMES, add_scoring, check_scoring, open_scorers
 from des.generation.defences import METHODS, add_method, check_method
 from des.generation.image_run import Run, finish, lines_of, reserved, settings_of
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     drawable = [row for row in range(len(prompts)) if row not in left_out]  # of all shards
     truncated = truncated_by_encoder(readers(pipe, args.max_sequence_length), prompts, drawable)
     artist = Artist(pipe, refiner, sampling, prompts, drawn_with, inputs, size)
-    cards = Scorecards(scorers, OUTPUT_NAMES, args.cls_class, folder)
+    cards = ImageScores(scorers, OUTPUT_NAMES, args.cls_class, folder)
     with reserved(folder, rows) if processes.is_main else contextlib.nullcontext():
         if processes.is_main:
             settings = settings_of(args, sampling, prompts, drawn_with, pipe, refiner, inputs)
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
         logger.info("%d images of %s %s %s", count_done(run, cards), which, where, folder)
 
 
-def make(run: Run, artist: Artist, cards: Scorecards, processes: Processes, log_prompts: bool) -> tuple[int, float]:
+def make(run: Run, artist: Artist, cards: ImageScores, processes: Processes, log_prompts: bool) -> tuple[int, float]:
     """Draw and score this process's share of what is not done yet.
 
     Returns how many images were drawn, and the seconds that the model took for them.
@@ -246,7 +246,7 @@ def make(run: Run, artist: Artist, cards: Scorecards, processes: Processes, log_
     return len(todo), seconds
 
 
-def count_done(run: Run, cards: Scorecards) -> int:
+def count_done(run: Run, cards: ImageScores) -> int:
     """How many images of a run are on the disk as the manifest says, or were scored; UserError where that is not all of them."""
     found = manifest.read(run.folder)
     missing = [key for key in run.names if not run.is_done(key, found, cards)]

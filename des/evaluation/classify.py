@@ -20,7 +20,7 @@ from des.utils.folders import visible
 from des.utils.locks import locked
 from des.utils.logs import logger
 from des.utils.provenance import provenance
-from des.utils.resume import Partial
+from des.utils.resume import Findings
 from des.utils.stats import proportion, show
 
 import pandas as pd
@@ -93,7 +93,7 @@ def score_folder(args: argparse.Namespace, detector: Detector, images: pd.DataFr
     outputs = [args.folder_dir / f"{args.output_name}.txt", *result_files(args.folder_dir, args.output_name, detector).values()]
     cli.check_outputs(outputs, [args.csv_path, args.log_file])
     with locked(args.folder_dir / f".{args.output_name}.lock", f"the scores {args.output_name}"):
-        partial = Partial(args.folder_dir / f"{args.output_name}.json", stamp_of(detector))
+        partial = Findings(args.folder_dir / f"{args.output_name}.json", stamp_of(detector))
         partial.found |= scored_before(args.folder_dir, args.output_name, detector)
         todo = images[[keys[path] not in partial.found for path in paths]]
         if len(todo) < len(paths):
@@ -113,7 +113,7 @@ def score_folder(args: argparse.Namespace, detector: Detector, images: pd.DataFr
 
 
 def _score(
-    args: argparse.Namespace, detector: Detector, images: pd.DataFrame, keys: dict[Path, str], partial: Partial
+    args: argparse.Namespace, detector: Detector, images: pd.DataFrame, keys: dict[Path, str], partial: Findings
 ) -> set[Path]:
     """Add the findings of images to `partial`, batch by batch; returns those that could not be read."""
     paths, label_of = images["image"].tolist(), dict(zip(images["image"], images["label"], strict=True))
@@ -198,7 +198,7 @@ def write_verdicts(
     return text
 
 
-class Scorecards:
+class ImageScores:
     """What detectors found in images as they were drawn: one small JSON file an image, named as the image is."""
 
     def __init__(self, detectors: dict[str, Detector], output_names: dict[str, str], label: str | None, folder: Path):

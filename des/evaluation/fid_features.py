@@ -11,7 +11,7 @@ from des.evaluation.scorer_identity import MODEL, PROCESSOR, configuration_sha25
 from des.models.checkpoints import fingerprint
 from des.models.loading import load_model, loading
 from des.utils.logs import logger
-from des.utils.resume import Partial
+from des.utils.resume import Findings
 
 import torch
 from PIL import Image
@@ -78,7 +78,7 @@ def extractor_hashes(extractor: Extractor, source: str | None) -> dict[str, str]
 
 
 def extract(
-    extractor: Extractor, digests: Mapping[Path, str], batch_size: int, workers: int, desc: str, partial: Partial
+    extractor: Extractor, digests: Mapping[Path, str], batch_size: int, workers: int, desc: str, partial: Findings
 ) -> list[Tensor]:
     """The features [images, features] of every variant, in float64 on the CPU, of images by path with their sha256.
 

@@ -13,7 +13,7 @@ from des.models.loading import loading
 from des.utils.errors import UserError
 from des.utils.files import is_reserved, replacing, result_paths, sha256_texts, write_json, write_text
 from des.utils.logs import logger
-from des.utils.resume import Partial
+from des.utils.resume import Findings
 from des.utils.stats import Z95
 
 import pandas as pd
@@ -53,7 +53,7 @@ def score_images(
     `images` is what `pair_with_prompts` returns for the folder; `score` takes a batch of images (or what `prepare` makes of them in
     the reading threads) and their prompts. Raises UserError that names an unreadable image.
     """
-    partial = Partial(result_paths(how.output).json, sha256_texts(f"{name} {digest}" for name, digest in models.items()))
+    partial = Findings(result_paths(how.output).json, sha256_texts(f"{name} {digest}" for name, digest in models.items()))
     rows = zip(images["image"], images["sha256"], images["prompt"], strict=True)
     keys = [f"{path.relative_to(how.folder)} {digest} {sha256_texts([prompt])}" for path, digest, prompt in rows]
     todo = [i for i, key in enumerate(keys) if key not in partial.found]
@@ -125,5 +125,5 @@ def write_scores(
     about = {**interval, **images.attrs, **truncated_counts(folder, images.index), **facts}
     write_json(paths.json, {name: mean, "n": len(scores), **about})
     write_text(paths.text, text + "\n")
-    Partial(paths.json, "").finish()
+    Findings(paths.json, "").finish()
     return text

@@ -11,7 +11,7 @@ from typing import Any
 from des.data import manifest
 from des.data.image_folders import image_files
 from des.data.run_record import COPY_SEED, LABELS, RowSettings, Sampling
-from des.evaluation.classify import Scorecards, save_blurred
+from des.evaluation.classify import ImageScores, save_blurred
 from des.generation.sampler import Artist
 from des.models.identity import scheduler_sha256, sha256_of
 from des.models.pipelines import component_identities, encoder_sha256s
@@ -60,7 +60,7 @@ class Run:
     discard: bool
     blur: bool
 
-    def is_done(self, key: tuple[int, int], found: dict[str, dict[str, Any]], cards: Scorecards) -> bool:
+    def is_done(self, key: tuple[int, int], found: dict[str, dict[str, Any]], cards: ImageScores) -> bool:
         """Whether the image of a key is there as the manifest's lines (`found`) say, or was scored where none is kept."""
         path, line = self.names[key], found.get(self.names[key].name)
         if line is None or any(line.get(name) != value for name, value in self.lines[key].items()):

@@ -12,7 +12,7 @@ from des.utils.errors import UserError
 from des.utils.files import sha256_file, sha256_tensors, sha256_texts, write_json
 from des.utils.locks import locked
 from des.utils.logs import logger
-from des.utils.resume import Part, differing
+from des.utils.resume import PartialFile, differing
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -82,7 +82,7 @@ def write_codebook(
 
 def _open_parts(
     folder: Path, encoder: TextEncoder, prompts: list[str], dtype: str, batch_size: int, a_shard: int
-) -> list[Part]:
+) -> list[PartialFile]:
     """The files of a codebook, `a_shard` rows each but the last, with the rows that an interrupted run has left in them."""
     (torch_dtype, code), shape = DTYPES[dtype], encoder.shape()
     counts = [len(prompts[start : start + a_shard]) for start in range(0, len(prompts), a_shard)]
@@ -94,13 +94,13 @@ def _open_parts(
             old.unlink()
     made_from = dependencies(encoder, prompts) | {"dtype": dtype, "rows in a file": str(a_shard)}
     made_from |= _bits(encoder, batch_size)
-    parts: list[Part] = []
+    parts: list[PartialFile] = []
     for name, count in zip(names, counts, strict=True):
         header = _safetensors_header("embeddings", code, (count, *shape), torch_dtype.itemsize)
-        part = Part(folder / name, made_from, header)
+        part = PartialFile(folder / name, made_from, header)
         if part.rows and parts and parts[-1].rows < a_shard:  # rows are written in order, and one before these was lost
             part.discard()
-            part = Part(folder / name, made_from, header)
+            part = PartialFile(folder / name, made_from, header)
         if not part.rows:
             part.path.unlink(missing_ok=True)  # of an earlier codebook, which would take as much of the disk again
         parts.append(part)
@@ -112,7 +112,9 @@ def _bits(encoder: TextEncoder, batch_size: int) -> dict[str, str]:
     return {"batch size": str(batch_size), "device": encoder.device.type, "torch": str(torch.__version__)}
 
 
-def _write_rows(parts: list[Part], encoder: TextEncoder, prompts: list[str], dtype: str, batch_size: int, a_shard: int) -> None:
+def _write_rows(
+    parts: list[PartialFile], encoder: TextEncoder, prompts: list[str], dtype: str, batch_size: int, a_shard: int
+) -> None:
     """Encode what the parts lack and append it to them, batch by batch."""
     done = sum(part.rows for part in parts)
     if done:
@@ -133,7 +135,7 @@ def _write_rows(parts: list[Part], encoder: TextEncoder, prompts: list[str], dty
         skip = 0
 
 
-def _give_up(parts: list[Part], why: str) -> NoReturn:
+def _give_up(parts: list[PartialFile], why: str) -> NoReturn:
     for part in parts:
         part.discard()
         part.path.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [name for name in names if before.get(name) != now.get(name)]
 
 
-class Part:
+class PartialFile:
     """The rows of the file `path` on their way there: in `{path}.part`, described by `{path}.part.json`.
 
     Opened again with the same `made_from`, it keeps the rows that the record names, `rows` of them; anything else starts anew. The
@@ -99,7 +99,7 @@ def _digest_of(path: Path, size: int) -> "hashlib._Hash":
     return digest
 
 
-class Partial:
+class Findings:
     """Findings by key in `.{name}.part.jsonl`, one line each with a checksum.
 
     Lines of another `stamp` (other weights or options) do not count, nor do lines without the checksum of what they say: such a

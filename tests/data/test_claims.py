@@ -312,10 +312,10 @@ def test_an_edited_result_is_scored_again(folder, classify):
 
 
 def test_edited_lines_of_an_unfinished_scorer_are_scored_again(folder, classify, monkeypatch):
-    from des.evaluation.classify import Partial
+    from des.evaluation.classify import Findings
 
     with monkeypatch.context() as patch:
-        patch.setattr(Partial, "finish", lambda self: None)
+        patch.setattr(Findings, "finish", lambda self: None)
         assert classify(folder, batch_size=2).code == 0
     whole = (folder / "classify.json").read_text()
     (folder / "classify.json").unlink()

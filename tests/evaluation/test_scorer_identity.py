@@ -5,7 +5,7 @@ import random
 import shutil
 
 from demo.world import KINDS, random_scene, render
-from des.evaluation.classify import Scorecards, stamp_of
+from des.evaluation.classify import ImageScores, stamp_of
 from des.evaluation.detectors.classifier import Classifier
 from des.evaluation.results import _fids
 from des.evaluation.scorer_identity import MODEL, configuration_sha256, detector_identity
@@ -109,7 +109,7 @@ def test_a_result_without_the_configuration_is_not_reused(classify, model, image
 def test_a_card_of_another_detector_does_not_count(model, images, change):
     def cards():
         detector = Classifier(str(model), torch.device("cpu"), "ASR", [KINDS[0]])
-        return Scorecards({"object": detector}, {"object": "classify_object"}, KINDS[0], images)
+        return ImageScores({"object": detector}, {"object": "classify_object"}, KINDS[0], images)
 
     path, line = images / "t2i_none_0p.png", {"file": "t2i_none_0p.png"}
     cards().score(path, line, Image.open(path))
