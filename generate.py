@@ -46,6 +46,7 @@ from des.utils import cli, logs
 from des.utils.errors import UserError
 from des.utils.logs import logger, progress
 from des.utils.processes import Processes
+from des.utils.provenance import provenance
 
 import pandas as pd
 import torch
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         drawn, seconds = make(run, artist, cards, processes, args.log_prompts)
         processes.wait()
         if processes.is_main:
-            finish(folder, drawn, seconds, lambda: cards.write(args, list(names.values())) if scorers else [])
+            finish(folder, drawn, seconds, lambda: cards.write(provenance(args), list(names.values())) if scorers else [])
     which = "the original model" if args.training_method == "none" else f"the model protected by {args.training_method}"
     if in_doubt(applied):
         which = f"the model with {args.training_method}, WHICH MAY NOT PROTECT IT (see the warning above),"

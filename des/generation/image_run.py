@@ -75,12 +75,12 @@ class Run:
         if self.blur:
             save_blurred(image, self.folder.with_name(f"{self.folder.name}_blurred") / path.name)
         if self.discard:
-            manifest.append(self.folder / manifest.NAME, [line])
+            manifest.append(self.folder, line)
             return line
         with replacing(path) as temporary:
             image.save(temporary, format="PNG")
             line["sha256"] = sha256_file(temporary)
-            manifest.append(self.folder / manifest.NAME, [line])
+            manifest.append(self.folder, line)
         return line
 
 
