@@ -1,4 +1,4 @@
-"""CLIP score: 100 * cosine between each image and its prompt, with openai/clip-vit-large-patch14 unless told otherwise.
+"""CLIP score: 100 * cosine between each image and its prompt, with openai/clip-vit-large-patch14 by default.
 
     python clipscore.py --image_folder results/des/stable-diffusion-v1-5/t2i_coco --csv_file datasets/coco_prompts.csv --device cuda:0
 
@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from des.data.image_folders import pair_with_prompts
+from des.evaluation.batches import Reading
 from des.evaluation.scored_images import Scoring, clip_cosine, load_processor, score_images, write_scores
 from des.evaluation.scorer_identity import MODEL, PROCESSOR, TOKENIZER, configuration_sha256
 from des.models.checkpoints import fingerprint
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(CLIPModel, args.clip_model, args.device, "the CLIP model")
     configuration = configuration_sha256(args.clip_model, MODEL + PROCESSOR + TOKENIZER)
     hashes = {"clip_sha256": fingerprint(model), "clip_configuration_sha256": configuration}
-    how = Scoring(output, args.image_folder, args.batch_size, args.num_workers, "CLIP score")
+    how = Scoring(output, args.image_folder, Reading(args.batch_size, args.num_workers, "CLIP score"))
     with locked(args.image_folder / ".clipscore.lock", output.name):
         scores = [100 * cosine for cosine in score_images(images, how, hashes, clip_cosine(model, processor))]
         facts, columns = hashes | {"made_by": provenance(args)}, {"clip_score": scores}

@@ -1,14 +1,17 @@
-"""FID of generated images against reference images, or how well each generated image suits its prompt.
+"""FID or KID of generated images, LPIPS against the original model's images, or how well each image suits its prompt.
 
     python fid.py --gen_imgs_path results/des/pipeline/benign --coco_imgs_path coco_10k --variant paper clean-fid --device cuda:0
     python fid.py --gen_imgs_path results/des/pipeline/benign --coco_imgs_path coco_10k --save_stats coco_paper.npz
     python fid.py --gen_imgs_path results/none/pipeline/benign --ref_stats coco_paper.npz
+    python fid.py --gen_imgs_path results/des/pipeline/benign --coco_imgs_path coco_10k --job kid
+    python fid.py --gen_imgs_path results/des/pipeline/benign --original_imgs_path results/none/pipeline/benign --job lpips
     python fid.py --gen_imgs_path results/des/pipeline/benign --prompt_path datasets/coco_prompts.csv --job pickscore
 
-FID has variants, whose numbers do not compare: `paper` (text2image-benchmark: centre crop, PIL bicubic), `torch-fidelity` and
+lpips measures how much a protected model changes images: it compares the images of equal rows and seeds in two folders.
+FID and KID have variants, whose numbers do not compare: `paper` (text2image-benchmark: centre crop, PIL bicubic), `torch-fidelity` and
 `clean-fid`, all on the Inception-v3 of 2015; or the pooled output of any image model (--feature_extractor DIR), for small images.
-Every image file under a folder counts, subfolders included. Writes {gen_imgs_path}_{job}.txt and .json, and for pickscore,
-blipscore and imagereward a .csv with one row an image.
+Every image file under a folder counts, subfolders included. Writes {gen_imgs_path}_{job}.txt and .json, and for lpips,
+pickscore, blipscore and imagereward a .csv with one row an image.
 """
 
 import argparse
@@ -16,25 +19,29 @@ from pathlib import Path
 from typing import Any
 
 from des.data.claims import check_complete
-from des.data.image_folders import image_hashes, pair_with_prompts
-from des.data.images import pairing_notes, without_never_drawn
+from des.data.image_folders import image_hashes, pair_with_prompts, pairing_notes, without_never_drawn
+from des.evaluation.batches import Reading
 from des.evaluation.fid_features import OWN, Extractor, extract, extractor_hashes, is_image_model, load_extractor
 from des.evaluation.frechet import Gaussian, load_statistics, save_statistics
 from des.evaluation.inception import VARIANTS
-from des.evaluation.scored_images import check_result_name, write_scores
+from des.evaluation.kid import kernel_distance
+from des.evaluation.lpips import NETS, image_pairs, lpips
+from des.evaluation.scored_images import Scoring, check_result_name, write_scores
 from des.evaluation.text_image import DEFAULTS, JOBS, TITLES
 from des.utils import cli, logs
 from des.utils.errors import UserError
 from des.utils.files import result_paths, sha256_file, sha256_texts, write_json, write_text
 from des.utils.locks import locked
 from des.utils.provenance import provenance
-from des.utils.resume import Partial
+from des.utils.resume import Findings
+
+KID = ("kid_subsets", "kid_subset_size", "seed")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("what is computed")
-    main_group.add_argument("--job", choices=("fid", *JOBS), default="fid", help="the measure")
+    main_group.add_argument("--job", choices=("fid", "kid", "lpips", *JOBS), default="fid", help="the measure")
     main_group.add_argument("--gen_imgs_path", type=Path, required=True, metavar="DIR", help="generated images")
     main_group.add_argument(
         "--output_file",
@@ -43,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="text file for the result, with .json (and .csv) beside it (default: {gen_imgs_path}_{job}.txt)",
     )
     cli.add_expected(main_group)
-    fid = parser.add_argument_group("fid (the other jobs do not read --coco_imgs_path)")
+    fid = parser.add_argument_group("fid and kid (the other jobs do not read --coco_imgs_path)")
     fid.add_argument("--coco_imgs_path", type=Path, metavar="DIR", help="reference images")
     fid.add_argument("--expected_ref", type=cli.positive_int, metavar="N", help="like --expected, for the reference images")
     fid.add_argument("--variant", nargs="+", choices=VARIANTS, metavar="V", help=f"{', '.join(VARIANTS)} (default: paper)")
@@ -55,6 +62,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--save_stats", type=cli.output_file, metavar="NPZ", help="keep the reference images' mu and sigma in this file"
     )
     fid.add_argument("--ref_stats", type=Path, metavar="NPZ", help="such a file, or pytorch-fid's, for --coco_imgs_path")
+    kid = parser.add_argument_group("kid (with the options of fid but for statistics)")
+    kid.add_argument("--kid_subsets", type=cli.positive_int, metavar="N", help="random subsets to average over (default: 100)")
+    kid.add_argument(
+        "--kid_subset_size", type=cli.positive_int, metavar="N",
+        help="images a subset (default: 1000, or all of the smaller folder where it has fewer)",
+    )  # fmt: skip
+    kid.add_argument("--seed", type=cli.natural, metavar="S", help="seeds the choice of subsets (default: 0)")
+    lpips = parser.add_argument_group("lpips")
+    lpips.add_argument("--original_imgs_path", type=Path, metavar="DIR", help="the original model's images of the same rows")
+    lpips.add_argument("--lpips_net", choices=NETS, metavar="NET", help=f"backbone: {', '.join(NETS)} (default: alex)")
     prompts = parser.add_argument_group("pickscore, blipscore, imagereward (fid does not read --prompt_path)")
     prompts.add_argument("--prompt_path", type=Path, metavar="CSV", help="the prompts of the generated images")
     cli.add_other_prompts(prompts)
@@ -77,19 +94,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse options that do not go together, and fill in the defaults that hang on the job."""
-    of_fid = ("expected_ref", "variant", "feature_extractor", "save_stats", "ref_stats")
-    known = of_fid if args.job == "fid" else tuple(DEFAULTS[args.job])
-    for option in (*of_fid, "model", "processor", "clip_model"):
-        if getattr(args, option) is not None and option not in known:
+    of_images = ("expected_ref", "variant", "feature_extractor")
+    known = {
+        "fid": (*of_images, "save_stats", "ref_stats"),
+        "kid": (*of_images, *KID),
+        "lpips": ("original_imgs_path", "lpips_net"),
+        **DEFAULTS,
+    }
+    for option in dict.fromkeys(option for options in known.values() for option in options):
+        if getattr(args, option) is not None and option not in known[args.job]:
             parser.error(f"--job {args.job} does not read --{option}")
-    if args.other_prompts and args.job == "fid":
-        parser.error("--job fid does not read --other_prompts")
-    if args.job != "fid":
+    if args.other_prompts and args.job not in JOBS:
+        parser.error(f"--job {args.job} does not read --other_prompts")
+    if args.job == "lpips":
+        if args.original_imgs_path is None:
+            parser.error("--job lpips needs --original_imgs_path")
+        args.lpips_net = args.lpips_net or "alex"
+        return
+    if args.job in JOBS:
         if args.prompt_path is None:
             parser.error(f"--job {args.job} needs --prompt_path")
         for option, default in DEFAULTS[args.job].items():
             setattr(args, option, getattr(args, option) or default)
         return
+    if args.job == "kid" and args.coco_imgs_path is None:
+        parser.error("--job kid needs --coco_imgs_path")
     if (args.coco_imgs_path is None) == (args.ref_stats is None):
         parser.error("give the reference either as images (--coco_imgs_path) or as their statistics (--ref_stats)")
     for option in ("save_stats", "expected_ref"):
@@ -111,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     logs.setup_logging(args.log_file)
     path = result_paths(args.output_file).json
     with locked(path.with_name(f".{path.stem}.lock"), path.stem):
-        print(score_fid(args) if args.job == "fid" else score_prompts(args))
+        print({"fid": score_fid, "kid": score_kid, "lpips": score_lpips}.get(args.job, score_prompts)(args))
 
 
 def check_files(args: argparse.Namespace) -> None:
@@ -125,9 +154,74 @@ def check_files(args: argparse.Namespace) -> None:
 def score_prompts(args: argparse.Namespace) -> str:
     """Score how well each image suits its prompt, write the results and return their text."""
     images = pair_with_prompts(args.gen_imgs_path, args.prompt_path, args.expected, other_prompts=args.other_prompts)
-    columns, hashes = JOBS[args.job](images, args)
+    sources = {name: getattr(args, name) for name in DEFAULTS[args.job]}
+    columns, hashes = JOBS[args.job](images, sources, args.device, scoring(args, TITLES[args.job]))
     facts = hashes | {"made_by": provenance(args)}
     return write_scores(args.output_file, args.job, TITLES[args.job], images, args.gen_imgs_path, columns, facts)
+
+
+def score_lpips(args: argparse.Namespace) -> str:
+    """Compare each image with the original model's, write the results and return their text."""
+    pairs = image_pairs(args.gen_imgs_path, args.original_imgs_path, args.lpips_net, args.expected)
+    values, hashes = lpips(pairs, args.lpips_net, args.device, scoring(args, "LPIPS"))
+    columns = {"lpips": values, "original_sha256": pairs["original_sha256"]}
+    facts = hashes | {"originals_sha256": sha256_texts(pairs["original_sha256"]), "made_by": provenance(args)}
+    return write_scores(args.output_file, "lpips", f"LPIPS ({args.lpips_net})", pairs, args.gen_imgs_path, columns, facts)
+
+
+def scoring(args: argparse.Namespace, title: str) -> Scoring:
+    """Where the images of a score are, and how they are read."""
+    return Scoring(args.output_file, args.gen_imgs_path, Reading(args.batch_size, args.num_workers, title))
+
+
+def score_kid(args: argparse.Namespace) -> str:
+    """Compute every variant's KID, write the results and return their text."""
+    generated, never = at_least_two(args.gen_imgs_path, args.expected, "generated")
+    reference, _ = at_least_two(args.coco_imgs_path, args.expected_ref, "reference")
+    extractor = load_extractor(args.feature_extractor, args.variant, args.device)
+    hashes = extractor_hashes(extractor, args.feature_extractor)
+    paths = result_paths(args.output_file)
+    findings = Findings(paths.json, sha256_texts([*hashes.values(), *args.variant]))
+    features = [
+        extract(extractor, digests, Reading(args.batch_size, args.num_workers, name), findings)
+        for name, digests in (("generated", generated), ("reference", reference))
+    ]
+    smaller = min(len(generated), len(reference))
+    draws = {
+        "subsets": args.kid_subsets or 100,
+        "subset_size": args.kid_subset_size or min(1000, smaller),
+        "seed": args.seed or 0,
+    }
+    kids = {name: kernel_distance(x, y, **draws) for name, x, y in zip(args.variant, *features, strict=True)}
+    facts = {"kid": kids[args.variant[0]][0], "variants": {name: mean for name, (mean, _) in kids.items()}}
+    facts |= {
+        "std": {name: std for name, (_, std) in kids.items()},
+        **draws,
+        **facts_of(args, generated, reference, never),
+        **hashes,
+    }
+    facts["reference_sha256"] = sha256_texts(sorted(reference.values()))
+    about = (
+        f"{len(generated)} generated, {len(reference)} reference images, {draws['subsets']} subsets of {draws['subset_size']}"
+    )
+    about = ", ".join([about, *pairing_notes(facts)])
+    text = "\n".join(f"KID ({name}): {mean:.6f}, std over subsets {std:.6f} ({about})" for name, (mean, std) in kids.items())
+    write_json(paths.json, facts | {"made_by": provenance(args)})
+    write_text(paths.text, text + "\n")
+    findings.finish()
+    return text
+
+
+def facts_of(
+    args: argparse.Namespace, generated: dict[Path, str], reference: dict[Path, str], never: list[Path]
+) -> dict[str, Any]:
+    """The facts that the results of FID and KID share: how many images were compared, and the hash of the generated ones."""
+    facts = {
+        "generated": len(generated),
+        "reference": len(reference),
+        "generated_sha256": sha256_texts(sorted(generated.values())),
+    }
+    return facts | ({"never_drawn": [str(path.relative_to(args.gen_imgs_path)) for path in never]} if never else {})
 
 
 def score_fid(args: argparse.Namespace) -> str:
@@ -139,22 +233,20 @@ def score_fid(args: argparse.Namespace) -> str:
     hashes = extractor_hashes(extractor, args.feature_extractor)
     check_statistics(args, recorded, hashes)
     paths = result_paths(args.output_file)
-    partial = Partial(paths.json, sha256_texts([*hashes.values(), *args.variant]))
-    references = [stored] if stored else gaussians(extractor, reference, args, "reference", partial)
-    found = gaussians(extractor, generated, args, "generated", partial)
+    findings = Findings(paths.json, sha256_texts([*hashes.values(), *args.variant]))
+    references = [stored] if stored else gaussians(extractor, reference, args, "reference", findings)
+    found = gaussians(extractor, generated, args, "generated", findings)
     width, stored_width = len(found[0].mean), len(references[0].mean)
     if width != stored_width:
         raise UserError(f"{args.ref_stats} holds {stored_width} features, and the feature extractor makes {width}")
 
     fids = {name: x.distance(y) for name, x, y in zip(args.variant, found, references, strict=True)}
-    counts = {"generated": len(generated), "reference": recorded.get("n") if stored else len(reference)}
-    facts = {"fid": fids[args.variant[0]], "variants": fids, **counts, "features": width, **hashes}
-    facts |= {"never_drawn": [str(path.relative_to(args.gen_imgs_path)) for path in never]} if never else {}
-    facts["generated_sha256"] = sha256_texts(sorted(generated.values()))
+    shared = facts_of(args, generated, reference, never) | ({"reference": recorded.get("n")} if stored else {})
+    facts = {"fid": fids[args.variant[0]], "variants": fids, "features": width, **shared, **hashes}
     facts["reference_sha256"] = recorded.get("images_sha256") if stored else sha256_texts(sorted(reference.values()))
     if stored:
         facts["ref_stats"] = {"sha256": sha256_file(args.ref_stats), "recorded": recorded}
-    about = f"{len(generated)} generated, {describe_reference(args, counts['reference'], recorded)}, {width} features"
+    about = f"{len(generated)} generated, {describe_reference(args, facts['reference'], recorded)}, {width} features"
     if args.variant == [OWN]:
         about += f" of {args.feature_extractor}"
     about = ", ".join([about, *pairing_notes(facts)])
@@ -165,15 +257,15 @@ def score_fid(args: argparse.Namespace) -> str:
         save_statistics(args.save_stats, references[0], kept)
     write_json(paths.json, facts | {"made_by": provenance(args)})
     write_text(paths.text, text + "\n")
-    partial.finish()
+    findings.finish()
     return text
 
 
 def gaussians(
-    extractor: Extractor, digests: dict[Path, str], args: argparse.Namespace, name: str, partial: Partial
+    extractor: Extractor, digests: dict[Path, str], args: argparse.Namespace, name: str, findings: Findings
 ) -> list[Gaussian]:
     """The Gaussian of the images' features for every variant."""
-    features = extract(extractor, digests, args.batch_size, args.num_workers, name, partial)
+    features = extract(extractor, digests, Reading(args.batch_size, args.num_workers, name), findings)
     return [Gaussian.of_features(each) for each in features]
 
 
@@ -200,7 +292,7 @@ def at_least_two(folder: Path, expected: int | None, name: str) -> tuple[dict[Pa
         check_complete(folder, "--expected" if name == "generated" else "--expected_ref")
     digests, never = without_never_drawn(digests)
     if len(digests) < 2:
-        raise UserError(f"FID needs at least two {name} images; {folder} holds one")
+        raise UserError(f"FID and KID need at least two {name} images; {folder} holds one")
     return digests, never
 
 

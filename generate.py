@@ -24,7 +24,7 @@ from des.data.images import image_name, read_image
 from des.data.prompts import never_drawn, read_rows
 from des.data.run_record import Sampling, claim, recorded_settings
 from des.data.truncation import truncated_by_encoder
-from des.evaluation.classify import Scorecards
+from des.evaluation.classify import ImageScores
 from des.evaluation.detectors.options import OUTPUT_NAMES, add_scoring, check_scoring, open_scorers
 from des.generation.defences import add_method, check_method, open_defence
 from des.generation.image_run import RunFolder, finish, lines_of, reserved, settings_of
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     drawable = [row for row in range(len(prompts)) if row not in left_out]  # of all shards
     truncated = truncated_by_encoder(readers(pipe, args.max_sequence_length), prompts, drawable)
     sampler = Sampler(pipe, refiner, sampling, prompts, drawn_with, inputs, size)
-    cards = Scorecards(scorers, OUTPUT_NAMES, args.cls_class, folder)
+    cards = ImageScores(scorers, OUTPUT_NAMES, args.cls_class, folder)
     with reserved(folder, rows) if processes.is_main else contextlib.nullcontext():
         if processes.is_main:
             settings = settings_of(sampler, defence, args.refiner_path, folders, args.discard_images)
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         drawn, seconds = make(run, sampler, cards, processes, args.log_prompts)
         processes.wait()
         if processes.is_main:
-            finish(folder, drawn, seconds, lambda: cards.write(args, list(names.values())) if scorers else [])
+            finish(folder, drawn, seconds, lambda: cards.write(provenance(args), list(names.values())) if scorers else [])
     which = "the original model" if args.training_method == "none" else f"the model protected by {args.training_method}"
     if in_doubt(applied):
         which = f"the model with {args.training_method}, WHICH MAY NOT PROTECT IT (see the warning above),"
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
         logger.info("%d images of %s %s %s", count_done(run, cards), which, where, folder)
 
 
-def make(run: RunFolder, sampler: Sampler, cards: Scorecards, processes: Processes, log_prompts: bool) -> tuple[int, float]:
+def make(run: RunFolder, sampler: Sampler, cards: ImageScores, processes: Processes, log_prompts: bool) -> tuple[int, float]:
     """Draw and score this process's share of what is not done yet.
 
     Returns how many images were drawn, and the seconds that the model took for them.
@@ -253,7 +253,7 @@ def make(run: RunFolder, sampler: Sampler, cards: Scorecards, processes: Process
     return len(todo), seconds
 
 
-def count_done(run: RunFolder, cards: Scorecards) -> int:
+def count_done(run: RunFolder, cards: ImageScores) -> int:
     """How many images of a run are on the disk as the manifest says, or were scored; UserError where that is not all of them."""
     found = manifest.read(run.folder)
     missing = [key for key in run.names if not run.is_done(key, found, cards)]

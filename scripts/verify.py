@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from des.data import manifest
+from des.data.claims import check_complete
 from des.data.image_folders import image_hashes
 from des.data.images import read_image
 from des.data.run_record import read_run
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         check_checkpoint(args)
         return
     run, lines = read_run(args.folder)
+    check_complete(args.folder, option=None)
     kept = {name: line for name, line in lines.items() if line["sha256"]}
     if kept:
         image_hashes(args.folder)
@@ -154,7 +156,7 @@ def check_interval(score: Score) -> Score:
         expected = proportion(score.content["k"], score.content["n"])
         if any(not math.isclose(score.content[name], expected[name], abs_tol=1e-9) for name in ("fraction", "low", "high")):
             raise UserError(f"{score.path} has a share or interval that its counts do not give; score the folder again")
-    if score.kind == "mean":
+    if score.kind in ("mean", "lpips"):
         _check_mean(score)
     return score
 

@@ -17,10 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des.evaluation.classify import add_folder, images_of, score_folder
+from des.evaluation.batches import Reading
+from des.evaluation.classify import add_folder, check_score_files, open_folder, score_folder
 from des.evaluation.detectors.options import CLASSIFIERS, add_classifier, add_nudenet, open_classifier, open_nudenet
 from des.utils import cli, logs
 from des.utils.errors import UserError
+from des.utils.provenance import provenance
 
 import pandas as pd
 
@@ -69,7 +71,7 @@ def check_classifier(parser: argparse.ArgumentParser, args: argparse.Namespace) 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logs.setup_logging(args.log_file)
-    images = images_of(args)
+    images = open_folder(args)
     if args.job == "nudity":
         detector = open_nudenet(args)
         images = images.assign(label=None)
@@ -77,7 +79,9 @@ def main(argv: list[str] | None = None) -> None:
         images = labelled(args, images)
         what = f"ASR of {args.cls_class}" if args.cls_class else f"accuracy of {args.label_column}"
         detector = open_classifier(args, args.job, what, images["label"].unique())
-    score_folder(args, detector, images)
+    check_score_files(args, detector)
+    reading = Reading(args.batch_size, args.num_workers)
+    print(score_folder(args.folder_dir, args.output_name, detector, images, reading, provenance(args), args.skip_unreadable))
 
 
 def labelled(args: argparse.Namespace, images: pd.DataFrame) -> pd.DataFrame:

@@ -14,9 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des.evaluation.classify import add_folder, images_of, score_folder
+from des.evaluation.batches import Reading
+from des.evaluation.classify import add_folder, check_score_files, open_folder, score_folder
 from des.evaluation.detectors.options import add_q16, open_q16
 from des.utils import cli, logs
+from des.utils.provenance import provenance
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,8 +35,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logs.setup_logging(args.log_file)
-    images = images_of(args).assign(label=None)
-    score_folder(args, open_q16(args), images)
+    images = open_folder(args).assign(label=None)
+    detector = open_q16(args)
+    check_score_files(args, detector)
+    reading = Reading(args.batch_size, args.num_workers)
+    print(score_folder(args.folder_dir, args.output_name, detector, images, reading, provenance(args), args.skip_unreadable))
 
 
 if __name__ == "__main__":

@@ -77,10 +77,10 @@ def left_out(folder: Path) -> set[int]:
     return set(rows)
 
 
-def check_complete(folder: Path, option: str = "--expected") -> None:
+def check_complete(folder: Path, option: str | None = "--expected") -> None:
     """Raise UserError where a run in or below `folder` has not drawn all the images that its record claims.
 
-    `option` is the one that lets the user say how many images are meant.
+    `option` is the one with which the user gives the number of images, if there is one.
     """
     claimed = lacking = 0
     first: tuple[str, int] | None = None
@@ -93,9 +93,10 @@ def check_complete(folder: Path, option: str = "--expected") -> None:
         if missing and first is None:
             first = str(place / RECORD), min(missing)[0]
     if first:
+        otherwise = f", or name the number of images that are meant with {option}" if option else ""
         raise UserError(
             f"{folder} lacks {lacking} of the {claimed} images that {first[0]} claims (row {first[1]} first); run the same "
-            f"generate.py command again to draw them, or name the number of images that are meant with {option}"
+            f"generate.py command again to draw them{otherwise}"
         )
 
 

@@ -1,16 +1,17 @@
 """Folders of images: finding them, checking them against their manifest, and pairing them with prompts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from des.data import claims, image_folders, manifest
-from des.data.images import SUFFIXES, _by_key, _matched, _other_prompts, _some, is_complete, row_of, without_never_drawn
+from des.data import claims, manifest
+from des.data.images import SUFFIXES, is_complete, row_and_copy, row_of
 from des.data.manifest import NAME, read
 from des.data.prompts import never_drawn, read_rows
 from des.utils.errors import UserError
 from des.utils.files import sha256_texts
 from des.utils.folders import walk
+from des.utils.logs import logger
 
 import pandas as pd
 
@@ -26,7 +27,7 @@ def image_hashes(folder: Path, expected: int | None = None, skip_unreadable: boo
     Nothing counts whose path below `folder` has a name that starts with a dot, such as `.ipynb_checkpoints/x_0p.png`.
     Raises UserError when there is none, or another number than `expected`; for what would make the number doubtful: a symbolic
     link to an image or folder, and an image's name on what is no file; and where a run drew them whose manifest says otherwise
-    (`des.data.image_folders.check`); with `skip_unreadable` damaged images pass.
+    (`check`); with `skip_unreadable` damaged images pass.
     """
     if not folder.is_dir():
         raise UserError(f"there is no image folder {folder}; generate.py draws one, and says where")
@@ -47,7 +48,7 @@ def image_hashes(folder: Path, expected: int | None = None, skip_unreadable: boo
         )
     rows = {path: row_of(path) for path in found}
     digests = manifest.hashes(sorted(found, key=lambda path: (rows[path] is None, rows[path] or 0, str(path))))
-    image_folders.check(folder, digests, (lambda path: not is_complete(path)) if skip_unreadable else (lambda path: False))
+    check(folder, digests, (lambda path: not is_complete(path)) if skip_unreadable else (lambda path: False))
     return digests
 
 
@@ -96,6 +97,74 @@ def pair_with_prompts(
     if differ:
         paired.attrs |= {"other_prompts": len(differ), "other_prompts_sha256": sha256_texts(rows["prompt"])}
     return paired
+
+
+def without_never_drawn(digests: dict[Path, str], rows: Set[int] = frozenset()) -> tuple[dict[Path, str], list[Path]]:
+    """Separate the images of rows that are never drawn, which are not scored; a log line names them.
+
+    Those are `rows`, and the rows that the run.json beside an image leaves out. Raises UserError where no other image is left.
+    """
+    left_out = {place: claims.left_out(place) for place in {path.parent for path in digests}}
+    never = [path for path in digests if row_of(path) in rows | left_out[path.parent]]
+    if never:
+        logger.warning(
+            "%d images are not scored: their prompts put minors in a sexual context and are never drawn (%s)",
+            len(never), _some([path.name for path in never]),
+        )  # fmt: skip
+    kept = {path: digest for path, digest in digests.items() if path not in set(never)}
+    if not kept:
+        raise UserError("no image is left to score: every one is of a prompt that is never drawn")
+    return kept, never
+
+
+def pairing_notes(facts: Mapping[str, Any]) -> list[str]:
+    """What people must know about how images were paired with prompts, from the `attrs` of `pair_with_prompts`.
+
+    `never_drawn` are the images that are not scored; `other_prompts` is the number of rows whose prompt is another than the one
+    that drew the image, and `other_prompts_sha256` the hash of that list.
+    """
+    notes = [f"by other prompts than drew the images in {facts['other_prompts']} rows"] if "other_prompts" in facts else []
+    if "never_drawn" in facts:
+        notes.append(f"{len(facts['never_drawn'])} images of prompts that are never drawn are not counted")
+    return notes
+
+
+def _by_key(digests: Iterable[Path]) -> dict[tuple[int, int], list[Path]]:
+    """Images by row and copy; UserError for one whose name has none."""
+    found: dict[tuple[int, int], list[Path]] = {}
+    for path in digests:
+        key = row_and_copy(path)
+        if key is None:
+            raise UserError(f"{path} does not end in `_<row>p`, so its prompt is unknown")
+        found.setdefault(key, []).append(path)
+    return found
+
+
+def _other_prompts(digests: Iterable[Path], prompts: pd.Series) -> list[int]:
+    """The rows whose prompt is another than the one that their image was drawn from; images without a manifest have none."""
+    lines = {place: manifest.read(place) for place in {path.parent for path in digests}}
+    differ = set()
+    for path in digests:
+        row, digest = row_of(path), lines[path.parent].get(path.name, {}).get("prompt_sha256")
+        if digest and row in prompts.index and digest != sha256_texts([prompts[row]]):
+            differ.add(row)
+    return sorted(differ)
+
+
+def _matched(folder: Path, found: dict[tuple[int, int], list[Path]], drawn: set[int], partly: bool) -> list[tuple[int, int]]:
+    """The keys of all `drawn` rows' images, sorted (`partly`: of those found); UserError where `found` is not exactly these."""
+    copies = 1 + max(copy for _, copy in found)
+    wanted = {(row, copy) for row in drawn for copy in range(copies)}
+    twice = [f"{row} ({', '.join(path.name for path in paths)})" for (row, _), paths in sorted(found.items()) if len(paths) > 1]
+    problems = {
+        "no image for": [] if partly else sorted({row for row, _ in wanted - found.keys()}),
+        "images beyond the list for": sorted({row for row, _ in found.keys() - wanted}),
+        "more than one image for": twice,
+    }
+    parts = [f"{what} row {_some(rows)}" for what, rows in problems.items() if rows]
+    if parts:
+        raise UserError(f"{folder} does not match its {len(wanted)} prompts: {'; '.join(parts)}")
+    return sorted(wanted & found.keys())
 
 
 def image_of_row(folder: Path, rows: list[int]) -> dict[int, Path]:
@@ -147,3 +216,8 @@ def _compare(place: Path, mine: dict[str, str], lines: dict[str, dict[str, Any]]
     told = [f"{len(names)} {what} ({min(names)} first)" for what, names in problems.items() if names]
     if told:
         raise UserError(f"the images in {place} are not those of its {NAME}: {'; '.join(told)}; draw them again")
+
+
+def _some(rows: list) -> str:
+    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return ", ".join(map(str, rows[:5])) + more

@@ -1,20 +1,17 @@
-"""Image files: their names and rows, pairing with prompts, reading safely and in batches."""
+"""Image files: their names, and how they are read safely and in batches."""
 
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from des.data import claims, manifest
 from des.utils.errors import UserError
-from des.utils.files import sha256_texts
-from des.utils.logs import logger, progress
+from des.utils.logs import progress
 
 import numpy as np
-import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")  # those that pytorch-fid counts
@@ -41,81 +38,14 @@ def image_name(output_name: str, method: str, row: int, copy: int = 0) -> str:
 
 def row_of(path: Path) -> int | None:
     """The prompt row in an image's file name, or None where it names none."""
-    key = _row_and_copy(path)
+    key = row_and_copy(path)
     return key and key[0]
 
 
-def _row_and_copy(path: Path) -> tuple[int, int] | None:
+def row_and_copy(path: Path) -> tuple[int, int] | None:
+    """The prompt row and the copy in an image's file name, or None where it has none."""
     match = _ROW.search(path.name)
     return (int(match[1]), int(match[2] or 0)) if match else None
-
-
-def without_never_drawn(digests: dict[Path, str], rows: Set[int] = frozenset()) -> tuple[dict[Path, str], list[Path]]:
-    """Separate the images of rows that are never drawn, which are not scored; a log line names them.
-
-    Those are `rows`, and the rows that the run.json beside an image leaves out. Raises UserError where no other image is left.
-    """
-    left_out = {place: claims.left_out(place) for place in {path.parent for path in digests}}
-    never = [path for path in digests if row_of(path) in rows | left_out[path.parent]]
-    if never:
-        logger.warning(
-            "%d images are not scored: their prompts put minors in a sexual context and are never drawn (%s)",
-            len(never), _some([path.name for path in never]),
-        )  # fmt: skip
-    kept = {path: digest for path, digest in digests.items() if path not in set(never)}
-    if not kept:
-        raise UserError("no image is left to score: every one is of a prompt that is never drawn")
-    return kept, never
-
-
-def pairing_notes(facts: Mapping[str, Any]) -> list[str]:
-    """What people must know about how images were paired with prompts, from the `attrs` of `pair_with_prompts`.
-
-    `never_drawn` are the images that are not scored; `other_prompts` is the number of rows whose prompt is another than the one
-    that drew the image, and `other_prompts_sha256` the hash of that list.
-    """
-    notes = [f"by other prompts than drew the images in {facts['other_prompts']} rows"] if "other_prompts" in facts else []
-    if "never_drawn" in facts:
-        notes.append(f"{len(facts['never_drawn'])} images of prompts that are never drawn are not counted")
-    return notes
-
-
-def _by_key(digests: Iterable[Path]) -> dict[tuple[int, int], list[Path]]:
-    """Images by row and copy; UserError for one whose name has none."""
-    found: dict[tuple[int, int], list[Path]] = {}
-    for path in digests:
-        key = _row_and_copy(path)
-        if key is None:
-            raise UserError(f"{path} does not end in `_<row>p`, so its prompt is unknown")
-        found.setdefault(key, []).append(path)
-    return found
-
-
-def _other_prompts(digests: Iterable[Path], prompts: pd.Series) -> list[int]:
-    """The rows whose prompt is another than the one that their image was drawn from; images without a manifest have none."""
-    lines = {place: manifest.read(place) for place in {path.parent for path in digests}}
-    differ = set()
-    for path in digests:
-        row, digest = row_of(path), lines[path.parent].get(path.name, {}).get("prompt_sha256")
-        if digest and row in prompts.index and digest != sha256_texts([prompts[row]]):
-            differ.add(row)
-    return sorted(differ)
-
-
-def _matched(folder: Path, found: dict[tuple[int, int], list[Path]], drawn: set[int], partly: bool) -> list[tuple[int, int]]:
-    """The keys of all `drawn` rows' images, sorted (`partly`: of those found); UserError where `found` is not exactly these."""
-    copies = 1 + max(copy for _, copy in found)
-    wanted = {(row, copy) for row in drawn for copy in range(copies)}
-    twice = [f"{row} ({', '.join(path.name for path in paths)})" for (row, _), paths in sorted(found.items()) if len(paths) > 1]
-    problems = {
-        "no image for": [] if partly else sorted({row for row, _ in wanted - found.keys()}),
-        "images beyond the list for": sorted({row for row, _ in found.keys() - wanted}),
-        "more than one image for": twice,
-    }
-    parts = [f"{what} row {_some(rows)}" for what, rows in problems.items() if rows]
-    if parts:
-        raise UserError(f"{folder} does not match its {len(wanted)} prompts: {'; '.join(parts)}")
-    return sorted(wanted & found.keys())
 
 
 def read_image(path: Path) -> Image.Image:
@@ -237,8 +167,3 @@ def image_batches(
                     unreadable.append(path)
             yield items
             bar.update(len(batch))
-
-
-def _some(rows: list) -> str:
-    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-    return ", ".join(map(str, rows[:5])) + more

@@ -1,16 +1,18 @@
-"""Scoring images with a detector (tasks/detectors/): one command line, one loop and one form of result for all of them."""
+"""Scoring images with a detector: the options, the result files, and the scores of images as they are drawn."""
 
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from des.data import claims, manifest
-from des.data.image_folders import image_hashes, pair_with_prompts
-from des.data.images import BLURRED, image_batches, pairing_notes, row_of, without_never_drawn
+from des.data.image_folders import image_hashes, pair_with_prompts, pairing_notes, without_never_drawn
+from des.data.images import BLURRED, row_of
 from des.data.truncation import truncated_counts
+from des.evaluation.batches import Item, Reading, measure_images
 from des.evaluation.detectors.base import Detector
 from des.evaluation.scorer_identity import detector_identity
 from des.utils import cli
@@ -19,8 +21,7 @@ from des.utils.files import findings_sha256, is_reserved, replacing, sha256_text
 from des.utils.folders import visible
 from des.utils.locks import locked
 from des.utils.logs import logger
-from des.utils.provenance import provenance
-from des.utils.resume import Partial
+from des.utils.resume import Findings
 from des.utils.stats import proportion, show
 
 import pandas as pd
@@ -35,14 +36,16 @@ def add_folder(parser: argparse.ArgumentParser, output_name: str) -> None:
     cli.add_other_prompts(files)
     cli.add_expected(files)
     files.add_argument(
-        "--skip_unreadable", action="store_true", help="count unreadable images apart instead of stopping at the first"
+        "--skip_unreadable",
+        action="store_true",
+        help="leave out unreadable images and list them in the result, instead of stopping at the first",
     )
     files.add_argument(
         "--output_name",
         type=result_name,
         default=output_name,
         metavar="NAME",
-        help="of the two files written into the image folder",
+        help="name of the result files in the image folder",
     )
     performance = parser.add_argument_group("performance")
     cli.add_device(performance, "--devices")
@@ -52,7 +55,7 @@ def add_folder(parser: argparse.ArgumentParser, output_name: str) -> None:
 def file_stem(text: str) -> str:
     """An argparse type for a file's name without folder or suffix."""
     if not text.strip() or text.startswith(".") or Path(text).name != text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file name")
     return text
 
 
@@ -63,71 +66,75 @@ def result_name(text: str) -> str:
     return text
 
 
-def images_of(args: argparse.Namespace) -> pd.DataFrame:
-    """The images to score, in columns `image` and `sha256`; with --csv_path beside the columns of their rows.
+def images_of(
+    folder: Path,
+    csv_path: Path | None = None,
+    expected: int | None = None,
+    skip_unreadable: bool = False,
+    other_prompts: bool = False,
+) -> pd.DataFrame:
+    """The images to score, in columns `image` and `sha256`; with a prompt CSV, beside the columns of their rows.
 
-    `attrs` are as `pair_with_prompts` gives them. Raises UserError where images of the folder's run lack, unless --expected.
+    The parameters and `attrs` are those of `pair_with_prompts`. Raises UserError where images of the folder's run are missing,
+    unless `expected` gives their number.
     """
-    if args.csv_path:
-        return pair_with_prompts(args.folder_dir, args.csv_path, args.expected, args.skip_unreadable, args.other_prompts)
-    if args.other_prompts:
+    if csv_path:
+        return pair_with_prompts(folder, csv_path, expected, skip_unreadable, other_prompts)
+    if other_prompts:
         raise UserError("--other_prompts needs --csv_path, the list that is meant")
-    digests = image_hashes(args.folder_dir, args.expected, args.skip_unreadable)
-    if args.expected is None:
-        claims.check_complete(args.folder_dir)
+    digests = image_hashes(folder, expected, skip_unreadable)
+    if expected is None:
+        claims.check_complete(folder)
     digests, never = without_never_drawn(digests)
     images = pd.DataFrame({"image": list(digests), "sha256": list(digests.values())})
-    images.attrs = {"never_drawn": [str(path.relative_to(args.folder_dir)) for path in never]} if never else {}
+    images.attrs = {"never_drawn": [str(path.relative_to(folder)) for path in never]} if never else {}
     return images
 
 
-def score_folder(args: argparse.Namespace, detector: Detector, images: pd.DataFrame) -> None:
-    """Score images and write `{output_name}.txt` and `.json` beside them.
+def score_folder(
+    folder: Path,
+    output_name: str,
+    detector: Detector,
+    images: pd.DataFrame,
+    reading: Reading,
+    made_by: Mapping[str, Any],
+    skip_unreadable: bool = False,
+) -> str:
+    """Score images, write `{output_name}.txt` and `.json` into `folder`, and return the text. An interrupted run is resumed.
 
-    `images` has columns `image`, `sha256` and `label`, the class that counts. What an interrupted run scored is not scored again.
-    Raises UserError for an unreadable image, before a result is written, unless --skip_unreadable; then also where none is left.
+    `images` has columns `image`, `sha256` and `label`, the class that counts; `made_by` is the provenance to record. Raises
+    UserError for an unreadable image before any result is written; with `skip_unreadable`, only where no image can be read.
     """
-    paths, labels = images["image"].tolist(), images["label"].tolist()
-    keys = {path: f"{path.relative_to(args.folder_dir)} {digest} {label}" for path, digest, label in
-            zip(paths, images["sha256"], labels, strict=True)}  # fmt: skip
-    outputs = [args.folder_dir / f"{args.output_name}.txt", *result_files(args.folder_dir, args.output_name, detector).values()]
-    cli.check_outputs(outputs, [args.csv_path, args.log_file])
-    with locked(args.folder_dir / f".{args.output_name}.lock", f"the scores {args.output_name}"):
-        partial = Partial(args.folder_dir / f"{args.output_name}.json", stamp_of(detector))
-        partial.found |= scored_before(args.folder_dir, args.output_name, detector)
-        todo = images[[keys[path] not in partial.found for path in paths]]
-        if len(todo) < len(paths):
-            logger.info("%d of %d images were scored before", len(paths) - len(todo), len(paths))
-        unreadable = _score(args, detector, todo, keys, partial)
-        scored = images[[path not in unreadable for path in paths]]
-        if scored.empty:
-            raise UserError(f"none of the {len(paths)} images in {args.folder_dir} can be read")
+    with locked(folder / f".{output_name}.lock", f"the scores {output_name}"):
+        findings = Findings(folder / f"{output_name}.json", stamp_of(detector))
+        findings.found |= scored_before(folder, output_name, detector)
+        names = [str(path.relative_to(folder)) for path in images["image"]]
+        rows = zip(names, images["sha256"], images["label"], images["image"], strict=True)
+        items = [Item(f"{name} {digest} {label}", path, label) for name, digest, label, path in rows]
+        unreadable: list[Path] = []
+        found = measure_images(
+            items, partial(verdicts, detector), findings, reading, detector.prepare, unreadable if skip_unreadable else None
+        )
+        if not found:
+            raise UserError(f"none of the {len(items)} images in {folder} can be read")
         if unreadable:
-            logger.warning("%d of %d images could not be read and are not counted", len(unreadable), len(paths))
-        found = [partial.found[keys[path]] for path in scored["image"]]
-        findings = {verdict: [each[verdict] for each in found] for verdict in detector.titles}
-        files = dict(zip((str(path.relative_to(args.folder_dir)) for path in scored["image"]), scored["sha256"], strict=True))
-        skipped = sorted(str(path.relative_to(args.folder_dir)) for path in unreadable)
-        print(write_verdicts(args, args.folder_dir, args.output_name, detector, files, findings, skipped, images.attrs))
-        partial.finish()
+            logger.warning("%d of %d images could not be read and are not counted", len(unreadable), len(items))
+        skipped = sorted(str(path.relative_to(folder)) for path in unreadable)
+        files = {name: digest for name, digest in zip(names, images["sha256"], strict=True) if name not in skipped}
+        by_verdict = {verdict: [each[verdict] for each in found] for verdict in detector.titles}
+        text = write_verdicts(made_by, folder, output_name, detector, files, by_verdict, skipped, images.attrs)
+        findings.finish()
+        return text
 
 
-def _score(
-    args: argparse.Namespace, detector: Detector, images: pd.DataFrame, keys: dict[Path, str], partial: Partial
-) -> set[Path]:
-    """Add the findings of images to `partial`, batch by batch; returns those that could not be read."""
-    paths, label_of = images["image"].tolist(), dict(zip(images["image"], images["label"], strict=True))
-    unreadable: list[Path] = []
-    reading = args.batch_size, "score", args.num_workers, detector.prepare, unreadable if args.skip_unreadable else None
-    for start, prepared in zip(range(0, len(paths), args.batch_size), image_batches(paths, *reading), strict=True):
-        batch = [path for path in paths[start : start + args.batch_size] if path not in unreadable]
-        verdicts = detector.score(prepared, [label_of[path] for path in batch]) if batch else {}
-        partial.add({keys[path]: {verdict: found[i] for verdict, found in verdicts.items()} for i, path in enumerate(batch)})
-    return set(unreadable)
+def verdicts(detector: Detector, prepared: list, labels: Sequence[str | None]) -> list[dict[str, dict[str, Any]]]:
+    """A detector's findings by verdict, for each image."""
+    found = detector.score(prepared, labels)
+    return [{verdict: each[i] for verdict, each in found.items()} for i in range(len(prepared))]
 
 
 def scored_before(folder: Path, output_name: str, detector: Detector) -> dict[str, dict[str, Any]]:
-    """The findings of the result files that are there, by the keys of `score_folder`, where these detectors made them."""
+    """The findings of earlier result files by the keys of `score_folder`; empty where another detector made them."""
     found: dict[str, dict[str, Any]] = {}
     for verdict, path in result_files(folder, output_name, detector).items():
         try:
@@ -158,12 +165,12 @@ def result_files(folder: Path, output_name: str, detector: Detector) -> dict[str
 
 
 def stamp_of(detector: Detector) -> str:
-    """A hash of all that makes a detector's figures comparable."""
+    """A hash of everything that must be equal for a detector's figures to compare."""
     return sha256_texts(f"{verdict} {detector_identity(facts)}" for verdict, facts in detector.facts.items())
 
 
 def write_verdicts(
-    args: argparse.Namespace,
+    made_by: Mapping[str, Any],
     folder: Path,
     output_name: str,
     detector: Detector,
@@ -172,10 +179,10 @@ def write_verdicts(
     unreadable: Sequence[str] = (),
     pairing: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """Write what a detector found into `folder`, and return its line for people, one a verdict.
+    """Write the findings of a detector into `folder`, and return its text, one line a verdict.
 
-    `files` are those that `findings` are about, in order, with their sha256 (None: not kept). Each verdict's numbers go to its
-    file of `result_files`, the lines of all to `{output_name}.txt`. `pairing` is recorded, as `pair_with_prompts` explains it.
+    `files` are the images of `findings`, in order, with their sha256 (None where the image was discarded). Each verdict's numbers go to its
+    file of `result_files`, the lines of all to `{output_name}.txt`. `pairing` is recorded as well: see `pairing_notes`.
     """
     lines = []
     for verdict, path in result_files(folder, output_name, detector).items():
@@ -192,17 +199,17 @@ def write_verdicts(
             {"file": name, "row": row_of(Path(name)), "sha256": digest, **finding}
             for (name, digest), finding in zip(files.items(), found, strict=True)
         ]
-        write_json(path, facts | {"findings_sha256": findings_sha256(facts), "made_by": provenance(args)})
+        write_json(path, facts | {"findings_sha256": findings_sha256(facts), "made_by": made_by})
     text = "\n".join(lines)
     write_text(folder / f"{output_name}.txt", text + "\n")
     return text
 
 
-class Scorecards:
-    """What detectors found in images as they were drawn: one small JSON file an image, named as the image is."""
+class ImageScores:
+    """The findings of detectors in images as they are drawn: one small JSON file an image (a card), named as the image is."""
 
     def __init__(self, detectors: dict[str, Detector], output_names: dict[str, str], label: str | None, folder: Path):
-        """Keep the cards in `folder`; `label` names the class that counts, for a detector that is asked for one."""
+        """Keep the cards in `folder`; `label` is the class that counts, for detectors that need one."""
         self.detectors = detectors
         self.output_names = output_names
         self.label = label
@@ -223,15 +230,15 @@ class Scorecards:
 
     def score(self, path: Path, line: dict[str, Any], image: Image.Image) -> None:
         """Score the image that belongs at `path`: alone, so that its figures do not depend on what is drawn beside it."""
-        findings = {}
-        for name, detector in self.detectors.items():
-            verdicts = detector.score([detector.prepare(image.convert("RGB"))], [self.label])
-            findings[name] = {verdict: found for verdict, (found,) in verdicts.items()}
+        findings = {
+            name: verdicts(detector, [detector.prepare(image.convert("RGB"))], [self.label])[0]
+            for name, detector in self.detectors.items()
+        }
         card = {"drawn": line, "detectors": self.stamp, "findings": findings}
         write_json(path.with_suffix(".json"), card | {"sha256": _checksum(card)})
 
-    def write(self, args: argparse.Namespace, expected: Sequence[Path]) -> list[str]:
-        """Write the verdicts over all cards in the folder, those of other shards too; returns their lines for people.
+    def write(self, made_by: Mapping[str, Any], expected: Sequence[Path]) -> list[str]:
+        """Write the verdicts over all cards in the folder, those of other shards too; returns their lines.
 
         Nothing is written while cards of images that the run claims are missing: the shard that finishes last writes. Rows that are
         never drawn do not count. Raises UserError where one of `expected` was lost meanwhile.
@@ -250,15 +257,17 @@ class Scorecards:
         scored = {(drawn[path.name]["row"], drawn[path.name]["copy"]) for path, found in cards.items() if found is not None}
         lacking = claims.claimed_keys(self.folder, record) - scored
         if lacking:
-            told = "%s lacks the scores of %d images that its run claims (row %d first), so no result is written yet; draw those too"
-            logger.warning(told, self.folder, len(lacking), min(lacking)[0])
+            logger.warning(
+                "%s lacks the scores of %d images that its run claims (row %d first), so no result is written yet; draw those too",
+                self.folder, len(lacking), min(lacking)[0],
+            )  # fmt: skip
             return []
         kept = sorted((path for path, found in cards.items() if found is not None), key=lambda path: (row_of(path), path.name))
         files = {path.name: drawn[path.name]["sha256"] for path in kept}
         lines = []
         for name, detector in self.detectors.items():
             findings = {verdict: [cards[path][name][verdict] for path in kept] for verdict in detector.titles}
-            lines.append(write_verdicts(args, self.folder, self.output_names[name], detector, files, findings))
+            lines.append(write_verdicts(made_by, self.folder, self.output_names[name], detector, files, findings))
         return lines
 
 
@@ -277,3 +286,14 @@ def save_blurred(image: Image.Image, path: Path) -> None:
     mark.add_text(*BLURRED)
     with replacing(path) as temporary:
         blurred(image).save(temporary, format="PNG", pnginfo=mark)
+
+
+def check_score_files(args: argparse.Namespace, detector: Detector) -> None:
+    """Raise UserError where a result would be written over an input or the log."""
+    outputs = [args.folder_dir / f"{args.output_name}.txt", *result_files(args.folder_dir, args.output_name, detector).values()]
+    cli.check_outputs(outputs, [args.csv_path, args.log_file])
+
+
+def open_folder(args: argparse.Namespace) -> pd.DataFrame:
+    """The images that the options of `add_folder` name, as `images_of` returns them."""
+    return images_of(args.folder_dir, args.csv_path, args.expected, args.skip_unreadable, args.other_prompts)

@@ -1,17 +1,16 @@
-"""What FID compares: features of images, by the Inception-v3 in one or more variants, or by any image model its own way."""
+"""Image features for FID and KID: of the Inception-v3 in one or several variants, or of any image model."""
 
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from des.data.images import image_batches
+from des.evaluation.batches import Item, Reading, measure_images
 from des.evaluation.inception import VARIANTS, Inception, load_inception
 from des.evaluation.scorer_identity import MODEL, PROCESSOR, configuration_sha256
 from des.models.checkpoints import fingerprint
 from des.models.loading import load_model, loading
-from des.utils.logs import logger
-from des.utils.resume import Partial
+from des.utils.resume import Findings
 
 import torch
 from PIL import Image
@@ -70,31 +69,26 @@ def load_extractor(source: str | None, variants: list[str], device: torch.device
 
 
 def extractor_hashes(extractor: Extractor, source: str | None) -> dict[str, str]:
-    """What decides the features of an image beside the variant: the weights and, of an image model, how it reads images."""
+    """Hashes of the weights and, for an image model, of its configuration; with the variant they determine the features."""
     hashes = {"extractor_sha256": fingerprint(extractor.model)}
     if is_image_model(source):
         hashes["configuration_sha256"] = configuration_sha256(source, MODEL + PROCESSOR)
     return hashes
 
 
-def extract(
-    extractor: Extractor, digests: Mapping[Path, str], batch_size: int, workers: int, desc: str, partial: Partial
-) -> list[Tensor]:
+def extract(extractor: Extractor, digests: Mapping[Path, str], reading: Reading, findings: Findings) -> list[Tensor]:
     """The features [images, features] of every variant, in float64 on the CPU, of images by path with their sha256.
 
-    What `partial` has of an interrupted run is not computed again. Raises UserError that names an unreadable image.
+    Features of an interrupted run that `findings` has are not computed again. Raises UserError that names an unreadable image.
     """
-    todo = [path for path, digest in digests.items() if digest not in partial.found]
-    if len(todo) < len(digests):
-        logger.info("%s: the features of %d of %d images were there", desc, len(digests) - len(todo), len(digests))
-    batches = image_batches(todo, batch_size, desc, workers, extractor.prepare)
-    for start, batch in zip(range(0, len(todo), batch_size), batches, strict=True):
-        with torch.inference_mode():
-            variants = [features.float().cpu() for features in extractor(batch)]
-        names = [digests[path] for path in todo[start : start + batch_size]]
-        partial.add({name: [_packed(features[i]) for features in variants] for i, name in enumerate(names)})
-    found = [[_unpacked(text) for text in partial.found[digest]] for digest in digests.values()]
-    return [torch.stack(features).double() for features in zip(*found, strict=True)]
+
+    def features(batch: list, _: list) -> list[list[str]]:
+        variants = [each.float().cpu() for each in extractor(batch)]
+        return [[_packed(each[i]) for each in variants] for i in range(len(batch))]
+
+    items = [Item(digest, path) for path, digest in digests.items()]
+    packed = measure_images(items, features, findings, reading, extractor.prepare)
+    return [torch.stack([_unpacked(text) for text in texts]).double() for texts in zip(*packed, strict=True)]
 
 
 def _packed(features: Tensor) -> str:

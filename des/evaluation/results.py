@@ -15,16 +15,23 @@ from des.utils.errors import UserError
 from des.utils.files import findings_sha256, sha256_texts
 from des.utils.folders import visible
 
-MEANS = {"clip_score": "CLIP score", "pickscore": "PickScore", "blipscore": "BLIP score", "imagereward": "ImageReward"}
-_BESIDE = ("fid", "pickscore", "blipscore", "imagereward")  # fid.py writes {folder}_{job}.json
+MEANS = {
+    "clip_score": "CLIP score",
+    "pickscore": "PickScore",
+    "blipscore": "BLIP score",
+    "imagereward": "ImageReward",
+    "lpips": "LPIPS",
+}
+FEATURES = {OWN: "another model's features"}
+_BESIDE = ("fid", "kid", "lpips", "pickscore", "blipscore", "imagereward")  # fid.py writes {folder}_{job}.json
 
 
 @dataclass(frozen=True)
 class Score:
     """One figure about a folder of images.
 
-    `kind` is asr (images that a detector counts), accuracy (images that show what they should), mean (of a score an image, higher is
-    better) or fid. `value` is a percentage for the first two; `low` and `high` are its 95% interval where there is one. Scores of
+    `kind` is asr (images that a detector counts), accuracy (images that show what they should), mean (of a score of each image, higher
+    is better), or fid, kid or lpips (lower is better). `value` is a percentage for the first two; `low` and `high` are its 95% interval where there is one. Scores of
     several folders compare where `title` and `identity` are equal.
     """
 
@@ -35,7 +42,7 @@ class Score:
     value: float
     low: float | None
     high: float | None
-    counts: str  # for people: 3/60, 66 images
+    counts: str  # as shown: 3/60, 66 images
     content: dict[str, Any]
 
 
@@ -58,7 +65,7 @@ def check_scores(path: Path, content: Mapping[str, Any], lines: Lines) -> None:
         k, n = sum(image["hit"] for image in content["images"]), len(scored)
         claimed = content["k"], content["n"]
     except _BROKEN:
-        raise UserError(f"{path} is no whole result of a scorer; score the folder again") from None
+        raise UserError(f"{path} is no complete result of a scorer; score the folder again") from None
     _refuse_stale(path, scored, lines, skipped)
     if claimed != (k, n):
         raise UserError(f"{path} says {claimed[0]} of {claimed[1]}, and its images say {k} of {n}")
@@ -88,7 +95,7 @@ def read_scores(folder: Path, lines: Lines) -> list[Score]:
     for job in _BESIDE:
         path = folder.with_name(f"{folder.name}_{job}.json")
         if path.is_file():
-            scores += _fids(path, lines) if job == "fid" else [_mean(path, job, lines)]
+            scores += _distances(path, lines) if job in ("fid", "kid") else [_mean(path, job, lines)]
     return [_titled(score) for score in scores]
 
 
@@ -99,7 +106,7 @@ def read_score(path: Path, lines: Lines) -> list[Score]:
         check_scores(path, content, lines)
         return [_share(path, content)]
     if "variants" in content:
-        return _fids(path, lines)
+        return _distances(path, lines)
     names = [name for name in MEANS if name in content]
     if not names:
         raise UserError(
@@ -116,7 +123,7 @@ def _share(path: Path, content: dict[str, Any]) -> Score:
             *(100 * _finite(content[name]) for name in ("fraction", "low", "high")), f"{content['k']}/{content['n']}", content,
         )  # fmt: skip
     except _BROKEN:
-        raise UserError(f"{path} is no whole result of a scorer; score the folder again") from None
+        raise UserError(f"{path} is no complete result of a scorer; score the folder again") from None
 
 
 def _titled(score: Score) -> Score:
@@ -145,13 +152,14 @@ def _mean(path: Path, name: str, lines: Lines) -> Score:
                 f"{path} says {value} of {content['n']} images, and {table.name} says {mean}; score the folder again"
             )
         identity = sha256_texts([json.dumps(models, sort_keys=True)])
-        return Score(path, "mean", MEANS[name], identity, value, low, high, f"{len(rows)} images", content)
+        kind = "lpips" if name == "lpips" else "mean"
+        return Score(path, kind, MEANS[name], identity, value, low, high, f"{len(rows)} images", content)
     except _BROKEN:
-        raise UserError(f"{path} is no whole result of a scorer; score the folder again") from None
+        raise UserError(f"{path} is no complete result of a scorer; score the folder again") from None
 
 
-def _fids(path: Path, lines: Lines) -> list[Score]:
-    """The FID of each variant, checked against the manifest by the hash of the images; by their number where it is not recorded."""
+def _distances(path: Path, lines: Lines) -> list[Score]:
+    """The FID or KID of each variant, checked against the manifest by the hash of the images; by their number where it is not recorded."""
     content = read_json(path)
     never = content.get("never_drawn", ())
     kept = sorted(line["sha256"] for name, line in lines.items() if line["sha256"] and name not in never)
@@ -163,13 +171,15 @@ def _fids(path: Path, lines: Lines) -> list[Score]:
         compared += (
             [content["ref_stats"]["sha256"]] if content.get("reference_sha256") is None and "ref_stats" in content else []
         )
+        kind = "kid" if "kid" in content else "fid"
+        compared += [content["subsets"], content["subset_size"], content["seed"]] if kind == "kid" else []
         identity = sha256_texts([json.dumps(compared)])
         counts = f"{content['generated']} images, {content['reference']} reference"
         return [
             Score(
                 path,
-                "fid",
-                "FID (another model's features)" if name == OWN else f"FID ({name})",
+                kind,
+                f"{kind.upper()} ({FEATURES.get(name, name)})",
                 identity,
                 _finite(value),
                 None,
@@ -180,7 +190,7 @@ def _fids(path: Path, lines: Lines) -> list[Score]:
             for name, value in content["variants"].items()
         ]
     except _BROKEN:
-        raise UserError(f"{path} is no whole result of fid.py; compute it again") from None
+        raise UserError(f"{path} is no complete result of fid.py; compute it again") from None
 
 
 def _finite(value: Any) -> float:

@@ -1,4 +1,4 @@
-"""Scores of single images: CLIP's cosine, the mean with its interval, and the files that hold them."""
+"""Scores of single images: CLIP's cosine, the mean with its interval, and the result files."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from des.data import manifest
-from des.data.images import SUFFIXES, image_batches, pairing_notes
+from des.data.image_folders import pairing_notes
+from des.data.images import SUFFIXES
 from des.data.truncation import truncated_counts
+from des.evaluation.batches import Item, Reading, measure_images
 from des.models.loading import loading
 from des.utils.errors import UserError
 from des.utils.files import is_reserved, replacing, result_paths, sha256_texts, write_json, write_text
-from des.utils.logs import logger
-from des.utils.resume import Partial
+from des.utils.resume import Findings
 from des.utils.stats import Z95
 
 import pandas as pd
@@ -32,13 +33,11 @@ def load_processor(processor_class: type, source: str) -> Any:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How images are read and scored in batches, and where an interrupted run's scores are: beside the result file `output`."""
+    """Where the images of a score are, how they are read, and the result file beside which an interrupted run is kept."""
 
     output: Path
     folder: Path
-    batch_size: int
-    workers: int
-    desc: str
+    reading: Reading
 
 
 def score_images(
@@ -48,25 +47,17 @@ def score_images(
     score: Callable[[list, list[str]], list[Any]],
     prepare: Callable[[Image.Image], Any] | None = None,
 ) -> list[Any]:
-    """What `score` makes of every image and its prompt, in order; what an interrupted run scored with the same `models` is kept.
+    """The score of every image for its prompt, in order; scores of an interrupted run with the same `models` are kept.
 
-    `images` is what `pair_with_prompts` returns for the folder; `score` takes a batch of images (or what `prepare` makes of them in
-    the reading threads) and their prompts. Raises UserError that names an unreadable image.
+    `images` is what `pair_with_prompts` returns for the folder; `score` and `prepare` are those of `measure_images`, with prompts
+    as targets. Raises UserError that names an unreadable image.
     """
-    partial = Partial(result_paths(how.output).json, sha256_texts(f"{name} {digest}" for name, digest in models.items()))
     rows = zip(images["image"], images["sha256"], images["prompt"], strict=True)
-    keys = [f"{path.relative_to(how.folder)} {digest} {sha256_texts([prompt])}" for path, digest, prompt in rows]
-    todo = [i for i, key in enumerate(keys) if key not in partial.found]
-    if len(todo) < len(images):
-        logger.info("%d of %d images were scored before", len(images) - len(todo), len(images))
-    paths, prompts = ([images[column].iloc[i] for i in todo] for column in ("image", "prompt"))
-    batches = image_batches(paths, how.batch_size, how.desc, how.workers, prepare)
-    for start, batch in zip(range(0, len(todo), how.batch_size), batches, strict=True):
-        part = slice(start, start + how.batch_size)
-        with torch.inference_mode():
-            found = score(batch, prompts[part])
-        partial.add(dict(zip([keys[i] for i in todo[part]], found, strict=True)))
-    return [partial.found[key] for key in keys]
+    items = [
+        Item(f"{path.relative_to(how.folder)} {digest} {sha256_texts([prompt])}", path, prompt) for path, digest, prompt in rows
+    ]
+    stamp = sha256_texts(f"{name} {digest}" for name, digest in models.items())
+    return measure_images(items, score, Findings(result_paths(how.output).json, stamp), how.reading, prepare)
 
 
 def clip_cosine(model: CLIPModel, processor: CLIPProcessor) -> Callable[[list[Image.Image], list[str]], list[float]]:
@@ -108,7 +99,7 @@ def write_scores(
     columns: Mapping[str, Sequence],
     facts: Mapping[str, Any],
 ) -> str:
-    """Write the `result_paths` of `output`: its text (the mean for people), and beside it .json (mean `name`, `n`, interval, `facts`) and .csv (one row an image).
+    """Write the `result_paths` of `output`: its text, and beside it .json (mean `name`, `n`, interval, `facts`) and .csv (one row an image).
 
     `images` is what `pair_with_prompts` returns for `folder`; the column `name` of `columns` holds the scores. Returns the text.
     """
@@ -125,5 +116,5 @@ def write_scores(
     about = {**interval, **images.attrs, **truncated_counts(folder, images.index), **facts}
     write_json(paths.json, {name: mean, "n": len(scores), **about})
     write_text(paths.text, text + "\n")
-    Partial(paths.json, "").finish()
+    Findings(paths.json, "").finish()
     return text

@@ -1,11 +1,11 @@
 """Scores of how well an image suits its prompt: PickScore, BLIP score and ImageReward. Each job is one function.
 
-All take images, prompts and the scorer's sources, and return the columns of the per-image table, the score first, and the hashes
-of the models that made it.
+All take the images that `pair_with_prompts` returns and the folders or hub ids of the models (the names of DEFAULTS), and return
+the columns of the per-image table, the score first, with the hashes of the models.
 """
 
-import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,42 +35,42 @@ CAPTION = {"max_length": 50, "num_beams": 1, "do_sample": False}  # max_length a
 Scored = tuple[dict[str, list], dict[str, Any]]
 
 
-def pickscore(images: pd.DataFrame, args: argparse.Namespace) -> Scored:
+def pickscore(images: pd.DataFrame, sources: Mapping[str, str], device: torch.device, how: Scoring) -> Scored:
     """PickScore: exp(logit scale) * cosine(image, prompt), about 15 to 25. Source: Kirstain et al., NeurIPS 2023."""
-    processor = load_processor(CLIPProcessor, args.processor)
-    model = load_model(CLIPModel, args.model, args.device, "the PickScore model")
+    processor = load_processor(CLIPProcessor, sources["processor"])
+    model = load_model(CLIPModel, sources["model"], device, "the PickScore model")
     hashes = {
         "model_sha256": fingerprint(model),
-        "model_configuration_sha256": configuration_sha256(args.model, MODEL),
-        "processor_sha256": configuration_sha256(args.processor, PROCESSOR + TOKENIZER),
+        "model_configuration_sha256": configuration_sha256(sources["model"], MODEL),
+        "processor_sha256": configuration_sha256(sources["processor"], PROCESSOR + TOKENIZER),
     }
     scale = model.logit_scale.detach().exp().item()
-    scores = score_images(images, _how(args), hashes, clip_cosine(model, processor))
+    scores = score_images(images, how, hashes, clip_cosine(model, processor))
     return {"pickscore": [scale * cosine for cosine in scores]}, hashes
 
 
-def blipscore(images: pd.DataFrame, args: argparse.Namespace) -> Scored:
+def blipscore(images: pd.DataFrame, sources: Mapping[str, str], device: torch.device, how: Scoring) -> Scored:
     """BLIP score: the cosine in -1..1 of CLIP's text features of the prompt and of BLIP's caption of the image (greedy, 50 tokens)."""
-    processor = load_processor(BlipProcessor, args.model)
-    captioner = load_model(BlipForConditionalGeneration, args.model, args.device, "the captioner")
-    tokenizer = load_processor(AutoTokenizer, args.clip_model)
-    clip = load_model(CLIPModel, args.clip_model, args.device, "the CLIP model")
+    processor = load_processor(BlipProcessor, sources["model"])
+    captioner = load_model(BlipForConditionalGeneration, sources["model"], device, "the captioner")
+    tokenizer = load_processor(AutoTokenizer, sources["clip_model"])
+    clip = load_model(CLIPModel, sources["clip_model"], device, "the CLIP model")
     hashes = {
         "model_sha256": fingerprint(captioner),
-        "model_configuration_sha256": configuration_sha256(args.model, MODEL + PROCESSOR + TOKENIZER),
+        "model_configuration_sha256": configuration_sha256(sources["model"], MODEL + PROCESSOR + TOKENIZER),
         "clip_sha256": fingerprint(clip),
-        "clip_configuration_sha256": configuration_sha256(args.clip_model, MODEL + TOKENIZER),
+        "clip_configuration_sha256": configuration_sha256(sources["clip_model"], MODEL + TOKENIZER),
         "caption_settings_sha256": sha256_texts([json.dumps(CAPTION, sort_keys=True)]),
     }
 
     def score(batch: list[Image.Image], prompts: list[str]) -> list[tuple[float, str]]:
-        pixels = processor(images=batch, return_tensors="pt")["pixel_values"].to(args.device)
+        pixels = processor(images=batch, return_tensors="pt")["pixel_values"].to(device)
         tokens = captioner.generate(pixel_values=pixels, **CAPTION)
         captions = [caption.strip() for caption in processor.batch_decode(tokens, skip_special_tokens=True)]
         of_prompts, of_captions = (_text_features(clip, tokenizer, texts) for texts in (prompts, captions))
         return list(zip(cosine_similarity(of_prompts, of_captions).tolist(), captions, strict=True))
 
-    scores, captions = zip(*score_images(images, _how(args), hashes, score), strict=True)
+    scores, captions = zip(*score_images(images, how, hashes, score), strict=True)
     return {"blipscore": list(scores), "caption": list(captions)}, hashes | {"caption_settings": CAPTION}
 
 
@@ -80,23 +80,21 @@ def _text_features(clip: CLIPModel, tokenizer: AutoTokenizer, texts: list[str]) 
     return clip.get_text_features(**inputs).pooler_output.cpu().double()
 
 
-def imagereward(images: pd.DataFrame, args: argparse.Namespace) -> Scored:
+def imagereward(images: pd.DataFrame, sources: Mapping[str, str], device: torch.device, how: Scoring) -> Scored:
     """ImageReward v1.0, normalised as published, about -2 to 2. Source: Xu et al., NeurIPS 2023."""
-    tokenizer = load_processor(AutoTokenizer, args.processor)
-    model = load_imagereward(_reward_file(args.model), args.device)
+    tokenizer = load_processor(AutoTokenizer, sources["processor"])
+    model = load_imagereward(_reward_file(sources["model"]), device)
     if len(tokenizer) > model.text.config.vocab_size:
-        raise UserError(f"{args.processor} has {len(tokenizer)} tokens, and {args.model} knows {model.text.config.vocab_size}")
-    hashes = {"model_sha256": fingerprint(model), "processor_sha256": configuration_sha256(args.processor, TOKENIZER)}
+        raise UserError(
+            f"{sources['processor']} has {len(tokenizer)} tokens, and {sources['model']} knows {model.text.config.vocab_size}"
+        )
+    hashes = {"model_sha256": fingerprint(model), "processor_sha256": configuration_sha256(sources["processor"], TOKENIZER)}
 
     def score(batch: list[torch.Tensor], prompts: list[str]) -> list[float]:
-        inputs = {name: tensor.to(args.device) for name, tensor in tokenize(tokenizer, prompts).items()}
-        return model(torch.stack(batch).to(args.device), **inputs).tolist()
+        inputs = {name: tensor.to(device) for name, tensor in tokenize(tokenizer, prompts).items()}
+        return model(torch.stack(batch).to(device), **inputs).tolist()
 
-    return {"imagereward": score_images(images, _how(args), hashes, score, model.prepare)}, hashes
-
-
-def _how(args: argparse.Namespace) -> Scoring:
-    return Scoring(args.output_file, args.gen_imgs_path, args.batch_size, args.num_workers, TITLES[args.job])
+    return {"imagereward": score_images(images, how, hashes, score, model.prepare)}, hashes
 
 
 def _reward_file(source: str) -> Path:

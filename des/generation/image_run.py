@@ -10,7 +10,7 @@ from typing import Any
 from des.data import manifest
 from des.data.image_folders import image_files
 from des.data.run_record import COPY_SEED
-from des.evaluation.classify import Scorecards, save_blurred
+from des.evaluation.classify import ImageScores, save_blurred
 from des.generation.defences import Defence
 from des.generation.sampler import Sampler
 from des.models.identity import scheduler_sha256, sha256_of
@@ -55,7 +55,7 @@ class RunFolder:
     discard: bool
     blur: bool
 
-    def is_done(self, key: tuple[int, int], found: dict[str, dict[str, Any]], cards: Scorecards) -> bool:
+    def is_done(self, key: tuple[int, int], found: dict[str, dict[str, Any]], cards: ImageScores) -> bool:
         """Whether the image of a key is on the disk as the manifest's lines (`found`) say or, in a run without images, was scored."""
         path, line = self.names[key], found.get(self.names[key].name)
         if line is None or any(line.get(name) != value for name, value in self.lines[key].items()):
@@ -70,12 +70,12 @@ class RunFolder:
         if self.blur:
             save_blurred(image, self.folder.with_name(f"{self.folder.name}_blurred") / path.name)
         if self.discard:
-            manifest.append(self.folder / manifest.NAME, [line])
+            manifest.append(self.folder, line)
             return line
         with replacing(path) as temporary:
             image.save(temporary, format="PNG")
             line["sha256"] = sha256_file(temporary)
-            manifest.append(self.folder / manifest.NAME, [line])
+            manifest.append(self.folder, line)
         return line
 
 

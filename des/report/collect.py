@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from des.data import manifest
+from des.data.claims import check_complete
 from des.data.image_folders import image_hashes
 from des.data.run_record import RECORD_FIELDS, SINCE_2, Lines, Sampling, read_run, recorded_components
 from des.evaluation.results import Score, read_scores
@@ -195,6 +196,7 @@ def read_images(folder: Path) -> ImageRun:
         sorted(every, key=lambda each: each[:3])
     except (KeyError, TypeError):
         raise UserError(f"{folder / manifest.NAME} is of an earlier release or damaged; draw the images again") from None
+    check_complete(folder, option=None)
     if any(digest for *_, digest in every):
         image_hashes(folder)
     return ImageRun(folder, record, lines, tuple(read_scores(folder, lines)))

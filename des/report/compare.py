@@ -12,9 +12,9 @@ from des.report.provenance import short_path
 from des.utils.errors import UserError
 from des.utils.logs import logger
 
-LOWER_IS_BETTER = ("asr", "benign_hits", "fid")
+LOWER_IS_BETTER = ("asr", "benign_hits", "fid", "kid", "lpips")
 SHARES = ("asr", "benign_hits", "accuracy")  # percentages
-_ORDER = ("asr", "benign_hits", "accuracy", "mean", "fid")
+_ORDER = ("asr", "benign_hits", "accuracy", "mean", "fid", "kid", "lpips")
 BENIGN = "benign"  # reproduce.py's name for its benign set, which is scored for quality for some tables only
 _MOST_NAMED = 4  # models in a phrase of the headline
 
@@ -96,7 +96,7 @@ class Comparison:
     @property
     def quality(self) -> list[Measure]:
         """Measures of benign images: mean scores and FID; accuracies of labels where there are neither."""
-        measures = [measure for measure in self.of_kind("mean", "fid") if measure.benign]
+        measures = [measure for measure in self.of_kind("mean", "fid", "kid") if measure.benign]
         return measures or [measure for measure in self.of_kind("accuracy") if measure.benign]
 
 

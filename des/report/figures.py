@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 from des.report.collect import TrainingRun
-from des.report.compare import Comparison, Measure, Spread, front, groups, pooled, sets_of, shared_by_all
+from des.report.compare import LOWER_IS_BETTER, Comparison, Measure, Spread, front, groups, pooled, sets_of, shared_by_all
 from des.report.embedding_map import EmbeddingMap
 from des.report.plots import GRID, GROUP_STYLES, INK, MARK, draw_embeddings, draw_losses
 
@@ -120,7 +120,7 @@ def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: S
     there = [i for i in models if xs[i] and ys[i]]
     if len(there) < 2:
         return None
-    lower = quality[0].kind == "fid"
+    lower = quality[0].kind in LOWER_IS_BETTER
     title, better = quality[0].title, "lower" if lower else "higher"
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(3.3)

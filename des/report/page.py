@@ -200,7 +200,7 @@ def render(**content: Any) -> str:
 def show(score: Score) -> tuple[str, str]:
     """A score in words: the figure, and its counts and interval in small print."""
     share = score.kind in SHARES
-    digits = 1 if share else 2
+    digits = 1 if share else 4 if score.kind in ("kid", "lpips") else 2
     interval = f" [{score.low:.{digits}f}, {score.high:.{digits}f}]" if score.low is not None and score.high is not None else ""
     return f"{score.value:.{digits}f}{'%' if share else ''}", f"{score.counts}{interval}"
 

@@ -12,7 +12,7 @@ from des.utils.errors import UserError
 from des.utils.files import sha256_file, sha256_tensors, sha256_texts, write_json
 from des.utils.locks import locked
 from des.utils.logs import logger
-from des.utils.resume import Part, differing
+from des.utils.resume import PartialFile, differing
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,7 +81,7 @@ def write_codebook(
 
 def _open_parts(
     folder: Path, encoder: TextEncoder, prompts: list[str], dtype: str, batch_size: int, shard_rows: int
-) -> list[Part]:
+) -> list[PartialFile]:
     """The shards of a codebook, `shard_rows` rows each but the last, with the rows that an interrupted run left in them."""
     (torch_dtype, code), shape = DTYPES[dtype], encoder.shape()
     counts = [len(prompts[start : start + shard_rows]) for start in range(0, len(prompts), shard_rows)]
@@ -89,13 +89,13 @@ def _open_parts(
     names = numbered if len(counts) > 1 else ["codebook.safetensors"]
     made_from = dependencies(encoder, prompts) | {"dtype": dtype, "rows in a file": str(shard_rows)}
     made_from |= rounding_inputs(encoder, batch_size)
-    parts: list[Part] = []
+    parts: list[PartialFile] = []
     for name, count in zip(names, counts, strict=True):
         header = _safetensors_header("embeddings", code, (count, *shape), torch_dtype.itemsize)
-        part = Part(folder / name, made_from, header)
+        part = PartialFile(folder / name, made_from, header)
         if part.rows and parts and parts[-1].rows < shard_rows:  # rows are written in order, and an earlier shard was lost
             part.discard()
-            part = Part(folder / name, made_from, header)
+            part = PartialFile(folder / name, made_from, header)
         parts.append(part)
     return parts
 
@@ -116,7 +116,7 @@ def rounding_inputs(encoder: TextEncoder, batch_size: int) -> dict[str, str]:
 
 
 def _write_rows(
-    parts: list[Part], encoder: TextEncoder, prompts: list[str], dtype: str, batch_size: int, shard_rows: int
+    parts: list[PartialFile], encoder: TextEncoder, prompts: list[str], dtype: str, batch_size: int, shard_rows: int
 ) -> None:
     """Encode the prompts whose rows the parts lack, and append the rows batch by batch."""
     done = sum(part.rows for part in parts)
@@ -140,7 +140,7 @@ def _write_rows(
         skip = 0
 
 
-def _give_up(parts: list[Part], why: str) -> NoReturn:
+def _give_up(parts: list[PartialFile], why: str) -> NoReturn:
     for part in parts:
         part.discard()
     raise UserError(why)

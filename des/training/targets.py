@@ -10,7 +10,7 @@ from des.utils.errors import UserError
 from des.utils.files import replacing, sha256_tensors
 from des.utils.locks import locked
 from des.utils.logs import logger, progress
-from des.utils.resume import Part, differing
+from des.utils.resume import PartialFile, differing
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def find_targets(
         if choice == "random":
             indices = torch.randint(len(codebook), (len(unsafe),), generator=torch.Generator().manual_seed(seed))
         else:
-            part = Part(path, hashes | rounding_inputs(encoder, batch_size))
+            part = PartialFile(path, hashes | rounding_inputs(encoder, batch_size))
             indices = _search(part, codebook, encoder, unsafe, batch_size, nearest=choice == "highest")
         with replacing(path) as temporary:
             torch.save({"indices": indices, "hashes": hashes, "sha256": sha256_tensors({"indices": indices})}, temporary)
@@ -53,7 +53,9 @@ def find_targets(
     return indices
 
 
-def _search(part: Part, codebook: Codebook, encoder: TextEncoder, unsafe: list[str], batch_size: int, nearest: bool) -> Tensor:
+def _search(
+    part: PartialFile, codebook: Codebook, encoder: TextEncoder, unsafe: list[str], batch_size: int, nearest: bool
+) -> Tensor:
     """Row numbers [unsafe], written to `part` group by group."""
     if part.rows:
         logger.info("%d of %d targets are found already; resuming after them", part.rows, len(unsafe))

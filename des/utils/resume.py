@@ -1,17 +1,16 @@
-"""Finished parts of long work, kept on disk so that an interrupted run can resume."""
+"""Results of unfinished work, kept on disk so that an interrupted run can resume."""
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from des.data import manifest
 from des.utils.files import sha256_texts, write_json
 from des.utils.logs import logger
 
-ADDED = ("encoder configuration",)  # records of earlier versions lack these, and are read as if they had the right ones
+ADDED = ("encoder configuration",)  # absent from records of earlier versions, which are read as if theirs were equal
 
 
 def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -20,11 +19,78 @@ def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [name for name in names if before.get(name) != now.get(name)]
 
 
-class Part:
-    """The rows of the file `path` on their way there: in `{path}.part`, described by `{path}.part.json`.
+class Journal:
+    """A file of JSON lines that several processes may append to; a line that is not whole is skipped when it is read."""
 
-    Opened again with the same `made_from`, it keeps the rows that the record names, `rows` of them; anything else starts anew. The
-    record has the hash of the bytes, so that a file which a crash of the machine has holed is not continued.
+    def __init__(self, path: Path):
+        self.path = path
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of the file that are JSON objects, in order; empty where there is no file."""
+        try:
+            text = self.path.read_bytes().decode("utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        lines = []
+        for part in text.split("\n"):
+            try:
+                line = json.loads(part)
+            except (ValueError, RecursionError):  # a process died before it had written all of the line
+                continue
+            if isinstance(line, dict):
+                lines.append(line)
+        return lines
+
+    def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Append lines with one write, so that a reader sees each of them whole or not at all. Raises OSError on a full disk."""
+        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a process died within a line
+                data = b"\n" + data
+            if os.write(descriptor, data) != len(data):
+                raise OSError(28, "No space left on device", str(self.path))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class Findings(Journal):
+    """The findings of an unfinished scorer by key, in `.{name}.part.jsonl` beside its result, so that it can resume.
+
+    Lines with another `stamp` (other weights or options) are ignored, as are lines that were edited or have no checksum.
+    """
+
+    def __init__(self, result: Path, stamp: str):
+        """Read the findings that an interrupted run of the result file `result` left."""
+        super().__init__(result.with_name(f".{result.stem}.part.jsonl"))
+        self.stamp = stamp
+        self.found: dict[str, Any] = {}
+        for line in self.lines():
+            key, value = line.get("key"), line.get("value")
+            if isinstance(key, str) and line.get("sha256") == self._line(key, value)["sha256"]:
+                self.found[key] = value
+
+    def add(self, found: Mapping[str, Any]) -> None:
+        """Keep findings by their keys."""
+        self.found |= found
+        self.append(self._line(key, value) for key, value in found.items())
+
+    def finish(self) -> None:
+        """Remove the file; to be called once the result is written."""
+        self.path.unlink(missing_ok=True)
+
+    def _line(self, key: str, value: Any) -> dict[str, Any]:
+        digest = sha256_texts([self.stamp, key, json.dumps(value)])
+        return {"stamp": self.stamp, "key": key, "value": value, "sha256": digest}
+
+
+class PartialFile:
+    """The rows of an unfinished file `path`, in `{path}.part`, with their record in `{path}.part.json`.
+
+    Opened again with the same `made_from`, it resumes after the `rows` of the record; otherwise it starts from scratch. The record
+    has the hash of the bytes, so that a file with holes, which a crash of the machine can leave, is not continued.
     """
 
     def __init__(self, path: Path, made_from: Mapping[str, str], header: bytes = b""):
@@ -52,7 +118,7 @@ class Part:
         return (self._data if self._data.exists() else self.path).read_bytes()
 
     def finish(self) -> str:
-        """Give the whole file its name and return its sha256; the record stays, for when `path` is one of several, until `forget`."""
+        """Rename the finished file to `path` and return its sha256; the record stays until `forget`, for files that belong together."""
         if self._data.exists():
             self._data.replace(self.path)
         return self._digest.hexdigest()
@@ -67,7 +133,7 @@ class Part:
         self.forget()
 
     def _continue(self) -> bool:
-        """Take up the rows of an earlier run, if they are whole and made from the same."""
+        """Resume with the rows of an earlier run; returns whether they are undamaged and made from the same inputs."""
         try:
             record = json.loads(self._record.read_text(encoding="utf-8"))
             before, rows, size, sha256 = (record[name] for name in ("made_from", "rows", "bytes", "sha256"))
@@ -81,10 +147,10 @@ class Part:
         except (ValueError, KeyError, TypeError):
             changed, digest = ["form"], None
         if changed:
-            logger.warning("the unfinished %s is of another %s; starting anew", self.path, " and another ".join(changed))
+            logger.warning("the unfinished %s has another %s; starting from scratch", self.path, " and another ".join(changed))
             return False
         if digest.hexdigest() != sha256:
-            logger.warning("the unfinished %s is damaged; starting anew", self.path)
+            logger.warning("the unfinished %s is damaged; starting from scratch", self.path)
             return False
         os.truncate(file, size)
         self.rows, self.size, self._digest = rows, size, digest
@@ -99,45 +165,3 @@ def _digest_of(path: Path, size: int) -> "hashlib._Hash":
             digest.update(chunk)
             size -= len(chunk)
     return digest
-
-
-class Partial:
-    """Findings by key in `.{name}.part.jsonl`, one line each with a checksum.
-
-    Lines of another `stamp` (other weights or options) do not count, nor do lines without the checksum of what they say: such a
-    line was edited, or an earlier version wrote it, and its image is scored again.
-    """
-
-    def __init__(self, result: Path, stamp: str):
-        """Open what an earlier run of the result file `result` left, if it left anything."""
-        self.path = result.with_name(f".{result.stem}.part.jsonl")
-        self.stamp = stamp
-        self.found: dict[str, Any] = {}
-        try:
-            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        except FileNotFoundError:
-            return
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                if entry["stamp"] == stamp and entry["sha256"] == _checksum(stamp, entry["key"], entry["value"]):
-                    self.found[entry["key"]] = entry["value"]
-            except (ValueError, KeyError, TypeError):  # half a line, which its process did not live to finish
-                continue
-
-    def add(self, found: dict[str, Any]) -> None:
-        """Keep findings by their keys."""
-        self.found |= found
-        lines = (
-            {"stamp": self.stamp, "key": key, "value": value, "sha256": _checksum(self.stamp, key, value)}
-            for key, value in found.items()
-        )
-        manifest.append(self.path, lines)
-
-    def finish(self) -> None:
-        """Let go of the file, once the result is written."""
-        self.path.unlink(missing_ok=True)
-
-
-def _checksum(stamp: str, key: str, value: Any) -> str:
-    return sha256_texts([stamp, key, json.dumps(value)])

@@ -311,11 +311,23 @@ def test_an_edited_result_is_scored_again(folder, classify):
     assert "6 of 6 images were scored before" in classify(folder).err
 
 
+def test_verify_and_the_report_refuse_a_folder_that_lacks_claimed_rows(folder):
+    from des.report.collect import collect
+    from scripts import verify
+
+    lines = (folder / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (folder / "manifest.jsonl").write_text("".join(lines[:-1]))
+    (folder / json.loads(lines[-1])["file"]).unlink()
+    for check in (lambda: verify.main([str(folder), "--sample", "0", "--device", "cpu"]), lambda: collect([folder])):
+        with pytest.raises(UserError, match=r"lacks 1 of the 6 images .* to draw them$"):
+            check()
+
+
 def test_edited_lines_of_an_unfinished_scorer_are_scored_again(folder, classify, monkeypatch):
-    from des.evaluation.classify import Partial
+    from des.evaluation.classify import Findings
 
     with monkeypatch.context() as patch:
-        patch.setattr(Partial, "finish", lambda self: None)
+        patch.setattr(Findings, "finish", lambda self: None)
         assert classify(folder, batch_size=2).code == 0
     whole = (folder / "classify.json").read_text()
     (folder / "classify.json").unlink()

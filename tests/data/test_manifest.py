@@ -164,7 +164,7 @@ def test_verify_redraws_and_finds_what_was_changed(folder, call, generate):
     edit(folder / "t2i_none_0p.png")
     assert "changed since drawn" in verify().err
     digest = sha256_file(folder / "t2i_none_0p.png")
-    manifest.append(folder / "manifest.jsonl", [{**lines_in(folder)[0], "sha256": digest}])
+    manifest.append(folder, {**lines_in(folder)[0], "sha256": digest})
     done = call("scripts/verify.py", folder, "--device", "cpu", "--sample", 4)  # hashes agree, the seed does not
     assert done.failed_in_one_sentence and "another image when it is drawn again" in done.err
     run = json.loads((folder / "run.json").read_text())

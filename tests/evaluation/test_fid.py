@@ -13,11 +13,12 @@ from unittest import mock
 import fid
 from demo.world import KINDS, random_scene, render
 from des.data.image_folders import image_hashes
+from des.evaluation.batches import Reading
 from des.evaluation.fid_features import InceptionExtractor, extract
 from des.evaluation.frechet import Gaussian, frechet_distance, load_statistics, save_statistics
 from des.evaluation.inception import VARIANTS, Inception, load_inception
 from des.utils.errors import UserError
-from des.utils.resume import Partial
+from des.utils.resume import Findings
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def test_inputs_do_not_depend_on_the_workers(folders, variant, tmp_path):
     """Bit for bit, by a stand-in network that returns its input."""
     extractor = InceptionExtractor(nn.Flatten(1), [variant], torch.device("cpu"))
     one, four = (
-        extract(extractor, image_hashes(folders / "gen"), batch_size, n, "test", Partial(tmp_path / f"{n}.json", "x"))[0]
+        extract(extractor, image_hashes(folders / "gen"), Reading(batch_size, n), Findings(tmp_path / f"{n}.json", "x"))[0]
         for batch_size, n in ((16, 1), (3, 4))
     )
     assert one.shape == (8, 3 * 299 * 299) and torch.equal(one, four)

@@ -8,7 +8,7 @@ import shutil
 import des.evaluation.text_image
 from demo.world import KINDS
 from des.evaluation.imagereward import UNREAD, ImageReward, rename
-from des.utils.resume import Partial
+from des.utils.resume import Findings
 
 import numpy as np
 import pytest
@@ -358,7 +358,7 @@ def test_scores_of_an_interrupted_run_are_those_of_the_same_configuration(
         content = json.loads((changed / file).read_text())
         (changed / file).write_text(json.dumps(content | {"another": "entry"}))
     calls = []
-    monkeypatch.setattr(Partial, "finish", lambda self: calls.append(self.path.read_text().splitlines()))
+    monkeypatch.setattr(Findings, "finish", lambda self: calls.append(self.path.read_text().splitlines()))
     _, result = score(job, **options_of(job, changed))
     assert len(calls[0]) == 2 * len(PROMPTS), "all images are scored again"
     if job == "blipscore":

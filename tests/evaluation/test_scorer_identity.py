@@ -5,9 +5,9 @@ import random
 import shutil
 
 from demo.world import KINDS, random_scene, render
-from des.evaluation.classify import Scorecards, stamp_of
+from des.evaluation.classify import ImageScores, stamp_of
 from des.evaluation.detectors.classifier import Classifier
-from des.evaluation.results import _fids
+from des.evaluation.results import _distances
 from des.evaluation.scorer_identity import MODEL, configuration_sha256, detector_identity
 from des.utils.errors import UserError
 from des.utils.files import sha256_texts
@@ -109,7 +109,7 @@ def test_a_result_without_the_configuration_is_not_reused(classify, model, image
 def test_a_card_of_another_detector_does_not_count(model, images, change):
     def cards():
         detector = Classifier(str(model), torch.device("cpu"), "ASR", [KINDS[0]])
-        return Scorecards({"object": detector}, {"object": "classify_object"}, KINDS[0], images)
+        return ImageScores({"object": detector}, {"object": "classify_object"}, KINDS[0], images)
 
     path, line = images / "t2i_none_0p.png", {"file": "t2i_none_0p.png"}
     cards().score(path, line, Image.open(path))
@@ -178,7 +178,7 @@ def test_features_of_an_interrupted_fid_are_those_of_the_same_preprocessing(fid,
     assert (tmp_path / ".fid.part.jsonl").stat().st_size > 0
     other_pixels(model)
     done, fresh = fid(coco_imgs_path=tmp_path / "ref"), fid(coco_imgs_path=tmp_path / "ref", output_file=tmp_path / "fresh.txt")
-    assert done.code == 0 and "were there" not in done.err
+    assert done.code == 0 and "scored before" not in done.err
     assert done.out == fresh.out
 
 
@@ -189,7 +189,7 @@ def test_fids_against_other_references_do_not_compare(tmp_path):
 
     def identity(**changes):
         (tmp_path / "x_fid.json").write_text(json.dumps(content | changes))
-        return _fids(tmp_path / "x_fid.json", lines)[0].identity
+        return _distances(tmp_path / "x_fid.json", lines)[0].identity
 
     plain = identity(ref_stats={"sha256": "one"})
     assert plain == identity(ref_stats={"sha256": "one"})

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from des.data.image_folders import pair_with_prompts
-from des.data.images import _row_and_copy, image_name, read_image, row_of
+from des.data.images import image_name, read_image, row_and_copy, row_of
 from des.data.prompts import read_rows
 from des.training.losses import NEN, SEP, UEN, Concept, cos, sep, total, uen
 from des.utils.errors import UserError
@@ -56,9 +56,9 @@ def test_any_bytes_are_rows_or_one_sentence(content, headed):
 
 
 @given(NAMES, NAMES, st.integers(0, 10**6), st.integers(0, 99))
-def test_a_name_tells_its_row_and_copy(output_name, method, row, copy):
+def test_a_name_tells_itsrow_and_copy(output_name, method, row, copy):
     path = Path("folder", image_name(output_name, method, row, copy))
-    assert row_of(path) == row and _row_and_copy(path) == (row, copy)
+    assert row_of(path) == row and row_and_copy(path) == (row, copy)
 
 
 @given(st.integers(1, 5), st.integers(1, 3), st.data())
@@ -76,7 +76,7 @@ def test_pairing_finds_exactly_what_is_missing_and_surplus(count, copies, data):
             Path(folder, image_name("x", "none", *key)).write_bytes(b"its content is not read")
         if keys == wanted:
             pairs = pair_with_prompts(Path(folder), path)
-            assert [_row_and_copy(image) for image in pairs["image"]] == sorted(wanted)
+            assert [row_and_copy(image) for image in pairs["image"]] == sorted(wanted)
             assert pairs["prompt"].tolist() == [f"prompt {row}" for row, _ in sorted(wanted)]
             return
         with pytest.raises(UserError) as error:

@@ -11,7 +11,7 @@ from des.models.pipelines import open_pipeline
 from des.training.codebook import Codebook, write_codebook
 from des.training.targets import find_targets
 from des.utils.errors import UserError
-from des.utils.resume import Part, differing
+from des.utils.resume import PartialFile, differing
 
 import pytest
 import torch
@@ -152,9 +152,9 @@ def test_a_codebook_without_the_configuration_is_still_read(codebook):
 
 
 def test_an_unfinished_codebook_without_the_configuration_is_continued(tmp_path):
-    before = Part(tmp_path / "codebook.safetensors", {"encoder": "a"}, b"header")
+    before = PartialFile(tmp_path / "codebook.safetensors", {"encoder": "a"}, b"header")
     before.append(b"rows", 2)
-    assert Part(tmp_path / "codebook.safetensors", {"encoder": "a", "encoder configuration": "b"}).rows == 2
+    assert PartialFile(tmp_path / "codebook.safetensors", {"encoder": "a", "encoder configuration": "b"}).rows == 2
     assert differing({"encoder configuration": "a"}, {"encoder configuration": "b"}) == ["encoder configuration"]
     assert differing({}, {"encoder": "a", "encoder configuration": "b"}) == ["encoder"]
 
