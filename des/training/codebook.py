@@ -100,7 +100,7 @@ def _open_parts(
     return parts
 
 
-def _remove_others(folder: Path, parts: list[Part]) -> None:
+def _remove_others(folder: Path, parts: list[PartialFile]) -> None:
     """Remove what a complete codebook no longer needs: its parts' records, and the files of codebooks with other shards."""
     for part in parts:
         part.forget()
