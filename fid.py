@@ -15,26 +15,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from des.data.claims import check_complete
-from des.data.image_folders import image_hashes, pair_with_prompts
-from des.data.images import pairing_notes, without_never_drawn
-from des.evaluation.fid_features import OWN, Extractor, extract, extractor_hashes, is_image_model, load_extractor
-from des.evaluation.frechet import Gaussian, load_statistics, save_statistics
-from des.evaluation.inception import VARIANTS
-from des.evaluation.scored_images import check_result_name, write_scores
-from des.evaluation.text_image import DEFAULTS, JOBS, TITLES
-from des.utils import cli, logs
-from des.utils.errors import UserError
+from des.utils import choices, cli
 from des.utils.files import result_paths, sha256_file, sha256_texts, write_json, write_text
-from des.utils.locks import locked
-from des.utils.provenance import provenance
-from des.utils.resume import Partial
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("what is computed")
-    main_group.add_argument("--job", choices=("fid", *JOBS), default="fid", help="the measure")
+    main_group.add_argument("--job", choices=("fid", *choices.SCORER_MODELS), default="fid", help="the measure")
     main_group.add_argument("--gen_imgs_path", type=Path, required=True, metavar="DIR", help="generated images")
     main_group.add_argument(
         "--output_file",
@@ -46,7 +34,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     fid = parser.add_argument_group("fid (the other jobs do not read --coco_imgs_path)")
     fid.add_argument("--coco_imgs_path", type=Path, metavar="DIR", help="reference images")
     fid.add_argument("--expected_ref", type=cli.positive_int, metavar="N", help="like --expected, for the reference images")
-    fid.add_argument("--variant", nargs="+", choices=VARIANTS, metavar="V", help=f"{', '.join(VARIANTS)} (default: paper)")
+    fid.add_argument(
+        "--variant",
+        nargs="+",
+        choices=choices.FID_VARIANTS,
+        metavar="V",
+        help=f"{', '.join(choices.FID_VARIANTS)} (default: paper)",
+    )
     fid.add_argument(
         "--feature_extractor", metavar="M", help="Inception-v3 weights file (default: the published one is downloaded); or an "
         "image model, a folder or hub id, whose pooled output is the feature",
@@ -72,13 +66,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check(args, parser)
     args.output_file = args.output_file or args.gen_imgs_path.with_name(f"{args.gen_imgs_path.name}_{args.job}.txt")
     args.output_file = result_paths(args.output_file).text
-    return args
+    return cli.check_device(parser, args)
 
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse options that do not go together, and fill in the defaults that hang on the job."""
     of_fid = ("expected_ref", "variant", "feature_extractor", "save_stats", "ref_stats")
-    known = of_fid if args.job == "fid" else tuple(DEFAULTS[args.job])
+    known = of_fid if args.job == "fid" else tuple(choices.SCORER_MODELS[args.job])
     for option in (*of_fid, "model", "processor", "clip_model"):
         if getattr(args, option) is not None and option not in known:
             parser.error(f"--job {args.job} does not read --{option}")
@@ -87,7 +81,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.job != "fid":
         if args.prompt_path is None:
             parser.error(f"--job {args.job} needs --prompt_path")
-        for option, default in DEFAULTS[args.job].items():
+        for option, default in choices.SCORER_MODELS[args.job].items():
             setattr(args, option, getattr(args, option) or default)
         return
     if (args.coco_imgs_path is None) == (args.ref_stats is None):
@@ -95,14 +89,31 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for option in ("save_stats", "expected_ref"):
         if args.ref_stats and getattr(args, option):
             parser.error(f"--{option} needs reference images (--coco_imgs_path)")
-    own = is_image_model(args.feature_extractor)
+    own = args.feature_extractor is not None and not Path(args.feature_extractor).is_file()
     if own and args.variant:
         parser.error(
             f"--variant is for Inception-v3 weights, and {args.feature_extractor} is no file: a model reads images its own way"
         )
-    args.variant = [OWN] if own else list(dict.fromkeys(args.variant or ["paper"]))
+    args.variant = [choices.MODEL_VARIANT] if own else list(dict.fromkeys(args.variant or ["paper"]))
     if len(args.variant) > 1 and (args.save_stats or args.ref_stats):
         parser.error("statistics are those of one --variant")
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.data.claims import check_complete
+from des.data.image_folders import image_hashes, pair_with_prompts
+from des.data.images import pairing_notes, without_never_drawn
+from des.evaluation.fid_features import Extractor, extract, extractor_hashes, load_extractor
+from des.evaluation.frechet import Gaussian, load_statistics, save_statistics
+from des.evaluation.scored_images import check_result_name, write_scores
+from des.evaluation.text_image import JOBS, TITLES
+from des.utils import logs
+from des.utils.errors import UserError
+from des.utils.locks import locked
+from des.utils.provenance import provenance
+from des.utils.resume import Partial
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -155,7 +166,7 @@ def score_fid(args: argparse.Namespace) -> str:
     if stored:
         facts["ref_stats"] = {"sha256": sha256_file(args.ref_stats), "recorded": recorded}
     about = f"{len(generated)} generated, {describe_reference(args, counts['reference'], recorded)}, {width} features"
-    if args.variant == [OWN]:
+    if args.variant == [choices.MODEL_VARIANT]:
         about += f" of {args.feature_extractor}"
     about = ", ".join([about, *pairing_notes(facts)])
     text = "\n".join(f"FID ({name}): {fid:.4f} ({about})" for name, fid in fids.items())
@@ -183,7 +194,7 @@ def describe_reference(args: argparse.Namespace, count: int | None, recorded: di
         return f"{count} reference images"
     images = "an unrecorded number of" if count is None else str(count)
     checked = {"variant": "variant", "network": "extractor_sha256"}
-    if args.variant == [OWN] and "extractor_sha256" in recorded:
+    if args.variant == [choices.MODEL_VARIANT] and "extractor_sha256" in recorded:
         checked["preprocessing"] = "configuration_sha256"
     unknown = [what for what, key in checked.items() if key not in recorded]
     unchecked = f" (its {' and '.join(unknown)} not recorded)" if unknown else ""

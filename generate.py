@@ -18,51 +18,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before a `tasks` of anyone else's
 
-from des.data import manifest
-from des.data.image_folders import image_of_row
-from des.data.images import image_name, read_image
-from des.data.prompts import never_drawn, read_rows
-from des.data.run_record import Sampling, claim, recorded_settings
-from des.data.truncation import truncated_by_encoder
-from des.evaluation.classify import Scorecards
-from des.evaluation.detectors.options import OUTPUT_NAMES, add_scoring, check_scoring, open_scorers
+from des.evaluation.detectors.options import add_scoring, check_scoring
 from des.generation.defences import METHODS, add_method, check_method
-from des.generation.image_run import Run, finish, lines_of, reserved, settings_of
-from des.generation.sampler import Artist, batches, check_inputs, check_sizes, row_settings
-from des.models.pipelines import (
-    DTYPES,
-    MODEL_TYPES,
-    SCHEDULERS,
-    dtype_for,
-    family_of,
-    is_distilled,
-    open_pipeline,
-    open_refiner,
-    place,
-    readers,
-)
-from des.models.shift import in_doubt
-from des.utils import cli, logs
-from des.utils.errors import UserError
-from des.utils.logs import logger, progress
-from des.utils.processes import Processes
-
-import pandas as pd
-import torch
-from diffusers import DiffusionPipeline
-
-INPUTS = {
-    "text": (),
-    "image": ("init_image",),
-    "inpaint": ("init_image", "mask_image"),
-}  # for `--init_images` and so on, by mode
+from des.utils import choices, cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("main")
     cli.add_model(main_group)
-    main_group.add_argument("--model_type", choices=MODEL_TYPES, help="refuse a model that is not of this type")
+    main_group.add_argument("--model_type", choices=choices.MODEL_TYPES, help="refuse a model that is not of this type")
     add_method(main_group)
     files = parser.add_argument_group("prompts and images")
     source = files.add_mutually_exclusive_group(required=True)
@@ -115,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--max_sequence_length", type=cli.positive_int, metavar="N", help="tokens of a T5 prompt (default: SD3 256, FLUX 512)"
     )
     sampling.add_argument(
-        "--scheduler", choices=SCHEDULERS, help="default: ddim for SD 1.x, euler for SD 2.x, the model's own for others"
+        "--scheduler", choices=choices.SCHEDULERS, help="default: ddim for SD 1.x, euler for SD 2.x, the model's own for others"
     )
     sampling.add_argument(
         "--use_refiner", action="store_true", help="SDXL: finish with the refiner, on the same text encoder 2"
@@ -129,7 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_device(performance)
     performance.add_argument("--batch_size", type=cli.positive_int, default=4, metavar="N", help="images at a time")
     performance.add_argument(
-        "--dtype", choices=DTYPES, help="default: fp32 for SD 1.x and 2.x, fp16 for SDXL, bf16 for SD3 and FLUX"
+        "--dtype", choices=choices.DTYPES, help="default: fp32 for SD 1.x and 2.x, fp16 for SDXL, bf16 for SD3 and FLUX"
     )
     cli.add_deterministic(performance)
     performance.add_argument("--enable_model_cpu_offload", action="store_true", help="keep on the GPU only the model in use")
@@ -149,13 +114,54 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--use_refiner does not go with --init_images")
     if not args.use_refiner and (args.refiner_path or args.high_noise_frac):
         parser.error("--refiner_path and --high_noise_frac need --use_refiner")
-    if args.enable_model_cpu_offload and args.device.type == "cpu":
-        parser.error("--enable_model_cpu_offload needs a GPU")
     if args.end_idx is not None and args.end_idx <= args.start_idx:
         parser.error(f"--end_idx {args.end_idx} must be above --start_idx {args.start_idx}")
     if not args.output_path.strip() or Path(args.output_path).is_absolute() or ".." in Path(args.output_path).parts:
         parser.error("--output_path is a folder's name below the results, without ..")
+    cli.check_device(parser, args)
+    if args.enable_model_cpu_offload and args.device.type == "cpu":
+        parser.error("--enable_model_cpu_offload needs a GPU")
     return args
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.data import manifest
+from des.data.image_folders import image_of_row
+from des.data.images import image_name, read_image
+from des.data.prompts import never_drawn, read_rows
+from des.data.run_record import Sampling, claim, recorded_settings
+from des.data.truncation import truncated_by_encoder
+from des.evaluation.classify import Scorecards
+from des.evaluation.detectors.options import OUTPUT_NAMES, open_scorers
+from des.generation.image_run import Run, finish, lines_of, reserved, settings_of
+from des.generation.sampler import Artist, batches, check_inputs, check_sizes, row_settings
+from des.models.pipelines import (
+    DTYPES,
+    dtype_for,
+    family_of,
+    is_distilled,
+    open_pipeline,
+    open_refiner,
+    place,
+    readers,
+)
+from des.models.shift import in_doubt
+from des.utils import logs
+from des.utils.errors import UserError
+from des.utils.logs import logger, progress
+from des.utils.processes import Processes
+
+import pandas as pd
+import torch
+from diffusers import DiffusionPipeline
+
+INPUTS = {
+    "text": (),
+    "image": ("init_image",),
+    "inpaint": ("init_image", "mask_image"),
+}  # for `--init_images` and so on, by mode
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,12 +10,7 @@ interrupted, the same command goes on after the last batch of prompts that was w
 import argparse
 from pathlib import Path
 
-from des.data.prompts import read_prompts
-from des.models.encoders import load_encoder, text_encoders
-from des.training.codebook import DTYPES, codebook_folder, write_codebook
-from des.utils import cli, logs
-from des.utils.logs import logger
-from des.utils.provenance import provenance
+from des.utils import choices, cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,7 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--save_dir", type=cli.output_folder, required=True, metavar="DIR", help="gets codebook.safetensors and codebook.json"
     )
     files.add_argument(
-        "--dtype", choices=DTYPES, help="of the rows on disk (default: the encoder's, fp32 for CLIP, bf16 for T5)"
+        "--dtype", choices=choices.DTYPES, help="of the rows on disk (default: the encoder's, fp32 for CLIP, bf16 for T5)"
     )
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
@@ -43,7 +38,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.save_all_encoders and args.max_sequence_length:
         parser.error("--max_sequence_length is T5's; name that encoder by --encoder_idx")
-    return args
+    return cli.check_device(parser, args)
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.data.prompts import read_prompts
+from des.models.encoders import load_encoder, text_encoders
+from des.training.codebook import codebook_folder, write_codebook
+from des.utils import logs
+from des.utils.logs import logger
+from des.utils.provenance import provenance
 
 
 def main(argv: list[str] | None = None) -> None:

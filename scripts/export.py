@@ -14,36 +14,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des.data.prompts import read_prompts
-from des.export import lora
-from des.export.card_scores import Measured, check_drawn_by, read_measured
-from des.export.formats import PROMPTS, READERS, SUITS, WRITERS, Export, base_dtype, cast, check_fits, load_protected, verify
-from des.export.model_card import model_card
 from des.generation.defences import ENCODER_OPTIONS
-from des.models.encoders import load_encoder
-from des.models.loading import loading
-from des.models.pipelines import DTYPES, family_of
-from des.utils import cli, logs
-from des.utils.errors import UserError
-from des.utils.files import replacing
-
-import torch
-from huggingface_hub import HfApi
+from des.utils import choices, cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    main = parser.add_argument_group("main")
-    cli.add_model(main)
+    main_group = parser.add_argument_group("main")
+    cli.add_model(main_group)
     for i, option in ENCODER_OPTIONS.items():
         told = f"the protected text encoder {i}: .pt, .safetensors or a folder"
-        main.add_argument(f"--{option}", type=Path, metavar="CKPT", help=told)
-    main.add_argument("--format", choices=SUITS, required=True, help="what is written")
-    main.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="a folder that is not there yet")
-    main.add_argument("--dtype", choices=DTYPES, help="of what is written (default: as loaded; a1111: the base's)")
-    main.add_argument("--base_checkpoint", type=Path, metavar="F", help="a1111: SD 1.x .safetensors, whose other tensors stay")
-    main.add_argument("--rank", type=cli.positive_int, metavar="R", help="lora: its rank (default: 32)")
-    main.add_argument(
+        main_group.add_argument(f"--{option}", type=Path, metavar="CKPT", help=told)
+    main_group.add_argument("--format", choices=choices.EXPORT_FORMATS, required=True, help="what is written")
+    main_group.add_argument(
+        "--out", type=cli.output_folder, required=True, metavar="DIR", help="a folder that is not there yet"
+    )
+    main_group.add_argument(
+        "--dtype", choices=choices.DTYPES, help="of what is written (default: as loaded; a1111: the base's)"
+    )
+    main_group.add_argument(
+        "--base_checkpoint", type=Path, metavar="F", help="a1111: SD 1.x .safetensors, whose other tensors stay"
+    )
+    main_group.add_argument("--rank", type=cli.positive_int, metavar="R", help="lora: its rank (default: 32)")
+    main_group.add_argument(
         "--prompts_csv", type=Path, metavar="CSV", help="lora: prompts that its loss of protection is measured on"
     )
     card = parser.add_argument_group("model card and hub")
@@ -67,6 +60,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--format a1111 needs --base_checkpoint")
     args.rank = args.rank or 32
     return args
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.data.prompts import read_prompts
+from des.export import lora
+from des.export.card_scores import Measured, check_drawn_by, read_measured
+from des.export.formats import PROMPTS, READERS, WRITERS, Export, base_dtype, cast, check_fits, load_protected, verify
+from des.export.model_card import model_card
+from des.models.encoders import load_encoder
+from des.models.loading import loading
+from des.models.pipelines import DTYPES, family_of
+from des.utils import logs
+from des.utils.errors import UserError
+from des.utils.files import replacing
+
+import torch
+from huggingface_hub import HfApi
 
 
 def main(argv: list[str] | None = None) -> None:

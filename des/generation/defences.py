@@ -4,17 +4,13 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from des.generation.unet_defences import load_unet_weights, merge_spm
-from des.models.loading import loading
-from des.models.pipelines import protect
-from des.models.weights import same_weights
 from des.utils.errors import UserError
 
-import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import snapshot_download
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import nn
 
 ENCODER_OPTIONS = {1: "text_encoder_path", 2: "text_encoder_2_path", 3: "text_encoder_3_path"}
 
@@ -25,17 +21,24 @@ class Method:
 
     options: tuple[str, ...]
     needs: bool
-    apply: Callable[[DiffusionPipeline, argparse.Namespace], dict[str, Any]]
+    apply: Callable[["DiffusionPipeline", argparse.Namespace], dict[str, Any]]
 
 
-def _des(pipe: DiffusionPipeline, args: argparse.Namespace) -> dict[str, Any]:
+def _des(pipe: "DiffusionPipeline", args: argparse.Namespace) -> dict[str, Any]:
+    from des.models.pipelines import protect
+
     return protect(pipe, given_encoders(args))
 
 
-def _published_encoder(hub_id: str, subfolder: str | None = None) -> Callable[[DiffusionPipeline, argparse.Namespace], dict]:
+def _published_encoder(hub_id: str, subfolder: str | None = None) -> Callable[["DiffusionPipeline", argparse.Namespace], dict]:
     """A defence that publishes a text encoder on the hub, taken from there unless --text_encoder_path names a copy."""
 
-    def apply(pipe: DiffusionPipeline, args: argparse.Namespace) -> dict[str, Any]:
+    def apply(pipe: "DiffusionPipeline", args: argparse.Namespace) -> dict[str, Any]:
+        from des.models.loading import loading
+        from des.models.pipelines import protect
+
+        from huggingface_hub import snapshot_download
+
         path = args.text_encoder_path
         if path is None:
             patterns = [f"{subfolder}/*" if subfolder else suffix for suffix in ("*.json", "*.safetensors", "*.bin")]
@@ -46,16 +49,25 @@ def _published_encoder(hub_id: str, subfolder: str | None = None) -> Callable[[D
     return apply
 
 
-def _unet(pipe: DiffusionPipeline, args: argparse.Namespace) -> dict[str, Any]:
+def _unet(pipe: "DiffusionPipeline", args: argparse.Namespace) -> dict[str, Any]:
+    from des.generation.unet_defences import load_unet_weights
+
     return load_unet_weights(_unet_of(pipe, args), args.unet_path)
 
 
-def _spm(pipe: DiffusionPipeline, args: argparse.Namespace) -> dict[str, Any]:
+def _spm(pipe: "DiffusionPipeline", args: argparse.Namespace) -> dict[str, Any]:
+    from des.generation.unet_defences import merge_spm
+
     return merge_spm(_unet_of(pipe, args), args.adapter_path)
 
 
-def _safegen(pipe: DiffusionPipeline, args: argparse.Namespace) -> dict[str, Any]:
+def _safegen(pipe: "DiffusionPipeline", args: argparse.Namespace) -> dict[str, Any]:
     """SafeGen is a pipeline of its own; all that can be checked is that its UNet is not that of the model it was made from."""
+    from des.models.loading import loading
+    from des.models.weights import same_weights
+
+    from diffusers import UNet2DConditionModel
+
     unet = _unet_of(pipe, args)
     with loading(f"the UNet of --base_model_path {args.base_model_path}"):
         base = UNet2DConditionModel.from_pretrained(args.base_model_path, subfolder="unet", dtype=unet.dtype).state_dict()
@@ -67,7 +79,7 @@ def _safegen(pipe: DiffusionPipeline, args: argparse.Namespace) -> dict[str, Any
     return {"model": args.model_path, "differs_from": args.base_model_path}
 
 
-def _unet_of(pipe: DiffusionPipeline, args: argparse.Namespace) -> torch.nn.Module:
+def _unet_of(pipe: "DiffusionPipeline", args: argparse.Namespace) -> "nn.Module":
     if getattr(pipe, "unet", None) is None:
         raise UserError(f"{args.training_method} changes a UNet, and a {type(pipe).__name__} has none")
     return pipe.unet

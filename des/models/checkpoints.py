@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-FORMATS = ("pt", "safetensors", "hf")
 PROJECTION = "text_projection.weight"  # of a CLIPTextModelWithProjection; DES leaves it alone, and published files lack it
 _PREFIX = "text_model."
 _BUFFERS = ("embeddings.position_ids",)  # a constant that old files carry

@@ -19,7 +19,7 @@ from des.utils.files import sha256_texts
 from des.utils.logs import progress
 
 import torch
-from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -70,6 +70,7 @@ PIPELINES: dict[str, dict[int, Reading]] = {
     "StableDiffusion3Pipeline": {1: PENULTIMATE, 2: PENULTIMATE, 3: replace(LAST, length=256)},
     "FluxPipeline": {1: POOLED, 2: replace(LAST, length=512)},
 }
+INDEX = "model_index.json"
 EMBEDDINGS = ("last_hidden_state", "pipeline")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FOLDER = re.compile(r"text_encoder(?:_(\d+))?")
@@ -184,7 +185,9 @@ def read_index(model_path: str) -> dict | None:
 
 def _load_index(model_path: str) -> dict:
     with loading(f"the pipeline {model_path}, as a folder or a hub id,"):
-        return DiffusionPipeline.load_config(model_path)
+        folder = Path(model_path)
+        path = folder / INDEX if folder.is_dir() else Path(hf_hub_download(model_path, INDEX))
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 _hub_index = cache(_load_index)  # one request a run

@@ -22,7 +22,6 @@ from des.utils.processes import Processes
 import torch
 from torch import Tensor, nn
 
-PRECISIONS = ("fp32", "tf32", "bf16", "bf16_weights")
 PARTS = ("sep", "sep_concept", "uen", "nen", "total")
 SUMMARY_PROMPTS = 256
 SUMMARY_BYTES = 256 * 2**20  # of fp32 embeddings, where those many prompts would need more

@@ -15,8 +15,6 @@ from des.utils.resume import Part, differing
 import torch
 from torch import Tensor
 
-TARGETS = ("lowest", "highest", "random")  # which codebook row is an unsafe prompt's target, by cosine similarity
-
 
 def find_targets(
     path: Path,

@@ -7,12 +7,14 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from des.utils.errors import UserError
 
-import torch
 from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    import torch
 
 _NOT_WRITTEN = ("inline_container", "iostream", "I/O error")
 RESERVED = ("run", "manifest", "clipscore", "metrics")  # files that a folder of images or a run has by these names
@@ -111,8 +113,10 @@ def sha256_texts(texts: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts), ensure_ascii=True).encode()).hexdigest()
 
 
-def sha256_tensors(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> str:
+def sha256_tensors(tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype | None" = None) -> str:
     """The sha256 of named tensors, cast to `dtype` if given: names, types, shapes and values, whatever their order or device."""
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         tensor = tensor if dtype is None else tensor.to(dtype)

@@ -4,8 +4,6 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
-
 Z95 = 1.959963984540054
 
 
@@ -65,6 +63,8 @@ def mcnemar(first_only: int, second_only: int) -> float:
     """
     if first_only < 0 or second_only < 0:
         raise ValueError(f"{min(first_only, second_only)} pairs is no count")
+    from scipy.stats import binomtest  # takes most of a second to load
+
     differ = first_only + second_only
     return float(binomtest(first_only, differ, 0.5).pvalue) if differ else 1.0
 

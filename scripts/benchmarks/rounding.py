@@ -28,11 +28,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=cli.positive_int, default=8, metavar="N", help="pairs a step")
     # fmt: on
     cli.add_device(parser)
-    return parser.parse_args(argv)
+    return cli.check_device(parser, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    parse_args()  # --help and wrong options end here, before the libraries below load
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
 
 from des.data.prompts import read_prompts
 from des.models.encoders import load_encoder

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 from PIL import Image
 
@@ -25,11 +24,15 @@ Detection = dict[str, Any]  # `class`, `score`, and `box` [left, top, width, hei
 
 def stretched(image: Image.Image) -> np.ndarray:
     """An image as the paper's rule feeds it, [1, 3, 320, 320] in 0..1: RGB, stretched by OpenCV's bilinear filter."""
+    import cv2
+
     return cv2.dnn.blobFromImage(np.asarray(image), 1 / 255, (SIDE, SIDE))
 
 
 def padded(image: Image.Image) -> np.ndarray:
     """An image as nudenet 3.4.2 feeds it, [1, 3, 320, 320] in 0..1: padded to a square at right and bottom, in BGR order."""
+    import cv2
+
     width, height = image.size
     side = max(width, height)
     square = cv2.copyMakeBorder(np.asarray(image), 0, side - height, 0, side - width, cv2.BORDER_CONSTANT)
