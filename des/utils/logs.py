@@ -63,8 +63,10 @@ def setup_logging(*log_files: Path | None, quiet: bool = False) -> None:
 
 def _silence_libraries() -> None:
     """Turn off the messages and progress bars of transformers and diffusers, whether they are loaded already or load later."""
-    later = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    os.environ.update(later)
+    from huggingface_hub.utils import disable_progress_bars
+
+    os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
+    disable_progress_bars()  # transformers asks for this when it is loaded
     for name in ("transformers", "diffusers"):
         if library := sys.modules.get(f"{name}.utils.logging"):
             library.set_verbosity_error()

@@ -40,10 +40,10 @@ from des.training import losses
 from des.training.codebook import Codebook, write_codebook
 from des.training.loop import Settings, train
 from des.training.memory import make_plan
-from des.training.optimizers import OPTIMIZERS
 from des.training.pairs import Pairs
 from des.training.targets import find_targets
 from des.utils import logs
+from des.utils.choices import OPTIMIZERS
 from des.utils.files import write_text
 from des.utils.logs import logger
 from des.utils.processes import Processes

@@ -82,7 +82,7 @@ def test_a_log_file_keeps_every_run_and_its_error(call, tmp_path):
     assert failed.failed_in_one_sentence
     lines = log.read_text().splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
-    assert "codebook of 12 safe prompts" in lines[0] and lines[-1].endswith(failed.err.strip().splitlines()[-1])
+    assert "codebook of 12 safe prompts" in lines[1] and lines[-1].endswith(failed.err.strip().splitlines()[-1])
 
 
 def test_a_file_that_is_no_log_is_left_alone(call, tmp_path):
