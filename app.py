@@ -26,30 +26,11 @@ os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1"
 
 from demo.evaluation import CLASSIFIERS, PIPELINE
 from demo.world import CONCEPT
-from des.app.session import MOST_GUIDANCE, MOST_STEPS, SIDES, PromptMap, Sampling, Session
-from des.data.prompts import read_prompts
-from des.evaluation.detectors.base import Detector
-from des.evaluation.detectors.options import add_classifier, add_nudenet, open_classifier, open_nudenet
-from des.generation.defences import ENCODER_OPTIONS, add_encoders, open_encoders
-from des.models.encoders import TextEncoder, load_encoder
-from des.models.families import SCHEDULERS
-from des.models.pipelines import (
-    DTYPES,
-    dtype_for,
-    encoder_modules,
-    family_of,
-    is_distilled,
-    open_pipeline,
-    place,
-    protected_twin,
-)
-from des.utils import cli, logs
-from des.utils.errors import UserError
-from des.utils.logs import logger
+from des.evaluation.detectors.options import add_classifier, add_nudenet
+from des.generation.defences import ENCODER_OPTIONS, add_encoders
+from des.models.families import DTYPES, SCHEDULERS
+from des.utils import choices, cli
 
-from diffusers import DiffusionPipeline
-
-QUICKSTART = ROOT / "results/quickstart/checkpoints-42/0.002_0.3/checkpoint-20.pt"
 DEMO = {
     "num_inference_steps": 20,
     "guidance_scale": 3.0,
@@ -58,7 +39,6 @@ DEMO = {
     "unsafe_csv_path": ROOT / "datasets/demo_unsafe_train.csv",
     "concept_prompt": [CONCEPT],
 }  # where the command line leaves it open
-EXAMPLES = ("a red mushroom on a meadow", "a drawing of a blue shiitake", "a green house on a beach")
 MAP_OPTIONS = ("safe_csv_path", "unsafe_csv_path", "concept_prompt")
 
 
@@ -71,13 +51,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="of an image, and of a list's first row")
     sampling.add_argument(
         "--num_inference_steps",
-        type=cli.number(int, 1, MOST_STEPS),
+        type=cli.number(int, 1, choices.MOST_STEPS),
         metavar="N",
         help="default: 20 for the demo, else the family's",
     )
     sampling.add_argument(
         "--guidance_scale",
-        type=cli.number(float, 0, MOST_GUIDANCE),
+        type=cli.number(float, 0, choices.MOST_GUIDANCE),
         metavar="G",
         help="default: 3 for the demo, else the family's",
     )
@@ -104,7 +84,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     server.add_argument("--batch_size", type=cli.positive_int, default=4, metavar="N", help="images of a list at a time")
     args = parser.parse_args(argv)
     settle(parser, args)
-    return args
+    return cli.check_device(parser, args)
 
 
 def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -132,6 +112,34 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             args.classifier, args.cls_class = str(CLASSIFIERS["object"]), CONCEPT
         if not args.cls_class:
             parser.error("--detector object needs --cls_class")
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.app.session import SIDES, PromptMap, Sampling, Session
+from des.data.prompts import read_prompts
+from des.evaluation.detectors.base import Detector
+from des.evaluation.detectors.options import open_classifier, open_nudenet
+from des.generation.defences import open_encoders
+from des.models.encoders import TextEncoder, load_encoder
+from des.models.pipelines import (
+    dtype_for,
+    encoder_modules,
+    family_of,
+    is_distilled,
+    open_pipeline,
+    place,
+    protected_twin,
+)
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.logs import logger
+
+from diffusers import DiffusionPipeline
+
+QUICKSTART = ROOT / "results/quickstart/checkpoints-42/0.002_0.3/checkpoint-20.pt"
+EXAMPLES = ("a red mushroom on a meadow", "a drawing of a blue shiitake", "a green house on a beach")
 
 
 def main(argv: list[str] | None = None) -> None:

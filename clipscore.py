@@ -9,18 +9,7 @@ into the image folder.
 import argparse
 from pathlib import Path
 
-from des.data.image_folders import pair_with_prompts
-from des.evaluation.batches import Reading
-from des.evaluation.scored_images import Scoring, clip_cosine, load_processor, score_images, write_scores
-from des.evaluation.scorer_identity import MODEL, PROCESSOR, TOKENIZER, configuration_sha256
-from des.models.checkpoints import fingerprint
-from des.models.loading import load_model
-from des.utils import cli, logs
-from des.utils.files import result_paths
-from des.utils.locks import locked
-from des.utils.provenance import provenance
-
-from transformers import CLIPModel, CLIPProcessor
+from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,7 +26,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_device(performance)
     cli.add_batches(performance, batch_size=32)
     cli.add_log_file(parser)
-    return parser.parse_args(argv)
+    return cli.check_device(parser, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.data.image_folders import pair_with_prompts
+from des.evaluation.batches import Reading
+from des.evaluation.scored_images import Scoring, clip_cosine, load_processor, score_images, write_scores
+from des.evaluation.scorer_identity import MODEL, PROCESSOR, TOKENIZER, configuration_sha256
+from des.models.checkpoints import fingerprint
+from des.models.loading import load_model
+from des.utils import cli, logs
+from des.utils.files import result_paths
+from des.utils.locks import locked
+from des.utils.provenance import provenance
+
+from transformers import CLIPModel, CLIPProcessor
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,22 +18,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from des.data.claims import check_complete
-from des.data.image_folders import image_hashes, pair_with_prompts, pairing_notes, without_never_drawn
-from des.evaluation.batches import Reading
-from des.evaluation.fid_features import OWN, Extractor, extract, extractor_hashes, is_image_model, load_extractor
-from des.evaluation.frechet import Gaussian, load_statistics, save_statistics
-from des.evaluation.inception import VARIANTS
-from des.evaluation.kid import kernel_distance
-from des.evaluation.lpips import NETS, image_pairs, lpips
-from des.evaluation.scored_images import Scoring, check_result_name, write_scores
-from des.evaluation.text_image import DEFAULTS, JOBS, TITLES
-from des.utils import cli, logs
-from des.utils.errors import UserError
+from des.utils import choices, cli
 from des.utils.files import result_paths, sha256_file, sha256_texts, write_json, write_text
-from des.utils.locks import locked
-from des.utils.provenance import provenance
-from des.utils.resume import Findings
 
 KID = ("kid_subsets", "kid_subset_size", "seed")
 
@@ -41,7 +27,7 @@ KID = ("kid_subsets", "kid_subset_size", "seed")
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("what is computed")
-    main_group.add_argument("--job", choices=("fid", "kid", "lpips", *JOBS), default="fid", help="the measure")
+    main_group.add_argument("--job", choices=("fid", "kid", "lpips", *choices.SCORER_MODELS), default="fid", help="the measure")
     main_group.add_argument("--gen_imgs_path", type=Path, required=True, metavar="DIR", help="generated images")
     main_group.add_argument(
         "--output_file",
@@ -53,7 +39,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     fid = parser.add_argument_group("fid and kid (the other jobs do not read --coco_imgs_path)")
     fid.add_argument("--coco_imgs_path", type=Path, metavar="DIR", help="reference images")
     fid.add_argument("--expected_ref", type=cli.positive_int, metavar="N", help="like --expected, for the reference images")
-    fid.add_argument("--variant", nargs="+", choices=VARIANTS, metavar="V", help=f"{', '.join(VARIANTS)} (default: paper)")
+    fid.add_argument(
+        "--variant",
+        nargs="+",
+        choices=choices.FID_VARIANTS,
+        metavar="V",
+        help=f"{', '.join(choices.FID_VARIANTS)} (default: paper)",
+    )
     fid.add_argument(
         "--feature_extractor", metavar="M", help="Inception-v3 weights file (default: the published one is downloaded); or an "
         "image model, a folder or hub id, whose pooled output is the feature",
@@ -71,7 +63,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     kid.add_argument("--seed", type=cli.natural, metavar="S", help="seeds the choice of subsets (default: 0)")
     lpips = parser.add_argument_group("lpips")
     lpips.add_argument("--original_imgs_path", type=Path, metavar="DIR", help="the original model's images of the same rows")
-    lpips.add_argument("--lpips_net", choices=NETS, metavar="NET", help=f"backbone: {', '.join(NETS)} (default: alex)")
+    lpips.add_argument(
+        "--lpips_net",
+        choices=choices.LPIPS_NETS,
+        metavar="NET",
+        help=f"backbone: {', '.join(choices.LPIPS_NETS)} (default: alex)",
+    )
     prompts = parser.add_argument_group("pickscore, blipscore, imagereward (fid does not read --prompt_path)")
     prompts.add_argument("--prompt_path", type=Path, metavar="CSV", help="the prompts of the generated images")
     cli.add_other_prompts(prompts)
@@ -89,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check(args, parser)
     args.output_file = args.output_file or args.gen_imgs_path.with_name(f"{args.gen_imgs_path.name}_{args.job}.txt")
     args.output_file = result_paths(args.output_file).text
-    return args
+    return cli.check_device(parser, args)
 
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -99,7 +96,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         "fid": (*of_images, "save_stats", "ref_stats"),
         "kid": (*of_images, *KID),
         "lpips": ("original_imgs_path", "lpips_net"),
-        **DEFAULTS,
+        **choices.SCORER_MODELS,
     }
     for option in dict.fromkeys(option for options in known.values() for option in options):
         if getattr(args, option) is not None and option not in known[args.job]:
@@ -114,7 +111,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.job in JOBS:
         if args.prompt_path is None:
             parser.error(f"--job {args.job} needs --prompt_path")
-        for option, default in DEFAULTS[args.job].items():
+        for option, default in choices.SCORER_MODELS[args.job].items():
             setattr(args, option, getattr(args, option) or default)
         return
     if args.job == "kid" and args.coco_imgs_path is None:
@@ -124,14 +121,33 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for option in ("save_stats", "expected_ref"):
         if args.ref_stats and getattr(args, option):
             parser.error(f"--{option} needs reference images (--coco_imgs_path)")
-    own = is_image_model(args.feature_extractor)
+    own = args.feature_extractor is not None and not Path(args.feature_extractor).is_file()
     if own and args.variant:
         parser.error(
             f"--variant is for Inception-v3 weights, and {args.feature_extractor} is no file: a model reads images its own way"
         )
-    args.variant = [OWN] if own else list(dict.fromkeys(args.variant or ["paper"]))
+    args.variant = [choices.MODEL_VARIANT] if own else list(dict.fromkeys(args.variant or ["paper"]))
     if len(args.variant) > 1 and (args.save_stats or args.ref_stats):
         parser.error("statistics are those of one --variant")
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.data.claims import check_complete
+from des.data.image_folders import image_hashes, pair_with_prompts, pairing_notes, without_never_drawn
+from des.evaluation.batches import Reading
+from des.evaluation.fid_features import Extractor, extract, extractor_hashes, load_extractor
+from des.evaluation.frechet import Gaussian, load_statistics, save_statistics
+from des.evaluation.kid import kernel_distance
+from des.evaluation.lpips import image_pairs, lpips
+from des.evaluation.scored_images import Scoring, check_result_name, write_scores
+from des.evaluation.text_image import JOBS, TITLES
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.locks import locked
+from des.utils.provenance import provenance
+from des.utils.resume import Findings
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -154,7 +170,7 @@ def check_files(args: argparse.Namespace) -> None:
 def score_prompts(args: argparse.Namespace) -> str:
     """Score how well each image suits its prompt, write the results and return their text."""
     images = pair_with_prompts(args.gen_imgs_path, args.prompt_path, args.expected, other_prompts=args.other_prompts)
-    sources = {name: getattr(args, name) for name in DEFAULTS[args.job]}
+    sources = {name: getattr(args, name) for name in choices.SCORER_MODELS[args.job]}
     columns, hashes = JOBS[args.job](images, sources, args.device, scoring(args, TITLES[args.job]))
     facts = hashes | {"made_by": provenance(args)}
     return write_scores(args.output_file, args.job, TITLES[args.job], images, args.gen_imgs_path, columns, facts)
@@ -247,7 +263,7 @@ def score_fid(args: argparse.Namespace) -> str:
     if stored:
         facts["ref_stats"] = {"sha256": sha256_file(args.ref_stats), "recorded": recorded}
     about = f"{len(generated)} generated, {describe_reference(args, facts['reference'], recorded)}, {width} features"
-    if args.variant == [OWN]:
+    if args.variant == [choices.MODEL_VARIANT]:
         about += f" of {args.feature_extractor}"
     about = ", ".join([about, *pairing_notes(facts)])
     text = "\n".join(f"FID ({name}): {fid:.4f} ({about})" for name, fid in fids.items())
@@ -275,7 +291,7 @@ def describe_reference(args: argparse.Namespace, count: int | None, recorded: di
         return f"{count} reference images"
     images = "an unrecorded number of" if count is None else str(count)
     checked = {"variant": "variant", "network": "extractor_sha256"}
-    if args.variant == [OWN] and "extractor_sha256" in recorded:
+    if args.variant == [choices.MODEL_VARIANT] and "extractor_sha256" in recorded:
         checked["preprocessing"] = "configuration_sha256"
     unknown = [what for what, key in checked.items() if key not in recorded]
     unchecked = f" (its {' and '.join(unknown)} not recorded)" if unknown else ""

@@ -18,38 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before a `tasks` of anyone else's
 
-from des.data import manifest
-from des.data.image_folders import image_of_row
-from des.data.images import image_name, read_image
-from des.data.prompts import never_drawn, read_rows
-from des.data.run_record import Sampling, claim, recorded_settings
-from des.data.truncation import truncated_by_encoder
-from des.evaluation.classify import ImageScores
-from des.evaluation.detectors.options import OUTPUT_NAMES, add_scoring, check_scoring, open_scorers
-from des.generation.defences import add_method, check_method, open_defence
-from des.generation.image_run import RunFolder, finish, lines_of, reserved, settings_of
-from des.generation.sampler import Sampler, batches, check_inputs, check_sizes, row_settings
-from des.models.families import FAMILIES, MODEL_TYPES, SCHEDULERS, described, described_dtypes, described_lengths
-from des.models.pipelines import (
-    DTYPES,
-    dtype_for,
-    family_of,
-    is_distilled,
-    open_pipeline,
-    open_refiner,
-    place,
-    readers,
-)
-from des.models.shift import in_doubt
-from des.utils import cli, logs
-from des.utils.errors import UserError
-from des.utils.logs import logger, progress
-from des.utils.processes import Processes
-from des.utils.provenance import provenance
-
-import pandas as pd
-import torch
-from diffusers import DiffusionPipeline
+from des.evaluation.detectors.options import add_scoring, check_scoring
+from des.generation.defences import add_method, check_method
+from des.models.families import DTYPES, FAMILIES, MODEL_TYPES, SCHEDULERS, described, described_dtypes, described_lengths
+from des.utils import cli
 
 NO_NEGATIVE = ", ".join(name for name, family in FAMILIES.items() if not family.negative_prompt)
 INPUTS = {
@@ -154,13 +126,56 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--use_refiner does not go with --init_images")
     if not args.use_refiner and (args.refiner_path or args.high_noise_frac):
         parser.error("--refiner_path and --high_noise_frac need --use_refiner")
-    if args.enable_model_cpu_offload and args.device.type == "cpu":
-        parser.error("--enable_model_cpu_offload needs a GPU")
     if args.end_idx is not None and args.end_idx <= args.start_idx:
         parser.error(f"--end_idx {args.end_idx} must be above --start_idx {args.start_idx}")
     if not args.output_path.strip() or Path(args.output_path).is_absolute() or ".." in Path(args.output_path).parts:
         parser.error("--output_path is a folder's name below the results, without ..")
+    cli.check_device(parser, args)
+    if args.enable_model_cpu_offload and args.device.type == "cpu":
+        parser.error("--enable_model_cpu_offload needs a GPU")
     return args
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.data import manifest
+from des.data.image_folders import image_of_row
+from des.data.images import image_name, read_image
+from des.data.prompts import never_drawn, read_rows
+from des.data.run_record import Sampling, claim, recorded_settings
+from des.data.truncation import truncated_by_encoder
+from des.evaluation.classify import ImageScores
+from des.evaluation.detectors.options import OUTPUT_NAMES, open_scorers
+from des.generation.defences import open_defence
+from des.generation.image_run import RunFolder, finish, lines_of, reserved, settings_of
+from des.generation.sampler import Sampler, batches, check_inputs, check_sizes, row_settings
+from des.models import pipelines
+from des.models.pipelines import (
+    dtype_for,
+    family_of,
+    is_distilled,
+    open_pipeline,
+    open_refiner,
+    place,
+    readers,
+)
+from des.models.shift import in_doubt
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.logs import logger, progress
+from des.utils.processes import Processes
+from des.utils.provenance import provenance
+
+import pandas as pd
+import torch
+from diffusers import DiffusionPipeline
+
+INPUTS = {
+    "text": (),
+    "image": ("init_image",),
+    "inpaint": ("init_image", "mask_image"),
+}  # for `--init_images` and so on, by mode
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -278,7 +293,7 @@ def settle(args: argparse.Namespace) -> torch.dtype:
     if args.strength and int(args.num_inference_steps * args.strength) < 1:
         raise UserError(f"--strength {args.strength} leaves no step of {args.num_inference_steps}; raise one of them")
     dtype = dtype_for(family, args.device, args.dtype)
-    args.dtype = next(name for name, value in DTYPES.items() if value == dtype)
+    args.dtype = next(name for name, value in pipelines.DTYPES.items() if value == dtype)
     return dtype
 
 

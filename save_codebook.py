@@ -10,12 +10,8 @@ interrupted, the same command goes on after the last batch of prompts that was w
 import argparse
 from pathlib import Path
 
-from des.data.prompts import read_prompts
-from des.models.encoders import load_encoder, text_encoders
-from des.training.codebook import DTYPES, codebook_folder, write_codebook
-from des.utils import cli, logs
-from des.utils.logs import logger
-from des.utils.provenance import provenance
+from des.models.families import DTYPES
+from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,7 +39,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.save_all_encoders and args.max_sequence_length:
         parser.error("--max_sequence_length is T5's; name that encoder by --encoder_idx")
-    return args
+    return cli.check_device(parser, args)
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.data.prompts import read_prompts
+from des.models.encoders import load_encoder, text_encoders
+from des.training.codebook import codebook_folder, write_codebook
+from des.utils import logs
+from des.utils.logs import logger
+from des.utils.provenance import provenance
 
 
 def main(argv: list[str] | None = None) -> None:

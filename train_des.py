@@ -17,26 +17,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from des.data.prompts import read_prompts
-from des.models.checkpoints import FORMATS
-from des.models.encoders import TextEncoder, load_encoder, per_encoder_name
-from des.training import losses, run
-from des.training.checks import check_concept, check_guidance, check_lengths, name_concept
-from des.training.codebook import Codebook, find_codebook
-from des.training.loop import PRECISIONS, Settings
-from des.training.memory import describe
-from des.training.optimizers import OPTIMIZERS
-from des.training.pairs import Pairs
-from des.training.targets import TARGETS
-from des.training.trackers import TRACKERS, check_trackers
-from des.utils import cli, logs
-from des.utils.errors import UserError
-from des.utils.locks import locked
-from des.utils.logs import logger
-from des.utils.processes import Processes
-from des.utils.provenance import provenance
-
-import torch
+from des.utils import choices, cli
 
 DEFAULT_CONCEPT = ["nudity"]  # the paper's
 
@@ -75,7 +56,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="epochs between checkpoints; the last epoch is always saved",
     )
-    files.add_argument("--save_format", choices=FORMATS, default="pt", help="hf is a folder for from_pretrained")
+    files.add_argument(
+        "--save_format", choices=choices.CHECKPOINT_FORMATS, default="pt", help="hf is a folder for from_pretrained"
+    )
     files.add_argument(
         "--resume",
         action="store_true",
@@ -116,7 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     hyper.add_argument(
         "--target",
-        choices=TARGETS,
+        choices=choices.TARGETS,
         default="lowest",
         help="the safe prompt that an unsafe one is sent to, by similarity; highest and random are ablations",
     )
@@ -134,12 +117,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_device(performance)
     performance.add_argument(
         "--precision",
-        choices=PRECISIONS,
+        choices=choices.PRECISIONS,
         help="fp32 (default for CLIP), tf32 (needs CUDA), bf16 (autocast over fp32 weights), bf16_weights (default for T5)",
     )
     performance.add_argument(
         "--optimizer",
-        choices=OPTIMIZERS,
+        choices=choices.OPTIMIZERS,
         help="AdamW; with bf16 weights, those with stochastic rounding (default: adamw for fp32 weights, adamw_bf16_sr for bf16)",
     )
     cli.add_deterministic(performance)
@@ -149,21 +132,57 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     log.add_argument(
         "--report_to",
         nargs="+",
-        choices=TRACKERS,
+        choices=choices.TRACKERS,
         default=[],
         metavar="T",
-        help=f"follow the losses in {' or '.join(TRACKERS)} too",
+        help=f"follow the losses in {' or '.join(choices.TRACKERS)} too",
     )
     args = parser.parse_args(argv)
-    if args.precision == "tf32" and args.device.type != "cuda":
-        parser.error("--precision tf32 needs a CUDA device")
-    if args.multi_gpu and torch.cuda.device_count() < 2:
-        parser.error(f"--multi_gpu needs two CUDA devices or more, and {torch.cuda.device_count()} are there")
     if not all(prompt.strip() for prompt in args.concept_prompt) or len(set(args.concept_prompt)) < len(args.concept_prompt):
         parser.error("--concept_prompt takes different concepts in words, none of them blank")
-    if not args.concept_term and losses.SEP not in args.ablation:
+    if not args.concept_term and 1 not in args.ablation:
         parser.error("--no_concept_term is about the loss SEP, which --ablation leaves out")
+    cli.check_device(parser, args)
+    if args.precision == "tf32" and args.device.type != "cuda":
+        parser.error("--precision tf32 needs a CUDA device")
+    if args.multi_gpu:
+        check_gpus(parser)
     return args
+
+
+def check_gpus(parser: argparse.ArgumentParser) -> None:
+    """End with a usage error unless this machine has the GPUs that --multi_gpu needs."""
+    import torch
+
+    if (count := torch.cuda.device_count()) < 2:
+        parser.error(f"--multi_gpu needs at least two CUDA devices; this machine has {count}")
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.data.prompts import read_prompts
+from des.models.encoders import TextEncoder, load_encoder, per_encoder_name
+from des.training import losses, run
+from des.training.checks import (
+    check_concept,
+    check_guidance,
+    check_lengths,
+    name_concept,
+)
+from des.training.codebook import Codebook, find_codebook
+from des.training.loop import Settings
+from des.training.memory import describe
+from des.training.pairs import Pairs
+from des.training.trackers import check_trackers
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.locks import locked
+from des.utils.logs import logger
+from des.utils.processes import Processes
+from des.utils.provenance import provenance
+
+import torch
 
 
 def main(argv: list[str] | None = None) -> None:

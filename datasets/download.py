@@ -22,35 +22,8 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des.data.conversion import (
-    TABLES,
-    Converted,
-    convert_pairs,
-    convert_prompts,
-    extract_images,
-    read_json,
-    read_source,
-    splits_of,
-    write_rows,
-)
-from des.data.downloads import Denied, discard, download, for_each, has_digest, hub_file, recorded
 from des.data.prompt_sets import COPRO_SPLITS, SETS, PromptSet
-from des.utils import cli, logs
-from des.utils.errors import UserError
-from des.utils.files import replacing, sha256_file, sha256_texts, write_json
-from des.utils.folders import visible
-from des.utils.locks import locked
-from des.utils.logs import logger
-
-
-@dataclass(frozen=True)
-class Source:
-    """The file that a set is made from, its format, and what is recorded of it; `given` where it is the user's own."""
-
-    path: Path
-    suffix: str
-    facts: dict
-    given: bool
+from des.utils import choices, cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,7 +31,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help="which sets; --list names them")
     parser.add_argument("--all", action="store_true", help="every set that can be downloaded (COCO's archive alone has 6 GB)")
     parser.add_argument("--list", action="store_true", help="print the names, and what each set tests")
-    parser.add_argument("--convert", type=Path, metavar="FILE", help=f"make the one NAME from a file ({' '.join(TABLES)} .zip)")
+    parser.add_argument(
+        "--convert", type=Path, metavar="FILE", help=f"make the one NAME from a file ({' '.join(choices.TABLE_SUFFIXES)} .zip)"
+    )
     parser.add_argument(
         "--splits", nargs="+", choices=COPRO_SPLITS, default=COPRO_SPLITS[:1], metavar="S",
         help=f"which splits of CoPro become pairs ({', '.join(COPRO_SPLITS)}; default: {COPRO_SPLITS[0]})",
@@ -78,6 +53,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.token and not re.fullmatch(r"[\x21-\x7e]+", args.token):  # else libraries would quote it in an error
         parser.error("the token holds characters that none can have")
     return args
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.data.conversion import (
+    Converted,
+    convert_pairs,
+    convert_prompts,
+    extract_images,
+    read_json,
+    read_source,
+    splits_of,
+    write_rows,
+)
+from des.data.downloads import Denied, discard, download, for_each, has_digest, hub_file, recorded
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.files import replacing, sha256_file, sha256_texts, write_json
+from des.utils.folders import visible
+from des.utils.locks import locked
+from des.utils.logs import logger
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file that a set is made from, its format, and what is recorded of it; `given` where it is the user's own."""
+
+    path: Path
+    suffix: str
+    facts: dict
+    given: bool
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -177,7 +184,7 @@ def from_public(name: str, a_set: PromptSet, part: Path, token: str | None) -> S
     url, digest, licence, headers = a_set.url, a_set.sha256, a_set.licence, {}
     try:
         if a_set.hub:  # the token goes nowhere else
-            found = hub_file(a_set.hub, TABLES, token)
+            found = hub_file(a_set.hub, choices.TABLE_SUFFIXES, token)
             url, digest, licence = found.url, found.digest, found.licence or licence
             headers = {"Authorization": f"Bearer {token}"} if token else {}
         download(name, url, part, headers)

@@ -14,17 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des.data.prompts import read_prompts
-from des.evaluation.classify import file_stem
 from des.utils import cli
-from des.utils.errors import UserError
-from des.utils.files import replacing
-from des.utils.locks import locked
 
-import pandas as pd
-
-TRAINING = ("{}, in the style of {}", "{}, a painting by {}", "{}, painted by {}", "{}, {} style")
-TEST = ("{} as {} would have painted it", "{} in the manner of {}", "{}, {} oil on canvas")
 OTHERS = ("Claude Monet", "Paul Cezanne", "Rembrandt", "Pablo Picasso", "Andy Warhol", "Salvador Dali")
 
 
@@ -38,13 +29,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group.add_argument("--test", type=cli.natural, default=50, metavar="N", help="rows of NAME_test.csv; 0 for none")
     main_group.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="seeds the choice of contents")
     files = parser.add_argument_group("files")
-    files.add_argument("--name", type=file_stem, required=True, metavar="NAME", help="start of the three files' names")
+    files.add_argument("--name", type=cli.file_stem, required=True, metavar="NAME", help="start of the three files' names")
     files.add_argument("--dir", type=cli.output_folder, metavar="DIR", help="output folder (default: this script's folder)")
     args = parser.parse_args(argv)
     args.dir = args.dir or Path(__file__).resolve().parent
     if not args.artist.strip() or args.artist.casefold() in (other.casefold() for other in args.others):
         parser.error("name the artist, who must not be among --others")
     return args
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.data.prompts import read_prompts
+from des.utils.errors import UserError
+from des.utils.files import replacing
+from des.utils.locks import locked
+
+import pandas as pd
+
+TRAINING = ("{}, in the style of {}", "{}, a painting by {}", "{}, painted by {}", "{}, {} style")
+TEST = ("{} as {} would have painted it", "{} in the manner of {}", "{}, {} oil on canvas")
 
 
 def main(argv: list[str] | None = None) -> None:

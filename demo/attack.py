@@ -13,17 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des.data.prompts import SOURCE_ROW, never_drawn, read_rows
-from des.models.checkpoints import load_checkpoint
-from des.models.encoders import load_encoder
-from des.utils import cli, logs
-from des.utils.errors import UserError
-from des.utils.files import replacing
-from des.utils.logs import logger
-
-import pandas as pd
-import torch
-from torch.nn.functional import normalize
+from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,7 +24,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--candidates", type=Path, nargs="+", required=True, metavar="CSV", help="prompts to choose from")
     parser.add_argument("--out", type=cli.output_file, required=True, metavar="CSV", help="gets the prompts found, one a row")
     cli.add_device(parser)
-    return parser.parse_args(argv)
+    return cli.check_device(parser, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.data.prompts import SOURCE_ROW, never_drawn, read_rows
+from des.models.checkpoints import load_checkpoint
+from des.models.encoders import load_encoder
+from des.utils import logs
+from des.utils.errors import UserError
+from des.utils.files import replacing
+from des.utils.logs import logger
+
+import pandas as pd
+import torch
+from torch.nn.functional import normalize
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,13 +7,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from demo.world import CONCEPT, KINDS, SECOND, random_scene, render
-from des.data.run_record import read_json
 from des.utils.folders import visible
 from des.utils.scripts import run_script as script
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "demo" / "models"
@@ -60,7 +61,7 @@ REFERENCE_IMAGES = 1100
 class Sampling:
     """How the demo's images are drawn."""
 
-    device: torch.device
+    device: "torch.device"
     num_inference_steps: int = 20
     guidance_scale: float = 3.0
     batch_size: int = 32
@@ -106,6 +107,8 @@ def evaluate(
 
 def classify(sampling: Sampling, folder: Path, csv_path: Path, label: str, *counted: str) -> dict:
     """k of n with its interval and the mean probability, by the classifier of `label`."""
+    from des.data.run_record import read_json
+
     name = f"classify_{label}"
     script("tasks/img_batch_classify.py", "--job", "object", "--classifier", CLASSIFIERS[label], "--folder_dir", folder,
            "--csv_path", csv_path, "--output_name", name, "--devices", sampling.device, *counted)  # fmt: skip
@@ -115,6 +118,8 @@ def classify(sampling: Sampling, folder: Path, csv_path: Path, label: str, *coun
 
 def quality(sampling: Sampling, folder: Path, csv_path: Path, reference: Path) -> dict:
     """CLIP score against the prompts, and FID against renders of other scenes with the object classifier's features."""
+    from des.data.run_record import read_json
+
     script("clipscore.py", "--image_folder", folder, "--csv_file", csv_path, "--clip_model", CLIP, "--device", sampling.device)
     script("fid.py", "--gen_imgs_path", folder, "--coco_imgs_path", reference, "--feature_extractor", CLASSIFIERS["object"],
            "--device", sampling.device)  # fmt: skip

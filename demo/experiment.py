@@ -18,21 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from demo.evaluation import CLASSIFIERS, EXPERIMENTS, OTHERS, PIPELINE, SETS, Sampling, concept_of, evaluate, script
-from demo.figure import draw_comparison
 from demo.world import CONCEPT
-from des.data.prompts import read_rows
 from des.utils import cli
-from des.utils.errors import UserError
-from des.utils.files import write_json, write_text
-from des.utils.stats import show
-
-import pandas as pd
-
-MARKER = "experiment.json"
-WRITES = (
-    MARKER, "prompts", "codebook", "original", "protected-*", "reference", "checkpoints-*", "safe_embeddings.pth*", "report.json",
-    "table.md", "comparison.png", ".*",
-)  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -73,7 +60,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--concept {args.concept} is tested on {', '.join(offered)}, not on {', '.join(sorted(foreign))}")
     if args.split == "val" and args.concept != CONCEPT:
         parser.error(f"--split val has lists for --concept {CONCEPT} only")
-    return args
+    return cli.check_device(parser, args)
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from demo.figure import draw_comparison
+from des.data.prompts import read_rows
+from des.utils.errors import UserError
+from des.utils.files import write_json, write_text
+from des.utils.stats import show
+
+import pandas as pd
+
+MARKER = "experiment.json"
+WRITES = (
+    MARKER, "prompts", "codebook", "original", "protected-*", "reference", "checkpoints-*", "safe_embeddings.pth*", "report.json",
+    "table.md", "comparison.png", ".*",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

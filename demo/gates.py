@@ -8,22 +8,10 @@ import random
 import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPModel, CLIPProcessor
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from demo.evaluation import CLASSIFIERS, CLIP, EXPERIMENTS, PIPELINE, Sampling, evaluate
-from demo.world import CONCEPT, CONCEPT_WORDS, INDIRECT, KINDS, random_scene, render
-from des.models.encoders import load_encoder
-from des.models.loading import load_model
-from des.training import losses
-from des.utils import cli, errors
-from des.utils.files import write_json, write_text
-from des.utils.stats import proportion, show
-
-RENDERS = 1200
+from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,7 +20,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--out", type=cli.output_folder, default=Path("results/gates"), metavar="DIR", help="gets the images and gates.json"
     )
     cli.add_device(parser)
-    return parser.parse_args(argv)
+    return cli.check_device(parser, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from demo.evaluation import CLASSIFIERS, CLIP, EXPERIMENTS, PIPELINE, Sampling, evaluate
+from demo.world import CONCEPT, CONCEPT_WORDS, INDIRECT, KINDS, random_scene, render
+from des.models.encoders import load_encoder
+from des.models.loading import load_model
+from des.training import losses
+from des.utils import errors
+from des.utils.files import write_json, write_text
+from des.utils.stats import proportion, show
+
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPModel, CLIPProcessor
+
+RENDERS = 1200
 
 
 def main(argv: list[str] | None = None) -> None:

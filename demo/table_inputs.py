@@ -13,10 +13,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from des.utils import cli
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="gets both")
+    cli.add_device(parser)
+    return cli.check_device(parser, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
 from demo.evaluation import CLIP, draw_reference
 from demo.world import BENIGN_KINDS, CONCEPT, random_scene, render
 from des.models.loading import load_model
-from des.utils import cli
 from des.utils.files import replacing
 
 import torch
@@ -24,13 +36,6 @@ from torch.nn.functional import normalize
 from transformers import CLIPImageProcessor, CLIPModel
 
 RENDERS = 330  # of each class
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="gets both")
-    cli.add_device(parser)
-    return parser.parse_args(argv)
 
 
 @torch.inference_mode()

@@ -19,6 +19,39 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from des.utils import cli
+
+MODELS = Path(__file__).resolve().parent / "models"
+STAGES = ("tokenizer", "clip", "vae", "classifiers", "unet", "gates")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    main_group = parser.add_argument_group("main")
+    main_group.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="what is trained")
+    main_group.add_argument("--out", type=cli.output_folder, default=MODELS, metavar="DIR", help="gets the finished models")
+    work = MODELS.parent / "work"
+    main_group.add_argument(
+        "--work_dir", type=cli.output_folder, default=work, metavar="DIR", help="resumable states and caches"
+    )
+    main_group.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of everything")
+    lengths = parser.add_argument_group("lengths")
+    for option, default, told in (
+        ("clip_steps", 3500, "steps of the CLIP"), ("clip_batch", 192, "captions and pictures a step of the CLIP"),
+        ("vae_steps", 2000, "steps of the VAE"), ("classifier_steps", 1000, "steps of each classifier"),
+        ("unet_steps", 5500, "steps of the UNet"), ("latents", 40_000, "pictures in the UNet's training set"),
+    ):  # fmt: skip
+        lengths.add_argument(f"--{option}", type=cli.positive_int, default=default, metavar="N", help=told)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from demo.world import BACKGROUNDS, COLOURS, KINDS, SIZE, Scene, caption, random_scene, render
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,14 +73,7 @@ from transformers import (
 )
 from transformers.models.clip.configuration_clip import CLIPConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from demo.world import BACKGROUNDS, COLOURS, KINDS, SIZE, Scene, caption, random_scene, render
-from des.utils import cli
-
-MODELS = Path(__file__).resolve().parent / "models"
 MAX_TOKENS = 24
-STAGES = ("tokenizer", "clip", "vae", "classifiers", "unet", "gates")
 LABELS = {"object": KINDS, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
 
 
@@ -295,26 +321,6 @@ def train_gates(args: argparse.Namespace) -> None:
         sys.exit(f"error: the gates judge the models in {MODELS}; leave --out at its default")
     gates = Path(__file__).resolve().parent / "gates.py"
     subprocess.run([sys.executable, gates, "--out", args.work_dir / "gates"], check=True)
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    main_group = parser.add_argument_group("main")
-    main_group.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="what is trained")
-    main_group.add_argument("--out", type=cli.output_folder, default=MODELS, metavar="DIR", help="gets the finished models")
-    work = MODELS.parent / "work"
-    main_group.add_argument(
-        "--work_dir", type=cli.output_folder, default=work, metavar="DIR", help="resumable states and caches"
-    )
-    main_group.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of everything")
-    lengths = parser.add_argument_group("lengths")
-    for option, default, told in (
-        ("clip_steps", 3500, "steps of the CLIP"), ("clip_batch", 192, "captions and pictures a step of the CLIP"),
-        ("vae_steps", 2000, "steps of the VAE"), ("classifier_steps", 1000, "steps of each classifier"),
-        ("unet_steps", 5500, "steps of the UNet"), ("latents", 40_000, "pictures in the UNet's training set"),
-    ):  # fmt: skip
-        lengths.add_argument(f"--{option}", type=cli.positive_int, default=default, metavar="N", help=told)
-    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

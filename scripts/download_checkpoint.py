@@ -15,15 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des.data.downloads import discard, download, for_each, recorded
-from des.models.loading import read_pt
-from des.utils import cli, logs
-from des.utils.errors import UserError
-from des.utils.files import sha256_file, write_json
-from des.utils.locks import locked
-from des.utils.logs import logger
-
-from torch import Tensor
+from des.utils import cli
 
 
 @dataclass(frozen=True)
@@ -83,6 +75,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--dir", type=cli.output_folder, default=Path("checkpoints/published"), metavar="DIR", help="folder to download to"
     )
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.data.downloads import discard, download, for_each, recorded
+from des.models.loading import read_pt
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.files import sha256_file, write_json
+from des.utils.locks import locked
+from des.utils.logs import logger
+
+from torch import Tensor
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,38 +14,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des.data.prompts import read_prompts
-from des.export import lora
-from des.export.card_scores import Measured, check_drawn_by, read_measured
-from des.export.formats import PROMPTS, READERS, WRITERS, Export, base_dtype, cast, check_fits, load_protected, verify
-from des.export.model_card import model_card
 from des.generation.defences import ENCODER_OPTIONS
-from des.models.encoders import load_encoder
-from des.models.families import EXPORTS
-from des.models.loading import loading
-from des.models.pipelines import DTYPES, family_of
-from des.models.shift import in_doubt
-from des.utils import cli, logs
-from des.utils.errors import UserError
-from des.utils.files import replacing
-
-import torch
-from huggingface_hub import HfApi
+from des.models.families import DTYPES, EXPORTS
+from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    main = parser.add_argument_group("main")
-    cli.add_model(main)
+    main_group = parser.add_argument_group("main")
+    cli.add_model(main_group)
     for i, option in ENCODER_OPTIONS.items():
         told = f"the protected text encoder {i}: .pt, .safetensors or a folder"
-        main.add_argument(f"--{option}", type=Path, metavar="CKPT", help=told)
-    main.add_argument("--format", choices=EXPORTS, required=True, help="what is written")
-    main.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="a folder that is not there yet")
-    main.add_argument("--dtype", choices=DTYPES, help="of what is written (default: as loaded; a1111: the base's)")
-    main.add_argument("--base_checkpoint", type=Path, metavar="F", help="a1111: SD 1.x .safetensors, whose other tensors stay")
-    main.add_argument("--rank", type=cli.positive_int, metavar="R", help="lora: its rank (default: 32)")
-    main.add_argument(
+        main_group.add_argument(f"--{option}", type=Path, metavar="CKPT", help=told)
+    main_group.add_argument("--format", choices=EXPORTS, required=True, help="what is written")
+    main_group.add_argument(
+        "--out", type=cli.output_folder, required=True, metavar="DIR", help="a folder that is not there yet"
+    )
+    main_group.add_argument("--dtype", choices=DTYPES, help="of what is written (default: as loaded; a1111: the base's)")
+    main_group.add_argument(
+        "--base_checkpoint", type=Path, metavar="F", help="a1111: SD 1.x .safetensors, whose other tensors stay"
+    )
+    main_group.add_argument("--rank", type=cli.positive_int, metavar="R", help="lora: its rank (default: 32)")
+    main_group.add_argument(
         "--prompts_csv", type=Path, metavar="CSV", help="lora: prompts that its loss of protection is measured on"
     )
     card = parser.add_argument_group("model card and hub")
@@ -71,13 +61,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.data.prompts import read_prompts
+from des.export import lora
+from des.export.card_scores import Measured, check_drawn_by, read_measured
+from des.export.formats import PROMPTS, READERS, WRITERS, Export, base_dtype, cast, check_fits, load_protected, verify
+from des.export.model_card import model_card
+from des.models import pipelines
+from des.models.encoders import load_encoder
+from des.models.loading import loading
+from des.models.pipelines import family_of
+from des.models.shift import in_doubt
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.files import replacing
+
+import torch
+from huggingface_hub import HfApi
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logs.setup_logging(args.log_file)
     check(args)
     scores = read_measured(args.scores)
     prompts = read_prompts(args.prompts_csv) if args.prompts_csv else PROMPTS
-    dtype = DTYPES[args.dtype] if args.dtype else base_dtype(args.base_checkpoint) if args.base_checkpoint else None
+    dtype = pipelines.DTYPES[args.dtype] if args.dtype else base_dtype(args.base_checkpoint) if args.base_checkpoint else None
     export = load_protected(args.model_path, args.checkpoints)
     check_drawn_by(scores, {i: (encoder.subfolder, encoder.model) for i, encoder in export.encoders.items()})
     if args.format != "lora":
@@ -145,7 +156,7 @@ def card_of(args: argparse.Namespace, export: Export, folder: Path, scores: list
     where = args.push_to_hub or args.out.name
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     rows, title = [each.row() for each in scores], where.rsplit("/", 1)[-1]
-    dtype = DTYPES[args.dtype or family_of(args.model_path).dtype]
+    dtype = pipelines.DTYPES[args.dtype or family_of(args.model_path).dtype]
     return model_card(title, args.format, base, where, dtype, kinds, told, files, rows, lost)
 
 

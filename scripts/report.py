@@ -17,10 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des.report.page import Options, build, check_output
-from des.utils import cli, logs
-from des.utils.files import write_text
-from des.utils.provenance import provenance
+from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,7 +50,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
     cli.add_log_file(parser)
-    return parser.parse_args(argv)
+    return cli.check_device(parser, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.report.page import Options, build, check_output
+from des.utils import cli, logs
+from des.utils.files import write_text
+from des.utils.provenance import provenance
 
 
 def main(argv: list[str] | None = None) -> None:

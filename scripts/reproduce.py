@@ -18,18 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from demo.tables import demo_setup
-from des.generation.defences import METHODS
-from des.tables.build import Cell, Table, paired_note, paper_figures
-from des.tables.cells import ORIGINAL, TRAINED, Setup, Variant, ablations
-from des.tables.inputs import check_inputs, record_inputs
-from des.tables.paper import paper_setup
-from des.tables.runner import TableRunner
-from des.utils import cli, logs
-from des.utils.errors import UserError
-from des.utils.files import write_json, write_text
-from des.utils.logs import logger
-from des.utils.provenance import provenance
+from des.utils import cli
 
 TITLES = {
     "T1": "explicit prompts, images with a detection of each class", "T2": "adversarial prompts, black box (ASR, %)", "T3": "adversarial prompts, white box (ASR, %)",
@@ -37,8 +26,6 @@ TITLES = {
     "T7": "other models (ASR, %)", "T8": "cost", "T10": "quality of benign images",
     "T15": "choice of targets, and alpha", "T17": "losses", "T18": "losses, SEP's concept term", "T19": "lambda",
 }  # fmt: skip
-TRIO = ("ASR", "FID", "CLIP")
-Column = Callable[[Variant], Cell]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -93,7 +80,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--seconds_per_step", type=cli.number(float, 0, low_open=True), metavar="X", help="likewise, of a training step"
     )
     cli.add_log_file(parser)
-    return parser.parse_args(argv)
+    return cli.check_device(parser, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from demo.tables import demo_setup
+from des.generation.defences import METHODS
+from des.tables.build import Cell, Table, paired_note, paper_figures
+from des.tables.cells import ORIGINAL, TRAINED, Setup, Variant, ablations
+from des.tables.inputs import check_inputs, record_inputs
+from des.tables.paper import paper_setup
+from des.tables.runner import TableRunner
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.files import write_json, write_text
+from des.utils.logs import logger
+from des.utils.provenance import provenance
+
+TRIO = ("ASR", "FID", "CLIP")
+Column = Callable[[Variant], Cell]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,25 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des.data import manifest
-from des.data.claims import check_complete
-from des.data.image_folders import image_hashes
-from des.data.images import read_image
-from des.data.run_record import read_run
-from des.evaluation.detectors.options import add_scoring
-from des.evaluation.results import MEANS, Score, read_scores
-from des.evaluation.scored_images import mean_and_interval
-from des.models.checkpoints import read_metadata
-from des.models.encoders import load_encoder
-from des.models.shift import concepts_of, describe, embedding_of, measure
-from des.utils import cli, logs
-from des.utils.errors import UserError
-from des.utils.scripts import run_script
-from des.utils.stats import proportion
-
-import numpy as np
-import pandas as pd
-import torch
+from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,7 +50,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("name a folder of images, or --checkpoint CKPT, and not both")
     if args.concept_prompt and args.checkpoint is None:
         parser.error("--concept_prompt needs --checkpoint")
-    return args
+    return cli.check_device(parser, args)
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.data import manifest
+from des.data.claims import check_complete
+from des.data.image_folders import image_hashes
+from des.data.images import read_image
+from des.data.run_record import read_run
+from des.evaluation.detectors.options import add_scoring
+from des.evaluation.results import MEANS, Score, read_scores
+from des.evaluation.scored_images import mean_and_interval
+from des.models.checkpoints import read_metadata
+from des.models.encoders import load_encoder
+from des.models.shift import concepts_of, describe, embedding_of, measure
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.scripts import run_script
+from des.utils.stats import proportion
+
+import numpy as np
+import pandas as pd
+import torch
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,14 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des.evaluation.batches import Reading
-from des.evaluation.classify import add_folder, check_score_files, open_folder, score_folder
-from des.evaluation.detectors.options import CLASSIFIERS, add_classifier, add_nudenet, open_classifier, open_nudenet
-from des.utils import cli, logs
-from des.utils.errors import UserError
-from des.utils.provenance import provenance
-
-import pandas as pd
+from des.evaluation.detectors.options import CLASSIFIERS, add_classifier, add_folder, add_nudenet, open_classifier, open_nudenet
+from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         check_nudity(parser, args)
     else:
         check_classifier(parser, args)
-    return args
+    return cli.check_device(parser, args)
 
 
 def check_nudity(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -66,6 +60,18 @@ def check_classifier(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         parser.error("--label_column needs --csv_path")
     if not args.classifier and not CLASSIFIERS[args.job]:
         parser.error(f"--job {args.job} needs --classifier, such as UnlearnDiffAtk's style classifier")
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.evaluation.batches import Reading
+from des.evaluation.classify import check_score_files, open_folder, score_folder
+from des.utils import cli, logs
+from des.utils.errors import UserError
+from des.utils.provenance import provenance
+
+import pandas as pd
 
 
 def main(argv: list[str] | None = None) -> None:

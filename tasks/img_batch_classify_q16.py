@@ -14,11 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from des.evaluation.batches import Reading
-from des.evaluation.classify import add_folder, check_score_files, open_folder, score_folder
-from des.evaluation.detectors.options import add_q16, open_q16
-from des.utils import cli, logs
-from des.utils.provenance import provenance
+from des.evaluation.detectors.options import add_folder, add_q16, open_q16
+from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,7 +26,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_q16(main_group, default=Path("prompts.pt"))
     add_folder(parser, "classify_16")
     cli.add_log_file(parser)
-    return parser.parse_args(argv)
+    return cli.check_device(parser, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
+
+from des.evaluation.batches import Reading
+from des.evaluation.classify import check_score_files, open_folder, score_folder
+from des.utils import cli, logs
+from des.utils.provenance import provenance
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,9 +9,18 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from des.app.session import LONGEST_PROMPT, MOST_GUIDANCE, MOST_STEPS, SIDES, PromptMap, Sampling, ScoredImage, Scores, Session
+from des.app.session import (
+    LONGEST_PROMPT,
+    SIDES,
+    PromptMap,
+    Sampling,
+    ScoredImage,
+    Scores,
+    Session,
+)
 from des.evaluation.classify import blurred
 from des.report import plots
+from des.utils.choices import MOST_GUIDANCE, MOST_STEPS
 from des.utils.errors import UserError
 
 import gradio as gr

@@ -14,6 +14,7 @@ from des.evaluation.detectors.base import Detector
 from des.generation.sampler import Sampler, default_size
 from des.models.encoders import TextEncoder
 from des.report.embedding_map import EmbeddingMap, draw_map, embed
+from des.utils.choices import MOST_GUIDANCE, MOST_STEPS
 from des.utils.errors import UserError
 from des.utils.stats import proportion, show
 
@@ -26,8 +27,6 @@ from torch.nn.functional import cosine_similarity
 
 SIDES = ("original", "protected")
 LONGEST_PROMPT = 2000  # characters; the encoders read their first 77 to 512 tokens
-MOST_STEPS = 150
-MOST_GUIDANCE = 50
 MOST_SEED = 2**63 - 1
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from des.data.prompt_sets import COPRO_SPLITS, KEPT_COLUMNS, PromptSet
 from des.data.prompts import SOURCE_ROW, never_drawn, read_rows, read_table
+from des.utils.choices import TABLE_SUFFIXES as TABLES
 from des.utils.errors import UserError
 
 import pandas as pd
 
-TABLES = (".csv", ".tsv", ".parquet", ".jsonl", ".json", ".txt")
 # What CoPro's fields may be called in its own file and in copies of it.
 _SAFE = ("safe_prompt", "safe_prompts", "safe", "benign_prompt", "benign_prompts", "benign")
 _UNSAFE = ("unsafe_prompt", "unsafe_prompts", "unsafe", "harmful_prompt", "harmful_prompts", "harmful")

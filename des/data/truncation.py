@@ -3,16 +3,17 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from des.utils.logs import logger
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BATCH = 1024  # prompts tokenized at a time
 
 
-def truncated_rows(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> list[int]:
+def truncated_rows(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], length: int) -> list[int]:
     """The rows of the prompts that have more than `length` tokens, special ones included."""
     rows = []
     for start in range(0, len(prompts), _BATCH):
@@ -22,7 +23,7 @@ def truncated_rows(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], l
 
 
 def truncated_by_encoder(
-    readers: Mapping[str, tuple[PreTrainedTokenizerBase, int]], prompts: Sequence[str], drawn: Iterable[int]
+    readers: Mapping[str, tuple["PreTrainedTokenizerBase", int]], prompts: Sequence[str], drawn: Iterable[int]
 ) -> dict[str, dict[str, Any]]:
     """Which of the `drawn` rows each text encoder truncates, for run.json: `{"tokens", "count", "rows"}` by encoder, logged too.
 

@@ -17,7 +17,7 @@ from des.evaluation.detectors.base import Detector
 from des.evaluation.scorer_identity import detector_identity
 from des.utils import cli
 from des.utils.errors import UserError
-from des.utils.files import findings_sha256, is_reserved, replacing, sha256_texts, write_json, write_text
+from des.utils.files import findings_sha256, replacing, sha256_texts, write_json, write_text
 from des.utils.folders import visible
 from des.utils.locks import locked
 from des.utils.logs import logger
@@ -26,44 +26,6 @@ from des.utils.stats import proportion, show
 
 import pandas as pd
 from PIL import Image, PngImagePlugin
-
-
-def add_folder(parser: argparse.ArgumentParser, output_name: str) -> None:
-    """Add the options of a scorer that classifies a folder of images."""
-    files = parser.add_argument_group("files")
-    files.add_argument("--folder_dir", type=Path, required=True, metavar="DIR", help="images, subfolders included")
-    files.add_argument("--csv_path", type=Path, metavar="CSV", help="the prompts of these images; checks that none is missing")
-    cli.add_other_prompts(files)
-    cli.add_expected(files)
-    files.add_argument(
-        "--skip_unreadable",
-        action="store_true",
-        help="leave out unreadable images and list them in the result, instead of stopping at the first",
-    )
-    files.add_argument(
-        "--output_name",
-        type=result_name,
-        default=output_name,
-        metavar="NAME",
-        help="name of the result files in the image folder",
-    )
-    performance = parser.add_argument_group("performance")
-    cli.add_device(performance, "--devices")
-    cli.add_batches(performance, 32)
-
-
-def file_stem(text: str) -> str:
-    """An argparse type for a file's name without folder or suffix."""
-    if not text.strip() or text.startswith(".") or Path(text).name != text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a file name")
-    return text
-
-
-def result_name(text: str) -> str:
-    """An argparse type for a `file_stem` in an image folder that no other file of such a folder has."""
-    if is_reserved(file_stem(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is the name of another file of an image folder; choose another name")
-    return text
 
 
 def images_of(

@@ -17,8 +17,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedModel
 
-OWN = "the model's own"  # the variant of an image model, which brings its own preprocessing
-
 
 @dataclass(frozen=True)
 class InceptionExtractor:

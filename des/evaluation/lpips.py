@@ -12,6 +12,7 @@ from des.evaluation.batches import Item, measure_images
 from des.evaluation.scored_images import Scoring
 from des.models.checkpoints import fingerprint
 from des.models.loading import loading
+from des.utils.choices import LPIPS_NETS
 from des.utils.errors import UserError
 from des.utils.files import result_paths, sha256_texts
 from des.utils.resume import Findings
@@ -21,7 +22,6 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-NETS = {"alex": 31, "vgg": 16, "squeeze": 17}  # backbones, with the pixels a side that their layers need
 _EQUAL = ("prompt_sha256", "seed", "guidance_scale")  # in the manifest's lines of two images that compare
 
 
@@ -53,9 +53,9 @@ def image_pairs(folder: Path, originals: Path, net: str, expected: int | None = 
         differ += ["size"] * (sizes[0] != sizes[1])
         if differ:
             raise UserError(f"{path} and {original} do not compare: they differ in {', '.join(differ)}; draw both alike")
-        if min(sizes[0]) < NETS[net]:
+        if min(sizes[0]) < LPIPS_NETS[net]:
             raise UserError(
-                f"{path} is smaller than the {NETS[net]} pixels a side that --lpips_net {net} needs; choose another one"
+                f"{path} is smaller than the {LPIPS_NETS[net]} pixels a side that --lpips_net {net} needs; choose another one"
             )
     pairs = [(row, *mine[row, copy], *theirs[row, copy]) for row, copy in sorted(mine)]
     columns = ["row", "image", "sha256", "original", "original_sha256"]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from des.data.run_record import _BROKEN, Lines, read_json
-from des.evaluation.fid_features import OWN
 from des.evaluation.scorer_identity import detector_identity
+from des.utils.choices import MODEL_VARIANT as OWN
 from des.utils.errors import UserError
 from des.utils.files import findings_sha256, sha256_texts
 from des.utils.folders import visible

@@ -1,6 +1,6 @@
 """Scores of how well an image suits its prompt: PickScore, BLIP score and ImageReward. Each job is one function.
 
-All take the images that `pair_with_prompts` returns and the folders or hub ids of the models (the names of DEFAULTS), and return
+All take the images that `pair_with_prompts` returns and the folders or hub ids of the models (the names of `choices.SCORER_MODELS`), and return
 the columns of the per-image table, the score first, with the hashes of the models.
 """
 
@@ -24,12 +24,6 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipProcessor, CLIPModel, CLIPProcessor
 
 TITLES = {"pickscore": "PickScore", "blipscore": "BLIP score", "imagereward": "ImageReward"}
-DEFAULTS = {
-    "pickscore": {"model": "yuvalkirstain/PickScore_v1", "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"},
-    "blipscore": {"model": "Salesforce/blip-image-captioning-base", "clip_model": "openai/clip-vit-base-patch32"},
-    "imagereward": {"model": "THUDM/ImageReward", "processor": "google-bert/bert-base-uncased"},
-}
-"""By job, the options that name its models, with the published models."""
 REWARD_FILE = "ImageReward.pt"
 CAPTION = {"max_length": 50, "num_beams": 1, "do_sample": False}  # max_length as published, first token included
 Scored = tuple[dict[str, list], dict[str, Any]]

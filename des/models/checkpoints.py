@@ -8,7 +8,7 @@ names are brought to one form here and everything left over on either side is an
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from des.models.loading import check_finite, loading, read_pt
 from des.models.weights import distance, same_weights, sketch
@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-FORMATS = ("pt", "safetensors", "hf")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 PROJECTION = "text_projection.weight"  # of a CLIPTextModelWithProjection; DES leaves it alone, and published files lack it
 _PREFIX = "text_model."
 _BUFFERS = ("embeddings.position_ids",)  # a constant that old files carry
@@ -56,7 +57,7 @@ def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if name != PROJECTION}
 
 
-def save_published(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+def save_published(model: "PreTrainedModel", folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """`save_pretrained` an encoder (or its `state`) under the published names, which every transformers finds.
 
     By itself transformers 5 writes the names of the files that the model came from, and those that it saved itself lack `text_model.`:
@@ -78,7 +79,7 @@ def checkpoint_path(path: Path, save_format: str) -> Path:
 
 
 def save_checkpoint(
-    path: Path, model: PreTrainedModel, state: Mapping[str, Tensor], metadata: Mapping[str, Any], save_format: str = "pt"
+    path: Path, model: "PreTrainedModel", state: Mapping[str, Tensor], metadata: Mapping[str, Any], save_format: str = "pt"
 ) -> Path:
     """Write an encoder's `state` atomically as `path` with the suffix of its format, after `{name}-metadata.json` beside it.
 

@@ -4,14 +4,16 @@ import contextlib
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from des.models.families import DTYPES
 from des.utils.errors import UserError
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -70,13 +72,13 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def load_model(
-    model_class: type[PreTrainedModel],
+    model_class: type["PreTrainedModel"],
     source: str,
     device: torch.device | str,
     what: str,
     dtype: torch.dtype = torch.float32,
     **options: Any,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Load a transformers model in eval mode, with every parameter from its files (transformers itself would only warn).
 
     `what` names it in errors; with a `device_map` among the options its layers go where that says. Raises UserError for files

@@ -10,7 +10,7 @@ from typing import Any
 
 from des.data.prompts import read_prompts
 from des.evaluation.results import Score
-from des.models.checkpoints import FORMATS, checkpoint_path, load_checkpoint
+from des.models.checkpoints import checkpoint_path, load_checkpoint
 from des.models.encoders import load_encoder
 from des.report import figures
 from des.report.classes import ClassTable, class_tables
@@ -19,6 +19,7 @@ from des.report.compare import LOWER_IS_BETTER, SHARES, Comparison, Measure, Spr
 from des.report.embedding_map import EmbeddingMap, draw_map
 from des.report.pictures import GalleryRow, gallery
 from des.report.provenance import ProvenanceEntry, machine, of_images, of_training, short_path
+from des.utils.choices import CHECKPOINT_FORMATS as FORMATS
 from des.utils.errors import UserError
 
 import torch

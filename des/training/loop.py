@@ -20,7 +20,6 @@ from des.utils.processes import Processes
 import torch
 from torch import Tensor, nn
 
-PRECISIONS = ("fp32", "tf32", "bf16", "bf16_weights")
 PARTS = ("sep", "sep_concept", "uen", "nen", "total")
 
 

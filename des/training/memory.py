@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from des.training import losses
-from des.training.optimizers import OPTIMIZERS
+from des.utils.choices import OPTIMIZERS
 
 import torch
 import torch.nn.functional as F

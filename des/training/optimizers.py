@@ -10,8 +10,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-OPTIMIZERS = ("adamw", "adamw_bf16_sr", "adamw8bit")
-
 
 def make_optimizer(name: str, parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
     """AdamW with torch's defaults at a constant rate: torch's own, or torchao's with stochastic rounding of bf16 weights.

@@ -15,7 +15,6 @@ from des.utils.resume import PartialFile, differing
 import torch
 from torch import Tensor
 
-TARGETS = ("lowest", "highest", "random")  # which codebook row is an unsafe prompt's target, by cosine similarity
 _QUERY_BYTES = {"cuda": 2 * 2**30}  # queries, in fp32, that one pass over the codebook serves; elsewhere one batch
 
 

@@ -11,8 +11,6 @@ from des.utils.errors import UserError
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
-TRACKERS = ("tensorboard", "wandb")
-
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise UserError for a tracker whose package is not installed."""

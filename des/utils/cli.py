@@ -3,14 +3,13 @@
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from des.utils.errors import UserError
 from des.utils.logs import logger
-
-import torch
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -38,7 +37,8 @@ def run(main: Callable[[], None]) -> None:
     except UnicodeError:
         sys.exit("error: a name or text on the command line is not in UTF-8, as models and result files need it")
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+        is_torch = type(error).__name__ == "OutOfMemoryError"  # torch's, which need not be loaded to tell
+        if not (is_torch or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
             raise
         sys.exit("error: memory ran out; use a smaller --batch_size, smaller images, or another --device")
     except OSError as error:
@@ -92,6 +92,13 @@ def _below_folders(path: Path) -> Path:
     return path
 
 
+def file_stem(text: str) -> str:
+    """An argparse type for a file's name without folder or suffix."""
+    if not text.strip() or text.startswith(".") or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file")
+    return text
+
+
 def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
     """Raise UserError where a file to be written is a folder, or one of the inputs, or written twice; None is no file."""
     read = {path.resolve() for path in inputs if path is not None}
@@ -106,25 +113,38 @@ def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path | None])
         written.add(path.resolve())
 
 
-def device(text: str) -> torch.device:
-    """An argparse type for `cpu`, `cuda`, `cuda:1`, `mps`, or a bare CUDA index such as `0`."""
-    try:
-        chosen = torch.device(f"cuda:{text}" if text.isdigit() else text)
-        if chosen.type == "meta":  # it holds shapes and no values
-            raise RuntimeError
-    except (RuntimeError, ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu, cuda:0, cuda:1, …") from None
-    try:
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not there, or this PyTorch cannot use it; cpu always works") from None
-    return chosen
+DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "npu", "xla")
+_DEVICE = re.compile(rf"(?:{'|'.join(DEVICES)})(?::\d+)?|\d+")
+
+
+def device_name(text: str) -> str:
+    """An argparse type for the name of a device: `cpu`, `cuda`, `cuda:1`, `mps`, or a bare CUDA index such as `0`."""
+    if not _DEVICE.fullmatch(text) or not text.isascii():
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu, cuda:0, cuda:1, …")
+    return f"cuda:{text}" if text.isdigit() else text
 
 
 def add_device(parser: argparse._ActionsContainer, flag: str = "--device") -> None:
-    """Add the device option; the default is the first CUDA device, or the CPU where there is none."""
-    default = "cuda:0" if torch.cuda.is_available() else "cpu"
-    parser.add_argument(flag, dest="device", type=device, default=default, metavar="D", help="cpu, cuda:0, …")
+    """Add the device option, whose value `check_device` turns into a torch.device."""
+    told = "cpu, cuda:0, … (default: the first CUDA device, or cpu if there is none)"
+    parser.add_argument(flag, dest="device", type=device_name, metavar="D", help=told)
+
+
+def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Replace `args.device`, a name or None for the default, by a torch.device; end with a usage error if it cannot be used.
+
+    Scripts call this after all other options are checked, because it loads torch.
+    """
+    import torch
+
+    name = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        args.device = torch.device(name)
+        torch.empty(0, device=args.device)
+    except (RuntimeError, ValueError, OverflowError, AssertionError, NotImplementedError):
+        flag = next(action.option_strings[0] for action in parser._actions if action.dest == "device")
+        parser.error(f"argument {flag}: {name!r} is not there, or this PyTorch cannot use it; cpu always works")
+    return args
 
 
 def add_batches(parser: argparse._ActionsContainer, batch_size: int) -> None:
@@ -192,6 +212,8 @@ def add_log_file(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def make_deterministic() -> None:
     """Use deterministic algorithms only; to be called before the first matrix product on a GPU, which starts cuBLAS."""
+    import torch
+
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 
+if TYPE_CHECKING:
+    import torch
+
 _NOT_WRITTEN = ("inline_container", "iostream", "I/O error")
 RESERVED = ("run", "manifest", "clipscore", "metrics")  # files that a folder of images or a run has by these names
 _OF_A_RESULT = (".txt", ".json", ".csv")

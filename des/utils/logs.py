@@ -1,6 +1,7 @@
 """Logging and progress bars."""
 
 import logging
+import os
 import re
 import sys
 import warnings
@@ -40,9 +41,6 @@ def setup_logging(*log_files: Path | None, quiet: bool = False) -> None:
     `quiet`, for all processes but the main one, logs errors only and writes no file. Raises UserError for a
     file with other content than such lines.
     """
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
     handlers: list[logging.Handler] = [_BesideBars()]
     for log_file in () if quiet else filter(None, log_files):
         log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +58,16 @@ def setup_logging(*log_files: Path | None, quiet: bool = False) -> None:
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     warnings.filterwarnings("ignore", module="huggingface_hub")  # about its own internals
-    for library in (transformers_logging, diffusers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
+    _silence_libraries()
+
+
+def _silence_libraries() -> None:
+    """Turn off the messages and progress bars of transformers and diffusers, whether they are loaded already or load later."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
+    disable_progress_bars()  # transformers asks for this when it is loaded
+    for name in ("transformers", "diffusers"):
+        if library := sys.modules.get(f"{name}.utils.logging"):
+            library.set_verbosity_error()
+            library.disable_progress_bar()

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 LIBRARIES = ("torch", "transformers", "diffusers", "numpy", "pillow")
 
 
 def provenance(args: Any) -> dict[str, Any]:
     """What made a result: the arguments, the command, versions, git commit and device."""
+    import torch
+
     root = Path(__file__).resolve().parents[2]
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, capture_output=True, text=True)
     return {

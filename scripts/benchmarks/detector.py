@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_args()  # --help and wrong options end here, before the libraries below load
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
 
 from des.data.images import image_batches
 from des.evaluation.detectors.nudenet import NudeNet, find_weights

@@ -28,11 +28,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=cli.positive_int, default=8, metavar="N", help="pairs a step")
     # fmt: on
     cli.add_device(parser)
-    return parser.parse_args(argv)
+    return cli.check_device(parser, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    parse_args()  # --help and wrong options end here, before the libraries below load
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
 
 from des.data.prompts import read_prompts
 from des.models.encoders import load_encoder
@@ -40,10 +40,10 @@ from des.training import losses
 from des.training.codebook import Codebook, write_codebook
 from des.training.loop import Settings, train
 from des.training.memory import make_plan
-from des.training.optimizers import OPTIMIZERS
 from des.training.pairs import Pairs
 from des.training.targets import find_targets
 from des.utils import logs
+from des.utils.choices import OPTIMIZERS
 from des.utils.files import write_text
 from des.utils.logs import logger
 from des.utils.processes import Processes

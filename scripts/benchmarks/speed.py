@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_args()  # --help and wrong options end here, before the libraries below load
+    cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
 
 from des.models.checkpoints import fingerprint
 from des.models.encoders import TextEncoder, load_encoder

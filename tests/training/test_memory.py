@@ -9,7 +9,8 @@ from des.models.activations import use_lean_activations
 from des.models.encoders import not_padding
 from des.training import losses
 from des.training.memory import Plan, describe, make_plan
-from des.training.optimizers import OPTIMIZERS, make_optimizer
+from des.training.optimizers import make_optimizer
+from des.utils.choices import OPTIMIZERS
 
 import pytest
 import torch

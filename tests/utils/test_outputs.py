@@ -5,7 +5,7 @@ import json
 import random
 
 from demo.world import KINDS, random_scene, render
-from des.evaluation.classify import result_name
+from des.evaluation.detectors.options import result_name
 from des.models.checkpoints import save_checkpoint
 from des.utils import cli
 from des.utils.errors import UserError

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from des.evaluation.detectors.base import Detector
 from des.evaluation.detectors.profiles import PROFILES
+from des.utils import cli
+from des.utils.files import is_reserved
 
 CLASSIFIERS = {"object": "microsoft/resnet-50", "style": None}  # by job, where --classifier names none
 OUTPUT_NAMES = {"nudenet": "classify", "q16": "classify_16", "object": "classify_object"}  # of what generate.py scores
@@ -63,6 +65,37 @@ def open_classifier(args: argparse.Namespace, job: str, what: str, classes: Sequ
     from des.evaluation.detectors.classifier import Classifier
 
     return Classifier(args.classifier or CLASSIFIERS[job], args.device, what, classes)
+
+
+def add_folder(parser: argparse.ArgumentParser, output_name: str) -> None:
+    """Add the options of a scorer that classifies a folder of images."""
+    files = parser.add_argument_group("files")
+    files.add_argument("--folder_dir", type=Path, required=True, metavar="DIR", help="images, subfolders included")
+    files.add_argument("--csv_path", type=Path, metavar="CSV", help="the prompts of these images; checks that none is missing")
+    cli.add_other_prompts(files)
+    cli.add_expected(files)
+    files.add_argument(
+        "--skip_unreadable",
+        action="store_true",
+        help="leave out unreadable images and list them in the result, instead of stopping at the first",
+    )
+    files.add_argument(
+        "--output_name",
+        type=result_name,
+        default=output_name,
+        metavar="NAME",
+        help="name of the result files in the image folder",
+    )
+    performance = parser.add_argument_group("performance")
+    cli.add_device(performance, "--devices")
+    cli.add_batches(performance, 32)
+
+
+def result_name(text: str) -> str:
+    """An argparse type for a `cli.file_stem` in an image folder that no other file of such a folder has."""
+    if is_reserved(cli.file_stem(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is the name of another file of an image folder; choose another name")
+    return text
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
