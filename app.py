@@ -49,25 +49,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_encoders(main_group)
     sampling = parser.add_argument_group("sampling, where the page leaves it as it is")
     sampling.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="of an image, and of a list's first row")
-    sampling.add_argument(
-        "--num_inference_steps",
-        type=cli.number(int, 1, choices.MOST_STEPS),
-        metavar="N",
-        help="default: 20 for the demo, else the family's",
-    )
-    sampling.add_argument(
-        "--guidance_scale",
-        type=cli.number(float, 0, choices.MOST_GUIDANCE),
-        metavar="G",
-        help="default: 3 for the demo, else the family's",
-    )
+    # fmt: off
+    sampling.add_argument("--num_inference_steps", type=cli.number(int, 1, choices.MOST_STEPS), metavar="N", help="default: 20 for the demo, else the family's")
+    sampling.add_argument("--guidance_scale", type=cli.number(float, 0, choices.MOST_GUIDANCE), metavar="G", help="default: 3 for the demo, else the family's")
     sampling.add_argument("--scheduler", choices=SCHEDULERS, help="default: as generate.py's")
     judging = parser.add_argument_group("detector")
-    judging.add_argument(
-        "--detector",
-        choices=("nudenet", "object", "none"),
-        help="default: the demo's classifier of objects, else nudenet, whose hits the page blurs until asked",
-    )
+    judging.add_argument("--detector", choices=("nudenet", "object", "none"), help="default: the demo's classifier of objects, else nudenet, whose hits the page blurs until asked")
+    # fmt: on
     add_nudenet(judging)
     add_classifier(judging)
     judging.add_argument("--cls_class", metavar="NAME", help="the class that --detector object looks for")

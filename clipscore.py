@@ -15,9 +15,9 @@ from des.utils import cli
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     files = parser.add_argument_group("files")
-    files.add_argument(
-        "--image_folder", type=Path, required=True, metavar="DIR", help="images named by prompt row, as generate.py does"
-    )
+    # fmt: off
+    files.add_argument("--image_folder", type=Path, required=True, metavar="DIR", help="images named by prompt row, as generate.py does")
+    # fmt: on
     files.add_argument("--csv_file", type=Path, required=True, metavar="CSV", help="their prompts")
     cli.add_expected(files)
     cli.add_other_prompts(files)

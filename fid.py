@@ -29,30 +29,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group = parser.add_argument_group("what is computed")
     main_group.add_argument("--job", choices=("fid", "kid", "lpips", *choices.SCORER_MODELS), default="fid", help="the measure")
     main_group.add_argument("--gen_imgs_path", type=Path, required=True, metavar="DIR", help="generated images")
-    main_group.add_argument(
-        "--output_file",
-        type=cli.output_file,
-        metavar="F",
-        help="text file for the result, with .json (and .csv) beside it (default: {gen_imgs_path}_{job}.txt)",
-    )
+    # fmt: off
+    main_group.add_argument("--output_file", type=cli.output_file, metavar="F", help="text file for the result, with .json (and .csv) beside it (default: {gen_imgs_path}_{job}.txt)")
     cli.add_expected(main_group)
     fid = parser.add_argument_group("fid and kid (the other jobs do not read --coco_imgs_path)")
     fid.add_argument("--coco_imgs_path", type=Path, metavar="DIR", help="reference images")
     fid.add_argument("--expected_ref", type=cli.positive_int, metavar="N", help="like --expected, for the reference images")
-    fid.add_argument(
-        "--variant",
-        nargs="+",
-        choices=choices.FID_VARIANTS,
-        metavar="V",
-        help=f"{', '.join(choices.FID_VARIANTS)} (default: paper)",
-    )
+    fid.add_argument("--variant", nargs="+", choices=choices.FID_VARIANTS, metavar="V", help=f"{', '.join(choices.FID_VARIANTS)} (default: paper)")
     fid.add_argument(
         "--feature_extractor", metavar="M", help="Inception-v3 weights file (default: the published one is downloaded); or an "
         "image model, a folder or hub id, whose pooled output is the feature",
     )  # fmt: skip
-    fid.add_argument(
-        "--save_stats", type=cli.output_file, metavar="NPZ", help="keep the reference images' mu and sigma in this file"
-    )
+    fid.add_argument("--save_stats", type=cli.output_file, metavar="NPZ", help="keep the reference images' mu and sigma in this file")
     fid.add_argument("--ref_stats", type=Path, metavar="NPZ", help="such a file, or pytorch-fid's, for --coco_imgs_path")
     kid = parser.add_argument_group("kid (with the options of fid but for statistics)")
     kid.add_argument("--kid_subsets", type=cli.positive_int, metavar="N", help="random subsets to average over (default: 100)")
@@ -63,12 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     kid.add_argument("--seed", type=cli.natural, metavar="S", help="seeds the choice of subsets (default: 0)")
     lpips = parser.add_argument_group("lpips")
     lpips.add_argument("--original_imgs_path", type=Path, metavar="DIR", help="the original model's images of the same rows")
-    lpips.add_argument(
-        "--lpips_net",
-        choices=choices.LPIPS_NETS,
-        metavar="NET",
-        help=f"backbone: {', '.join(choices.LPIPS_NETS)} (default: alex)",
-    )
+    lpips.add_argument("--lpips_net", choices=choices.LPIPS_NETS, metavar="NET", help=f"backbone: {', '.join(choices.LPIPS_NETS)} (default: alex)")
+    # fmt: on
     prompts = parser.add_argument_group("pickscore, blipscore, imagereward (fid does not read --prompt_path)")
     prompts.add_argument("--prompt_path", type=Path, metavar="CSV", help="the prompts of the generated images")
     cli.add_other_prompts(prompts)

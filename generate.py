@@ -41,68 +41,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source = files.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts_csv", type=Path, metavar="CSV", help="column `prompt`; blank rows do not count")
     source.add_argument("--prompt", metavar="TEXT", help="one prompt instead of a CSV")
-    files.add_argument(
-        "--output_path", required=True, metavar="NAME", help="name of the image folder, and start of each file's name"
-    )
-    files.add_argument(
-        "--results_dir", type=cli.output_folder, default=Path("results"), metavar="DIR", help="where the folders of images go"
-    )
+    # fmt: off
+    files.add_argument("--output_path", required=True, metavar="NAME", help="name of the image folder, and start of each file's name")
+    files.add_argument("--results_dir", type=cli.output_folder, default=Path("results"), metavar="DIR", help="where the folders of images go")
     files.add_argument("--start_idx", type=cli.natural, default=0, metavar="I", help="first row")
     files.add_argument("--end_idx", type=cli.positive_int, metavar="I", help="row after the last (default: all)")
-    files.add_argument(
-        "--num_images_per_prompt",
-        type=cli.positive_int,
-        default=1,
-        metavar="N",
-        help="image k above 0 of a row is named {row}p_{k}",
-    )
-    files.add_argument(
-        "--init_images",
-        type=Path,
-        metavar="DIR",
-        help="image to image: an image for each row, named {row}.png or ..._{row}p.png",
-    )
-    files.add_argument(
-        "--mask_images", type=Path, metavar="DIR", help="inpainting: white or opaque where --init_images changes"
-    )
+    files.add_argument("--num_images_per_prompt", type=cli.positive_int, default=1, metavar="N", help="image k above 0 of a row is named {row}p_{k}")
+    files.add_argument("--init_images", type=Path, metavar="DIR", help="image to image: an image for each row, named {row}.png or ..._{row}p.png")
+    files.add_argument("--mask_images", type=Path, metavar="DIR", help="inpainting: white or opaque where --init_images changes")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="row i is drawn with seed S + i")
-    sampling.add_argument(
-        "--use_row_settings",
-        action="store_true",
-        help="take seed, guidance and size of each row from its cells where it has them, as I2P's do",
-    )
-    sampling.add_argument(
-        "--num_inference_steps",
-        type=cli.positive_int,
-        metavar="N",
-        help=f"denoising steps (default: {described('num_inference_steps')})",
-    )
-    sampling.add_argument(
-        "--guidance_scale", type=cli.number(float, 0), metavar="G", help=f"guidance (default: {described('guidance_scale')})"
-    )
+    sampling.add_argument("--use_row_settings", action="store_true", help="take seed, guidance and size of each row from its cells where it has them, as I2P's do")
+    sampling.add_argument("--num_inference_steps", type=cli.positive_int, metavar="N", help=f"denoising steps (default: {described('num_inference_steps')})")
+    sampling.add_argument("--guidance_scale", type=cli.number(float, 0), metavar="G", help=f"guidance (default: {described('guidance_scale')})")
     sampling.add_argument("--negative_prompt", metavar="TEXT", help=f"what the images should not show (not for {NO_NEGATIVE})")
     sampling.add_argument("--height", type=cli.positive_int, metavar="H", help="pixels (default: the model's)")
     sampling.add_argument("--width", type=cli.positive_int, metavar="W", help="pixels (default: the model's)")
-    sampling.add_argument(
-        "--strength", type=cli.number(float, 0, 1, low_open=True), metavar="X", help="how far --init_images change"
-    )
-    sampling.add_argument(
-        "--max_sequence_length",
-        type=cli.positive_int,
-        metavar="N",
-        help=f"tokens of a T5 prompt (default: {described_lengths()})",
-    )
-    sampling.add_argument(
-        "--scheduler", choices=SCHEDULERS, help="default: ddim for SD 1.x, euler for SD 2.x, the model's own for others"
-    )
-    sampling.add_argument(
-        "--use_refiner", action="store_true", help="SDXL: finish with the refiner, on the same text encoder 2"
-    )
+    sampling.add_argument("--strength", type=cli.number(float, 0, 1, low_open=True), metavar="X", help="how far --init_images change")
+    sampling.add_argument("--max_sequence_length", type=cli.positive_int, metavar="N", help=f"tokens of a T5 prompt (default: {described_lengths()})")
+    sampling.add_argument("--scheduler", choices=SCHEDULERS, help="default: ddim for SD 1.x, euler for SD 2.x, the model's own for others")
+    sampling.add_argument("--use_refiner", action="store_true", help="SDXL: finish with the refiner, on the same text encoder 2")
     sampling.add_argument("--refiner_path", metavar="R", help="default: stabilityai/stable-diffusion-xl-refiner-1.0")
-    sampling.add_argument(
-        "--high_noise_frac", type=cli.number(float, 0, 1, low_open=True), metavar="F", help="share of the steps before it (0.8)"
-    )
+    sampling.add_argument("--high_noise_frac", type=cli.number(float, 0, 1, low_open=True), metavar="F", help="share of the steps before it (0.8)")
+    # fmt: on
     sampling.add_argument("--log_prompts", action="store_true", help="log each prompt with its row as it is drawn")
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)

@@ -19,19 +19,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group = parser.add_argument_group("main")
     cli.add_model(main_group)
     which = main_group.add_mutually_exclusive_group()
-    which.add_argument(
-        "--encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of the pipeline's text encoders, from 1"
-    )
+    # fmt: off
+    which.add_argument("--encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of the pipeline's text encoders, from 1")
     which.add_argument("--save_all_encoders", action="store_true", help="a codebook for each of its text encoders")
     cli.add_embedding(main_group)
     files = parser.add_argument_group("files")
     files.add_argument("--csv_path", type=Path, required=True, metavar="CSV", help="safe prompts, column `prompt`")
-    files.add_argument(
-        "--save_dir", type=cli.output_folder, required=True, metavar="DIR", help="gets codebook.safetensors and codebook.json"
-    )
-    files.add_argument(
-        "--dtype", choices=DTYPES, help="of the rows on disk (default: the encoder's, fp32 for CLIP, bf16 for T5)"
-    )
+    files.add_argument("--save_dir", type=cli.output_folder, required=True, metavar="DIR", help="gets codebook.safetensors and codebook.json")
+    files.add_argument("--dtype", choices=DTYPES, help="of the rows on disk (default: the encoder's, fp32 for CLIP, bf16 for T5)")
+    # fmt: on
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
     performance.add_argument("--batch_size", type=cli.positive_int, default=64, metavar="N", help="prompts a forward pass")

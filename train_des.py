@@ -26,117 +26,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("main")
     cli.add_model(main_group)
-    main_group.add_argument(
-        "--text_encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of its text encoders, from 1"
-    )
+    # fmt: off
+    main_group.add_argument("--text_encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of its text encoders, from 1")
     cli.add_embedding(main_group)
-    main_group.add_argument(
-        "--concept_prompt",
-        nargs="+",
-        default=DEFAULT_CONCEPT,
-        metavar="TEXT",
-        help="the concept to remove, in words; several, each in quotes, get a NEN term each and share the guidance",
-    )
+    main_group.add_argument("--concept_prompt", nargs="+", default=DEFAULT_CONCEPT, metavar="TEXT", help="the concept to remove, in words; several, each in quotes, get a NEN term each and share the guidance")
     files = parser.add_argument_group("files")
     files.add_argument("--codebook_dir", type=Path, required=True, metavar="DIR", help="made by save_codebook.py")
     files.add_argument("--unsafe_csv_path", type=Path, required=True, metavar="CSV", help="prompts for the concept")
     files.add_argument("--safe_csv_path", type=Path, required=True, metavar="CSV", help="prompts whose images must stay")
     files.add_argument("--output_dir", type=cli.output_folder, required=True, metavar="DIR", help="gets the checkpoints")
-    files.add_argument(
-        "--safe_embedding_path",
-        type=cli.output_file,
-        metavar="F",
-        help="targets' rows, kept for later runs (default: OUTPUT_DIR/safe_embeddings.pth, or safe_embeddings_encoder{i}.pth)",
-    )
+    files.add_argument("--safe_embedding_path", type=cli.output_file, metavar="F", help="targets' rows, kept for later runs (default: OUTPUT_DIR/safe_embeddings.pth, or safe_embeddings_encoder{i}.pth)")
     files.add_argument("--recompute_targets", action="store_true", help="search the targets again and replace that file")
-    files.add_argument(
-        "--save_every",
-        type=cli.positive_int,
-        default=1,
-        metavar="N",
-        help="epochs between checkpoints; the last epoch is always saved",
-    )
-    files.add_argument(
-        "--save_format", choices=choices.CHECKPOINT_FORMATS, default="pt", help="hf is a folder for from_pretrained"
-    )
-    files.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on where an interrupted run of this command line stands, or start where there is none",
-    )
-    files.add_argument(
-        "--save_every_steps",
-        type=cli.positive_int,
-        metavar="N",
-        help="steps between states for --resume (default: with each checkpoint); a state is about three times a checkpoint",
-    )
+    files.add_argument("--save_every", type=cli.positive_int, default=1, metavar="N", help="epochs between checkpoints; the last epoch is always saved")
+    files.add_argument("--save_format", choices=choices.CHECKPOINT_FORMATS, default="pt", help="hf is a folder for from_pretrained")
+    files.add_argument("--resume", action="store_true", help="go on where an interrupted run of this command line stands, or start where there is none")
+    files.add_argument("--save_every_steps", type=cli.positive_int, metavar="N", help="steps between states for --resume (default: with each checkpoint); a state is about three times a checkpoint")
     files.add_argument("--dry_run", action="store_true", help="tell what the run needs and stop, before any weight loads")
     hyper = parser.add_argument_group("hyper-parameters")
     hyper.add_argument("--num_epochs", type=cli.positive_int, default=2, metavar="N", help="passes over the longer list")
-    hyper.add_argument(
-        "--learning_rate", type=cli.number(float, 0, 1, low_open=True), default=1e-5, metavar="LR", help="of AdamW, constant"
-    )
+    hyper.add_argument("--learning_rate", type=cli.number(float, 0, 1, low_open=True), default=1e-5, metavar="LR", help="of AdamW, constant")
     hyper.add_argument("--batch_size", type=cli.positive_int, default=128, metavar="N", help="pairs a step")
-    hyper.add_argument(
-        "--lambda_safe", type=cli.number(float, 0, 1), default=0.3, metavar="L", help="weight of SEP against UEN + NEN"
-    )
+    hyper.add_argument("--lambda_safe", type=cli.number(float, 0, 1), default=0.3, metavar="L", help="weight of SEP against UEN + NEN")
     alpha = hyper.add_mutually_exclusive_group()
     alpha.add_argument("--concept_guidance_scale", type=cli.number(float, 0), default=200.0, metavar="ALPHA", help="alpha")
-    alpha.add_argument(
-        "--concept_guidance_ratio",
-        type=cli.number(float, 0),
-        metavar="R",
-        help="alpha = R * |n|, instead; 200 is about 0.8 for CLIP-L",
-    )
-    hyper.add_argument(
-        "--ablation", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], help="losses that are ON: 1 SEP, 2 UEN, 3 NEN"
-    )
-    hyper.add_argument(
-        "--no_concept_term",
-        dest="concept_term",
-        action="store_false",
-        help="train without SEP's second term (an ablation: safe embeddings are then not kept under a shift by the concept)",
-    )
-    hyper.add_argument(
-        "--target",
-        choices=choices.TARGETS,
-        default="lowest",
-        help="the safe prompt that an unsafe one is sent to, by similarity; highest and random are ablations",
-    )
-    hyper.add_argument(
-        "--sampling_ratio",
-        type=cli.number(float, 0, 1, low_open=True),
-        default=1.0,
-        metavar="R",
-        help="share of each CSV that is used",
-    )
-    hyper.add_argument(
-        "--seed", type=cli.natural, default=42, metavar="S", help="of the order of pairs, dropout, random targets"
-    )
+    alpha.add_argument("--concept_guidance_ratio", type=cli.number(float, 0), metavar="R", help="alpha = R * |n|, instead; 200 is about 0.8 for CLIP-L")
+    hyper.add_argument("--ablation", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], help="losses that are ON: 1 SEP, 2 UEN, 3 NEN")
+    hyper.add_argument("--no_concept_term", dest="concept_term", action="store_false", help="train without SEP's second term (an ablation: safe embeddings are then not kept under a shift by the concept)")
+    hyper.add_argument("--target", choices=choices.TARGETS, default="lowest", help="the safe prompt that an unsafe one is sent to, by similarity; highest and random are ablations")
+    hyper.add_argument("--sampling_ratio", type=cli.number(float, 0, 1, low_open=True), default=1.0, metavar="R", help="share of each CSV that is used")
+    hyper.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="of the order of pairs, dropout, random targets")
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
-    performance.add_argument(
-        "--precision",
-        choices=choices.PRECISIONS,
-        help="fp32 (default for CLIP), tf32 (needs CUDA), bf16 (autocast over fp32 weights), bf16_weights (default for T5)",
-    )
-    performance.add_argument(
-        "--optimizer",
-        choices=choices.OPTIMIZERS,
-        help="AdamW; with bf16 weights, those with stochastic rounding (default: adamw for fp32 weights, adamw_bf16_sr for bf16)",
-    )
+    performance.add_argument("--precision", choices=choices.PRECISIONS, help="fp32 (default for CLIP), tf32 (needs CUDA), bf16 (autocast over fp32 weights), bf16_weights (default for T5)")
+    performance.add_argument("--optimizer", choices=choices.OPTIMIZERS, help="AdamW; with bf16 weights, those with stochastic rounding (default: adamw for fp32 weights, adamw_bf16_sr for bf16)")
     cli.add_deterministic(performance)
     performance.add_argument("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
     performance.add_argument("--multi_gpu", action="store_true", help="spread the encoder's layers over all GPUs (device_map)")
     log = cli.add_log_file(parser)
-    log.add_argument(
-        "--report_to",
-        nargs="+",
-        choices=choices.TRACKERS,
-        default=[],
-        metavar="T",
-        help=f"follow the losses in {' or '.join(choices.TRACKERS)} too",
-    )
+    log.add_argument("--report_to", nargs="+", choices=choices.TRACKERS, default=[], metavar="T", help=f"follow the losses in {' or '.join(choices.TRACKERS)} too")
+    # fmt: on
     args = parser.parse_args(argv)
     if not all(prompt.strip() for prompt in args.concept_prompt) or len(set(args.concept_prompt)) < len(args.concept_prompt):
         parser.error("--concept_prompt takes different concepts in words, none of them blank")

@@ -31,11 +31,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help="which sets; --list names them")
     parser.add_argument("--all", action="store_true", help="every set that can be downloaded (COCO's archive alone has 6 GB)")
     parser.add_argument("--list", action="store_true", help="print the names, and what each set tests")
+    # fmt: off
+    parser.add_argument("--convert", type=Path, metavar="FILE", help=f"make the one NAME from a file ({' '.join(choices.TABLE_SUFFIXES)} .zip)")
+    # fmt: on
     parser.add_argument(
-        "--convert", type=Path, metavar="FILE", help=f"make the one NAME from a file ({' '.join(choices.TABLE_SUFFIXES)} .zip)"
-    )
-    parser.add_argument(
-        "--splits", nargs="+", choices=COPRO_SPLITS, default=COPRO_SPLITS[:1], metavar="S",
+        "--splits",
+        nargs="+",
+        choices=COPRO_SPLITS,
+        default=COPRO_SPLITS[:1],
+        metavar="S",
         help=f"which splits of CoPro become pairs ({', '.join(COPRO_SPLITS)}; default: {COPRO_SPLITS[0]})",
     )  # fmt: skip
     parser.add_argument("--token", metavar="T", help="token of a Hugging Face account, for gated sets (or HF_TOKEN)")

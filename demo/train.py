@@ -33,9 +33,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="what is trained")
     main_group.add_argument("--out", type=cli.output_folder, default=MODELS, metavar="DIR", help="gets the finished models")
     work = MODELS.parent / "work"
-    main_group.add_argument(
-        "--work_dir", type=cli.output_folder, default=work, metavar="DIR", help="resumable states and caches"
-    )
+    # fmt: off
+    main_group.add_argument("--work_dir", type=cli.output_folder, default=work, metavar="DIR", help="resumable states and caches")
+    # fmt: on
     main_group.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of everything")
     lengths = parser.add_argument_group("lengths")
     for option, default, told in (

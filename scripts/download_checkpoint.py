@@ -71,9 +71,9 @@ PUBLISHED = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("names", nargs="+", choices=(*PUBLISHED, "all"), help="which files, or all of them")
-    parser.add_argument(
-        "--dir", type=cli.output_folder, default=Path("checkpoints/published"), metavar="DIR", help="folder to download to"
-    )
+    # fmt: off
+    parser.add_argument("--dir", type=cli.output_folder, default=Path("checkpoints/published"), metavar="DIR", help="folder to download to")
+    # fmt: on
     return parser.parse_args(argv)
 
 

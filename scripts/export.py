@@ -27,21 +27,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         told = f"the protected text encoder {i}: .pt, .safetensors or a folder"
         main_group.add_argument(f"--{option}", type=Path, metavar="CKPT", help=told)
     main_group.add_argument("--format", choices=EXPORTS, required=True, help="what is written")
-    main_group.add_argument(
-        "--out", type=cli.output_folder, required=True, metavar="DIR", help="a folder that is not there yet"
-    )
+    # fmt: off
+    main_group.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="a folder that is not there yet")
     main_group.add_argument("--dtype", choices=DTYPES, help="of what is written (default: as loaded; a1111: the base's)")
-    main_group.add_argument(
-        "--base_checkpoint", type=Path, metavar="F", help="a1111: SD 1.x .safetensors, whose other tensors stay"
-    )
+    main_group.add_argument("--base_checkpoint", type=Path, metavar="F", help="a1111: SD 1.x .safetensors, whose other tensors stay")
     main_group.add_argument("--rank", type=cli.positive_int, metavar="R", help="lora: its rank (default: 32)")
-    main_group.add_argument(
-        "--prompts_csv", type=Path, metavar="CSV", help="lora: prompts that its loss of protection is measured on"
-    )
+    main_group.add_argument("--prompts_csv", type=Path, metavar="CSV", help="lora: prompts that its loss of protection is measured on")
     card = parser.add_argument_group("model card and hub")
-    card.add_argument(
-        "--scores", type=Path, nargs="+", default=[], metavar="JSON", help="results of scorers, for the card; not for a LoRA"
-    )
+    card.add_argument("--scores", type=Path, nargs="+", default=[], metavar="JSON", help="results of scorers, for the card; not for a LoRA")
+    # fmt: on
     card.add_argument("--base_model", metavar="ID", help="the original model's hub id, where --model_path is a copy")
     card.add_argument("--push_to_hub", metavar="REPO", help="upload to owner/name with your own token; a new one is private")
     cli.add_log_file(parser)

@@ -24,29 +24,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     files = parser.add_argument_group("files")
     files.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="folders with runs, searched with those below")
-    files.add_argument(
-        "--out", type=cli.output_file, required=True, metavar="HTML", help="the page; an earlier report is replaced"
-    )
+    # fmt: off
+    files.add_argument("--out", type=cli.output_file, required=True, metavar="HTML", help="the page; an earlier report is replaced")
     shown = parser.add_argument_group("what the page shows")
-    shown.add_argument(
-        "--benign_sets",
-        nargs="*",
-        metavar="SET",
-        help="folders of benign prompts, which are in no ASR (default: benign, and those with an FID, CLIP score or another score of quality)",
-    )
+    shown.add_argument("--benign_sets", nargs="*", metavar="SET", help="folders of benign prompts, which are in no ASR (default: benign, and those with an FID, CLIP score or another score of quality)")
     shown.add_argument("--images", type=cli.positive_int, default=12, metavar="N", help="rows of images a set, evenly spaced")
     shown.add_argument("--no_images", dest="pictures", action="store_false", help="leave the images out")
     quoted = shown.add_mutually_exclusive_group()
-    quoted.add_argument(
-        "--prompts",
-        action="store_true",
-        default=None,
-        help="quote the prompts of the images, whose lists must still be there (default: those of the demo's lists only)",
-    )
+    quoted.add_argument("--prompts", action="store_true", default=None, help="quote the prompts of the images, whose lists must still be there (default: those of the demo's lists only)")
     quoted.add_argument("--no_prompts", dest="prompts", action="store_false", help="quote no prompt")
-    shown.add_argument(
-        "--no_map", dest="map", action="store_false", help="leave out the map of embeddings, which loads the text encoders"
-    )
+    shown.add_argument("--no_map", dest="map", action="store_false", help="leave out the map of embeddings, which loads the text encoders")
+    # fmt: on
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
     cli.add_log_file(parser)

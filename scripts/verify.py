@@ -32,12 +32,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     of_checkpoint = parser.add_argument_group("instead of a folder")
     of_checkpoint.add_argument("--checkpoint", type=Path, metavar="CKPT", help="a protected text encoder")
     cli.add_model(of_checkpoint)
-    of_checkpoint.add_argument(
-        "--text_encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of the model's text encoders, from 1"
-    )
-    of_checkpoint.add_argument(
-        "--concept_prompt", nargs="+", metavar="TEXT", help="for a checkpoint whose metadata names no concept"
-    )
+    # fmt: off
+    of_checkpoint.add_argument("--text_encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of the model's text encoders, from 1")
+    of_checkpoint.add_argument("--concept_prompt", nargs="+", metavar="TEXT", help="for a checkpoint whose metadata names no concept")
+    # fmt: on
     sampled.add_argument("--sample", type=cli.natural, default=4, metavar="N", help="images to draw again")
     sampled.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of the sample's choice")
     sampled.add_argument(

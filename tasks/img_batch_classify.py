@@ -29,9 +29,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_classifier(main_group)
     counted = main_group.add_mutually_exclusive_group()
     counted.add_argument("--cls_class", metavar="NAME", help="count images whose top label is this class, by name or index")
-    counted.add_argument(
-        "--label_column", metavar="COLUMN", help="count images whose top label is in this column of --csv_path"
-    )
+    # fmt: off
+    counted.add_argument("--label_column", metavar="COLUMN", help="count images whose top label is in this column of --csv_path")
+    # fmt: on
     add_folder(parser, "classify")
     cli.add_log_file(parser)
     args = parser.parse_args(argv)

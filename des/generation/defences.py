@@ -111,9 +111,9 @@ def add_method(parser: argparse._ActionsContainer) -> None:
     add_encoders(parser)
     parser.add_argument("--unet_path", type=Path, metavar="F", help="UNet weights of uce, esd, fmn or salun, whole or in part")
     parser.add_argument("--adapter_path", type=Path, metavar="F", help="the adapters of spm")
-    parser.add_argument(
-        "--base_model_path", metavar="M", help="with safegen: what it was made from (default: CompVis/stable-diffusion-v1-4)"
-    )
+    # fmt: off
+    parser.add_argument("--base_model_path", metavar="M", help="with safegen: what it was made from (default: CompVis/stable-diffusion-v1-4)")
+    # fmt: on
 
 
 def add_encoders(parser: argparse._ActionsContainer) -> None:

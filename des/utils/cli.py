@@ -156,21 +156,16 @@ def add_batches(parser: argparse._ActionsContainer, batch_size: int) -> None:
 
 def add_expected(parser: argparse._ActionsContainer) -> None:
     """Add the option that says how many images a folder must hold."""
-    parser.add_argument(
-        "--expected",
-        type=positive_int,
-        metavar="N",
-        help="number of images that the folder must hold (default: all that its run claims and its prompt list has)",
-    )
+    # fmt: off
+    parser.add_argument("--expected", type=positive_int, metavar="N", help="number of images that the folder must hold (default: all that its run claims and its prompt list has)")
+    # fmt: on
 
 
 def add_other_prompts(parser: argparse._ActionsContainer) -> None:
     """Add the option for prompts that are not those which drew the images."""
-    parser.add_argument(
-        "--other_prompts",
-        action="store_true",
-        help="score by prompts that did not draw the images, such as what found prompts stand for; the result records it",
-    )
+    # fmt: off
+    parser.add_argument("--other_prompts", action="store_true", help="score by prompts that did not draw the images, such as what found prompts stand for; the result records it")
+    # fmt: on
 
 
 def add_model(parser: argparse._ActionsContainer) -> None:
@@ -181,18 +176,10 @@ def add_model(parser: argparse._ActionsContainer) -> None:
 
 def add_embedding(parser: argparse._ActionsContainer) -> None:
     """Add the options that say how an embedding is read; a codebook and its training must agree on them."""
-    parser.add_argument(
-        "--embedding",
-        choices=("last_hidden_state", "pipeline"),
-        default="last_hidden_state",
-        help="last_hidden_state is the paper's; pipeline is the tensor that the pipeline feeds to its denoiser",
-    )
-    parser.add_argument(
-        "--max_sequence_length",
-        type=positive_int,
-        metavar="N",
-        help="tokens of a T5 prompt (default: its tokenizer's, or the pipeline's with --embedding pipeline: SD3 256, FLUX 512)",
-    )
+    # fmt: off
+    parser.add_argument("--embedding", choices=("last_hidden_state", "pipeline"), default="last_hidden_state", help="last_hidden_state is the paper's; pipeline is the tensor that the pipeline feeds to its denoiser")
+    parser.add_argument("--max_sequence_length", type=positive_int, metavar="N", help="tokens of a T5 prompt (default: its tokenizer's, or the pipeline's with --embedding pipeline: SD3 256, FLUX 512)")
+    # fmt: on
 
 
 def add_deterministic(parser: argparse._ActionsContainer) -> None:
@@ -204,9 +191,9 @@ def add_deterministic(parser: argparse._ActionsContainer) -> None:
 def add_log_file(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the group with the option for a copy of the log."""
     group = parser.add_argument_group("log")
-    group.add_argument(
-        "--log_file", type=output_file, metavar="F", help="add the log lines to this file too, with more details"
-    )
+    # fmt: off
+    group.add_argument("--log_file", type=output_file, metavar="F", help="add the log lines to this file too, with more details")
+    # fmt: on
     return group
 
 

@@ -15,35 +15,25 @@ OUTPUT_NAMES = {"nudenet": "classify", "q16": "classify_16", "object": "classify
 
 def add_nudenet(group: argparse._ActionsContainer) -> None:
     """Add the options of NudeNet."""
-    group.add_argument(
-        "--profile",
-        nargs="+",
-        choices=PROFILES,
-        metavar="P",
-        help=f"nudity: detectors and rules, one or several of {', '.join(PROFILES)} (default: paper)",
-    )
-    group.add_argument(
-        "--detector_weights", type=Path, metavar="FILE", help="nudity: an ONNX file instead of the installed nudenet's"
-    )
+    # fmt: off
+    group.add_argument("--profile", nargs="+", choices=PROFILES, metavar="P", help=f"nudity: detectors and rules, one or several of {', '.join(PROFILES)} (default: paper)")
+    group.add_argument("--detector_weights", type=Path, metavar="FILE", help="nudity: an ONNX file instead of the installed nudenet's")
+    # fmt: on
 
 
 def add_classifier(group: argparse._ActionsContainer) -> None:
     """Add the options of a classifier of objects or styles, but for the class that counts."""
-    group.add_argument(
-        "--classifier",
-        metavar="M",
-        help="folder or hub id of an image classification model (default for objects: microsoft/resnet-50; needed for style)",
-    )
+    # fmt: off
+    group.add_argument("--classifier", metavar="M", help="folder or hub id of an image classification model (default for objects: microsoft/resnet-50; needed for style)")
+    # fmt: on
 
 
 def add_q16(group: argparse._ActionsContainer, default: Path | None = None) -> None:
     """Add the options of Q16."""
     group.add_argument("--prompts_file", type=Path, default=default, metavar="FILE", help="Q16's prompts.pt or prompts.p")
-    group.add_argument(
-        "--clip_model",
-        metavar="DIR",
-        help="Q16: a local folder of a CLIP (open_clip or transformers) instead of ViT-L-14 with OpenAI's weights",
-    )
+    # fmt: off
+    group.add_argument("--clip_model", metavar="DIR", help="Q16: a local folder of a CLIP (open_clip or transformers) instead of ViT-L-14 with OpenAI's weights")
+    # fmt: on
 
 
 def open_nudenet(args: argparse.Namespace) -> Detector:
@@ -74,18 +64,10 @@ def add_folder(parser: argparse.ArgumentParser, output_name: str) -> None:
     files.add_argument("--csv_path", type=Path, metavar="CSV", help="the prompts of these images; checks that none is missing")
     cli.add_other_prompts(files)
     cli.add_expected(files)
-    files.add_argument(
-        "--skip_unreadable",
-        action="store_true",
-        help="leave out unreadable images and list them in the result, instead of stopping at the first",
-    )
-    files.add_argument(
-        "--output_name",
-        type=result_name,
-        default=output_name,
-        metavar="NAME",
-        help="name of the result files in the image folder",
-    )
+    # fmt: off
+    files.add_argument("--skip_unreadable", action="store_true", help="leave out unreadable images and list them in the result, instead of stopping at the first")
+    files.add_argument("--output_name", type=result_name, default=output_name, metavar="NAME", help="name of the result files in the image folder")
+    # fmt: on
     performance = parser.add_argument_group("performance")
     cli.add_device(performance, "--devices")
     cli.add_batches(performance, 32)
@@ -101,9 +83,9 @@ def result_name(text: str) -> str:
 def add_scoring(parser: argparse.ArgumentParser) -> None:
     """Add generate.py's options that score images as they are drawn."""
     group = parser.add_argument_group("scoring, as the images are drawn")
-    group.add_argument(
-        "--score_with", nargs="+", choices=OUTPUT_NAMES, default=[], metavar="D", help=f"detectors: {', '.join(OUTPUT_NAMES)}"
-    )
+    # fmt: off
+    group.add_argument("--score_with", nargs="+", choices=OUTPUT_NAMES, default=[], metavar="D", help=f"detectors: {', '.join(OUTPUT_NAMES)}")
+    # fmt: on
     group.add_argument("--discard_images", action="store_true", help="keep scores and settings, and no image")
     group.add_argument("--blur", action="store_true", help="with --discard_images, keep blurred thumbnails in {folder}_blurred")
     add_nudenet(group)
