@@ -18,7 +18,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     files.add_argument("--image_folder", type=Path, required=True, metavar="DIR", help="images named by prompt row, as generate.py does")
     # fmt: on
-    files.add_argument("--csv_file", type=Path, required=True, metavar="CSV", help="their prompts")
+    files.add_argument("--csv_file", type=Path, required=True, metavar="CSV", help="prompt CSV of the images, column `prompt`")
     cli.add_expected(files)
     cli.add_other_prompts(files)
     performance = parser.add_argument_group("model and performance")

@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "image model, a folder or hub id, whose pooled output is the feature",
     )  # fmt: skip
     fid.add_argument("--save_stats", type=cli.output_file, metavar="NPZ", help="keep the reference images' mu and sigma in this file")
-    fid.add_argument("--ref_stats", type=Path, metavar="NPZ", help="such a file, or pytorch-fid's, for --coco_imgs_path")
+    fid.add_argument("--ref_stats", type=Path, metavar="NPZ", help="reference statistics in place of --coco_imgs_path: a file of --save_stats, or pytorch-fid's")
     kid = parser.add_argument_group("kid (with the options of fid but for statistics)")
     kid.add_argument("--kid_subsets", type=cli.positive_int, metavar="N", help="random subsets to average over (default: 100)")
     kid.add_argument(

@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--prompt", metavar="TEXT", help="one prompt instead of a CSV")
     # fmt: off
     files.add_argument("--output_path", required=True, metavar="NAME", help="name of the image folder, and start of each file's name")
-    files.add_argument("--results_dir", type=cli.output_folder, default=Path("results"), metavar="DIR", help="where the folders of images go")
+    files.add_argument("--results_dir", type=cli.output_folder, default=Path("results"), metavar="DIR", help="parent folder of the image folders")
     files.add_argument("--start_idx", type=cli.natural, default=0, metavar="I", help="first row")
     files.add_argument("--end_idx", type=cli.positive_int, metavar="I", help="row after the last (default: all)")
     files.add_argument("--num_images_per_prompt", type=cli.positive_int, default=1, metavar="N", help="image k above 0 of a row is named {row}p_{k}")
@@ -57,12 +57,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument("--negative_prompt", metavar="TEXT", help=f"what the images should not show (not for {NO_NEGATIVE})")
     sampling.add_argument("--height", type=cli.positive_int, metavar="H", help="pixels (default: the model's)")
     sampling.add_argument("--width", type=cli.positive_int, metavar="W", help="pixels (default: the model's)")
-    sampling.add_argument("--strength", type=cli.number(float, 0, 1, low_open=True), metavar="X", help="how far --init_images change")
+    sampling.add_argument("--strength", type=cli.number(float, 0, 1, low_open=True), metavar="X", help="strength of image to image and inpainting: 1 ignores --init_images")
     sampling.add_argument("--max_sequence_length", type=cli.positive_int, metavar="N", help=f"tokens of a T5 prompt (default: {described_lengths()})")
     sampling.add_argument("--scheduler", choices=SCHEDULERS, help="default: ddim for SD 1.x, euler for SD 2.x, the model's own for others")
     sampling.add_argument("--use_refiner", action="store_true", help="SDXL: finish with the refiner, on the same text encoder 2")
     sampling.add_argument("--refiner_path", metavar="R", help="default: stabilityai/stable-diffusion-xl-refiner-1.0")
-    sampling.add_argument("--high_noise_frac", type=cli.number(float, 0, 1, low_open=True), metavar="F", help="share of the steps before it (0.8)")
+    sampling.add_argument("--high_noise_frac", type=cli.number(float, 0, 1, low_open=True), metavar="F", help="share of the steps that run before the refiner (default: 0.8)")
     # fmt: on
     sampling.add_argument("--log_prompts", action="store_true", help="log each prompt with its row as it is drawn")
     performance = parser.add_argument_group("performance")

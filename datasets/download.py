@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"which splits of CoPro become pairs ({', '.join(COPRO_SPLITS)}; default: {COPRO_SPLITS[0]})",
     )  # fmt: skip
     parser.add_argument("--token", metavar="T", help="token of a Hugging Face account, for gated sets (or HF_TOKEN)")
-    parser.add_argument("--dir", type=cli.output_folder, metavar="DIR", help="where they go (default: this script's folder)")
+    parser.add_argument("--dir", type=cli.output_folder, metavar="DIR", help="output folder (default: this script's folder)")
     args = parser.parse_args(argv)
     args.dir = args.dir or Path(__file__).resolve().parent
     args.token = (args.token or os.environ.get("HF_TOKEN") or "").strip() or None

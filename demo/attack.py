@@ -20,9 +20,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_model(parser)
     parser.add_argument("--checkpoint", type=Path, metavar="CKPT", help="the protected encoder (default: the original one)")
-    parser.add_argument("--prompts_csv", type=Path, required=True, metavar="CSV", help="what the attacker wants to see")
+    parser.add_argument(
+        "--prompts_csv", type=Path, required=True, metavar="CSV", help="prompts whose content the attack aims at"
+    )
     parser.add_argument("--candidates", type=Path, nargs="+", required=True, metavar="CSV", help="prompts to choose from")
-    parser.add_argument("--out", type=cli.output_file, required=True, metavar="CSV", help="gets the prompts found, one a row")
+    parser.add_argument(
+        "--out", type=cli.output_file, required=True, metavar="CSV", help="CSV for the prompts found, one a row"
+    )
     cli.add_device(parser)
     return cli.check_device(parser, parser.parse_args(argv))
 

@@ -26,14 +26,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     files = parser.add_argument_group("what is done")
     # fmt: off
-    files.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="gets everything; an earlier experiment in it is replaced")
+    files.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="output folder; an earlier experiment in it is replaced")
     files.add_argument("--concept", choices=EXPERIMENTS, default=CONCEPT, help="what DES is to remove")
     files.add_argument("--split", choices=("test", "val"), default="test", help="val is for choosing settings")
     files.add_argument("--sets", nargs="+", choices=SETS, metavar="SET", help="test sets (default: all of the concept's)")
     files.add_argument("--limit", type=cli.positive_int, metavar="N", help="images a set, evenly over the objects (default: all)")
     files.add_argument("--seeds", type=cli.natural, nargs="+", default=[42], metavar="S", help="training seeds")
     training = parser.add_argument_group("DES training")
-    training.add_argument("--learning_rate", type=cli.number(float, 0, 1, low_open=True), default=2e-3, metavar="LR", help="of AdamW")
+    training.add_argument("--learning_rate", type=cli.number(float, 0, 1, low_open=True), default=2e-3, metavar="LR", help="learning rate of AdamW")
     # fmt: on
     training.add_argument("--num_epochs", type=cli.positive_int, default=20, metavar="N", help="passes over the pairs")
     training.add_argument("--batch_size", type=cli.positive_int, default=128, metavar="N", help="pairs a step")

@@ -17,7 +17,7 @@ from des.utils import cli
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     # fmt: off
-    parser.add_argument("--out", type=cli.output_folder, default=Path("results/gates"), metavar="DIR", help="gets the images and gates.json")
+    parser.add_argument("--out", type=cli.output_folder, default=Path("results/gates"), metavar="DIR", help="folder for the images and gates.json")
     # fmt: on
     cli.add_device(parser)
     return cli.check_device(parser, parser.parse_args(argv))

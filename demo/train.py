@@ -31,7 +31,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("main")
     main_group.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="what is trained")
-    main_group.add_argument("--out", type=cli.output_folder, default=MODELS, metavar="DIR", help="gets the finished models")
+    main_group.add_argument(
+        "--out", type=cli.output_folder, default=MODELS, metavar="DIR", help="folder for the finished models"
+    )
     work = MODELS.parent / "work"
     # fmt: off
     main_group.add_argument("--work_dir", type=cli.output_folder, default=work, metavar="DIR", help="resumable states and caches")

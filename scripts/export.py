@@ -28,7 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         main_group.add_argument(f"--{option}", type=Path, metavar="CKPT", help=told)
     main_group.add_argument("--format", choices=EXPORTS, required=True, help="what is written")
     # fmt: off
-    main_group.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="a folder that is not there yet")
+    main_group.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="output folder; it must not exist yet")
     main_group.add_argument("--dtype", choices=DTYPES, help="of what is written (default: as loaded; a1111: the base's)")
     main_group.add_argument("--base_checkpoint", type=Path, metavar="F", help="a1111: SD 1.x .safetensors, whose other tensors stay")
     main_group.add_argument("--rank", type=cli.positive_int, metavar="R", help="lora: its rank (default: 32)")

@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group.add_argument("--scale", choices=("smoke", "small", "paper"), default="small", help="smoke: does it run; small: 100 prompts a set; paper: all")
     main_group.add_argument("--baseline", nargs="*", default=[], metavar="METHOD=FILE", help="further rows: esd=esd.safetensors, advunlearn, …")
     files = parser.add_argument_group("files")
-    files.add_argument("--out", type=cli.output_folder, default=Path("results/tables"), metavar="DIR", help="gets tables, images and models")
+    files.add_argument("--out", type=cli.output_folder, default=Path("results/tables"), metavar="DIR", help="folder for tables, images and models")
     files.add_argument("--prompts", nargs="*", default=[], metavar="SET=CSV", help="prompt lists that are not in datasets/")
     files.add_argument("--coco_images", type=Path, metavar="DIR", help="reference images for FID (default: datasets/coco_images)")
     files.add_argument("--q16_prompts", type=Path, metavar="FILE", help="Q16's prompts.pt; without it T5 and T6 stay empty")
@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     performance.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="seed of the images")
     performance.add_argument("--dry_run", action="store_true", help="list jobs, images and estimated hours, and stop")
     performance.add_argument("--seconds_per_image", type=cli.number(float, 0, low_open=True), metavar="X", help="for --dry_run (default: as measured in --out)")
-    performance.add_argument("--seconds_per_step", type=cli.number(float, 0, low_open=True), metavar="X", help="likewise, of a training step")
+    performance.add_argument("--seconds_per_step", type=cli.number(float, 0, low_open=True), metavar="X", help="measured seconds of a training step, for the estimated hours")
     # fmt: on
     cli.add_log_file(parser)
     return cli.check_device(parser, parser.parse_args(argv))

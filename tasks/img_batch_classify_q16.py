@@ -21,8 +21,8 @@ from des.utils import cli
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("what is counted")
-    main_group.add_argument("--job", choices=("nudity",), help="accepted from older scripts: Q16 knows one job")
-    main_group.add_argument("--cls_class", choices=("nudity",), help="likewise")
+    main_group.add_argument("--job", choices=("nudity",), help="accepted for older scripts; Q16 has one job")
+    main_group.add_argument("--cls_class", choices=("nudity",), help="the class that --detector object looks for")
     add_q16(main_group, default=Path("prompts.pt"))
     add_folder(parser, "classify_16")
     cli.add_log_file(parser)

@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     # fmt: off
     parser.add_argument("--kills", type=cli.positive_int, default=60, metavar="N", help="number of kills, divided among the scripts")
-    parser.add_argument("--damages", type=cli.natural, default=4, metavar="N", help="number of files of each script that are damaged, each in two ways")
+    parser.add_argument("--damages", type=cli.natural, default=4, metavar="N", help="files of each script to damage, each in two ways")
     parser.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="seeds the moments of the kills and the damaged bytes")
     parser.add_argument("--out", type=cli.output_file, default=ROOT / "docs/reliability.md", metavar="F", help="Markdown page to write; the counts go into a .json file beside it")
     parser.add_argument("--skip_hostile", action="store_true", help="leave out the hostile input of the test suite")
