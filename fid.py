@@ -126,7 +126,7 @@ from des.evaluation.frechet import Gaussian, load_statistics, save_statistics
 from des.evaluation.kid import kernel_distance
 from des.evaluation.lpips import image_pairs, lpips
 from des.evaluation.scored_images import Scoring, check_result_name, write_scores
-from des.evaluation.text_image import choices.SCORER_MODELS, TITLES
+from des.evaluation.text_image import JOBS, TITLES
 from des.utils import cli, logs
 from des.utils.errors import UserError
 from des.utils.locks import locked
