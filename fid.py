@@ -101,14 +101,14 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for option in dict.fromkeys(option for options in known.values() for option in options):
         if getattr(args, option) is not None and option not in known[args.job]:
             parser.error(f"--job {args.job} does not read --{option}")
-    if args.other_prompts and args.job not in JOBS:
+    if args.other_prompts and args.job not in choices.SCORER_MODELS:
         parser.error(f"--job {args.job} does not read --other_prompts")
     if args.job == "lpips":
         if args.original_imgs_path is None:
             parser.error("--job lpips needs --original_imgs_path")
         args.lpips_net = args.lpips_net or "alex"
         return
-    if args.job in JOBS:
+    if args.job in choices.SCORER_MODELS:
         if args.prompt_path is None:
             parser.error(f"--job {args.job} needs --prompt_path")
         for option, default in choices.SCORER_MODELS[args.job].items():
