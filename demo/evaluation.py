@@ -1,20 +1,17 @@
-"""Scoring the demo: generate prompt sets with the project's scripts and score the images with the demo's own models.
-
-Every step is a script with its own command line, run in this process so that libraries load once.
-"""
+"""The demo's models and test sets; draws the sets and scores the images with the demo's own models, as jobs that are recorded."""
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from demo.world import CONCEPT, KINDS, SECOND, random_scene, render
 from des.utils.folders import visible
-from des.utils.scripts import run_script as script
 
 if TYPE_CHECKING:
-    import torch
+    from des.tables.jobs import JobRecords
+    from des.tables.pipeline_jobs import PipelineJobs
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "demo" / "models"
@@ -55,13 +52,13 @@ EXPERIMENTS = {
     ),
 }
 REFERENCE_IMAGES = 1100
+SHARE = ("k", "n", "fraction", "low", "high", "mean_probability")  # what a classifier's JSON says of the images counted
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the demo's images are drawn."""
 
-    device: "torch.device"
     num_inference_steps: int = 20
     guidance_scale: float = 3.0
     batch_size: int = 32
@@ -73,59 +70,56 @@ def concept_of(name: str) -> str | None:
 
 
 def evaluate(
+    records: "JobRecords",
+    jobs: "PipelineJobs",
     sampling: Sampling,
     prompts: dict[str, Path],
     results: Path,
     checkpoint: Path | None = None,
     removed: Sequence[str] = (CONCEPT,),
 ) -> dict[str, dict]:
-    """Generate every set below `results` and score it; returns each set's scores by name.
+    """Generate every set below `results` and score it, each as a job; returns each set's scores by name.
 
     `prompts` maps names of SETS to prompt CSVs; `checkpoint` is the protected text encoder, None for the original model; FID's
     reference shows every kind but those `removed`.
     """
-    method = ["--training_method", "des", "--text_encoder_path", checkpoint] if checkpoint else ["--training_method", "none"]
+    from des.data.prompts import read_rows
+
+    method = ("--training_method", "des", "--text_encoder_path", checkpoint) if checkpoint else ("--training_method", "none")
+    options = (*method, *(part for key, value in asdict(sampling).items() for part in (f"--{key}", value)))
+    reads = (PIPELINE, checkpoint) if checkpoint else (PIPELINE,)
     scores: dict[str, dict] = {}
-    for name, csv_path in prompts.items():
-        script("generate.py", "--model_path", PIPELINE, "--device", sampling.device, "--prompts_csv", csv_path, "--output_path", name,
-               "--results_dir", results, "--num_inference_steps", sampling.num_inference_steps, "--guidance_scale", sampling.guidance_scale,
-               "--batch_size", sampling.batch_size, *method)  # fmt: skip
-        folder = results / str(method[1]) / PIPELINE.name / name
-        concept = concept_of(name)
-        counted = ["--cls_class", concept] if concept else ["--label_column", "object"]
-        scores[name] = {"concept" if concept else "object": classify(sampling, folder, csv_path, "object", *counted)}
-        if not concept:
-            scores[name] |= {
-                label: classify(sampling, folder, csv_path, label, "--label_column", label)
-                for label in ("colour", "background")
-            }
+    for name, csv in prompts.items():
+        what, folder = f"{name} with {results.name}", jobs.image_folder(results, method, name)
+        records.run(jobs.drawing(what, csv, folder, options, reads, (folder,), len(read_rows(csv))))
+        scores[name] = classify(records, jobs, what, folder, csv, concept_of(name))
         if SETS[name] == OTHERS:
             draw_reference(results.parent / "reference", removed)
-            scores[name] |= quality(sampling, folder, csv_path, results.parent / "reference")
+            scores[name] |= quality(records, jobs, what, folder, csv, results.parent / "reference")
     return scores
 
 
-def classify(sampling: Sampling, folder: Path, csv_path: Path, label: str, *counted: str) -> dict:
-    """k of n with its interval and the mean probability, by the classifier of `label`."""
-    from des.data.run_record import read_json
+def classify(
+    records: "JobRecords", jobs: "PipelineJobs", what: str, folder: Path, csv: Path, concept: str | None
+) -> dict[str, dict]:
+    """k of n with its interval and the mean probability: of images of the concept, or of images right by each classifier."""
+    counted = {"object": ("--cls_class", concept)} if concept else {label: ("--label_column", label) for label in CLASSIFIERS}
+    found = {}
+    for label, rule in counted.items():
+        options = ("--classifier", CLASSIFIERS[label])
+        content = records.result(jobs.classes(f"{label} of {what}", folder, csv, rule, f"classify_{label}", options))
+        found["concept" if concept else label] = {key: content[key] for key in SHARE}
+    return found
 
-    name = f"classify_{label}"
-    script("tasks/img_batch_classify.py", "--job", "object", "--classifier", CLASSIFIERS[label], "--folder_dir", folder,
-           "--csv_path", csv_path, "--output_name", name, "--devices", sampling.device, *counted)  # fmt: skip
-    content = read_json(folder / f"{name}.json")
-    return {key: content[key] for key in ("k", "n", "fraction", "low", "high", "mean_probability")}
 
-
-def quality(sampling: Sampling, folder: Path, csv_path: Path, reference: Path) -> dict:
+def quality(
+    records: "JobRecords", jobs: "PipelineJobs", what: str, folder: Path, csv: Path, reference: Path
+) -> dict[str, float]:
     """CLIP score against the prompts, and FID against renders of other scenes with the object classifier's features."""
-    from des.data.run_record import read_json
-
-    script("clipscore.py", "--image_folder", folder, "--csv_file", csv_path, "--clip_model", CLIP, "--device", sampling.device)
-    script("fid.py", "--gen_imgs_path", folder, "--coco_imgs_path", reference, "--feature_extractor", CLASSIFIERS["object"],
-           "--device", sampling.device)  # fmt: skip
+    output, options = folder.with_name(f"{folder.name}_fid.txt"), ("--feature_extractor", CLASSIFIERS["object"])
     return {
-        "clip_score": read_json(folder / "clipscore.json")["clip_score"],
-        "fid": read_json(folder.with_name(f"{folder.name}_fid.json"))["fid"],
+        "clip_score": records.result(jobs.clip_score(what, folder, csv, ("--clip_model", CLIP)))["clip_score"],
+        "fid": records.result(jobs.fid(what, folder, csv, reference, output, options))["fid"],
     }
 
 

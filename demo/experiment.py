@@ -4,7 +4,7 @@
     python demo/experiment.py --out results/full --seeds 1 2 3           # the README's table
     python demo/experiment.py --out results/both --concept both          # a second concept, the house, together with the first
 
-Every step is one of the project's scripts with its own command line, run in this process so that libraries load once.
+Every step is one of the project's scripts, run as a job: its record in jobs/ says with which options, on what and how long it ran.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from demo.evaluation import CLASSIFIERS, EXPERIMENTS, OTHERS, PIPELINE, SETS, Sampling, concept_of, evaluate, script
+from demo.evaluation import CLASSIFIERS, EXPERIMENTS, OTHERS, PIPELINE, SETS, Sampling, concept_of, evaluate
 from demo.world import CONCEPT
 from des.utils import cli
 
@@ -60,6 +60,9 @@ if __name__ == "__main__":
 
 from demo.figure import draw_comparison
 from des.data.prompts import read_rows
+from des.tables.jobs import Job, JobRecords
+from des.tables.pipeline_jobs import PipelineJobs
+from des.utils import logs
 from des.utils.errors import UserError
 from des.utils.files import write_json, write_text
 from des.utils.stats import show
@@ -68,28 +71,28 @@ import pandas as pd
 
 MARKER = "experiment.json"
 WRITES = (
-    MARKER, "prompts", "codebook", "original", "protected-*", "reference", "checkpoints-*", "safe_embeddings.pth*", "report.json",
-    "table.md", "comparison.png", ".*",
+    MARKER, "prompts", "codebook", "original", "protected-*", "reference", "checkpoints-*", "safe_embeddings.pth*", "jobs",
+    "report.json", "table.md", "comparison.png", ".*",
 )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    logs.setup_logging()
     start = time.monotonic()
     begin(args)
     prompts = {name: shortened(args, name) for name in args.sets}
+    records, jobs = JobRecords(args.out / "jobs"), PipelineJobs(str(PIPELINE), args.device)
+    sampling = Sampling(args.num_inference_steps, args.guidance_scale, args.image_batch_size)
     removed = EXPERIMENTS[args.concept].concepts
-    script("save_codebook.py", "--model_path", PIPELINE, "--device", args.device, "--csv_path", safe_list(args),
-           "--save_dir", args.out / "codebook", "--batch_size", 256)  # fmt: skip
-    say("Images of the original model, and their scores")
-    sampling = Sampling(args.device, args.num_inference_steps, args.guidance_scale, args.image_batch_size)
-    before = evaluate(sampling, prompts, args.out / "original", removed=removed)
+    lists = unsafe_list(args), ROOT / f"datasets/{EXPERIMENTS[args.concept].safe}.csv"
+    records.run(jobs.codebook(lists[1], args.out / "codebook", "--batch_size", 256))
+    before = evaluate(records, jobs, sampling, prompts, args.out / "original", removed=removed)
     after = {}
     for seed in args.seeds:
-        say(f"DES training, seed {seed}")
-        checkpoint = train(args, seed)
-        say(f"Images of the protected model, seed {seed}, and their scores")
-        after[seed] = evaluate(sampling, prompts, args.out / f"protected-{seed}", checkpoint, removed)
+        training = training_job(args, jobs, lists, seed)
+        records.run(training)
+        after[seed] = evaluate(records, jobs, sampling, prompts, args.out / f"protected-{seed}", training.outputs[0], removed)
     table = summary_table(args, before, after)
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     minutes = (time.monotonic() - start) / 60
@@ -98,10 +101,6 @@ def main(argv: list[str] | None = None) -> None:
     seed = args.seeds[0]
     draw_comparison(args.out, seed, {name: args.out / f"prompts/demo_{name}.csv" for name in args.sets}, SETS)
     print(f"\n{table}\n\n{minutes:.1f} minutes. Numbers: {args.out}/report.json. Pictures: {args.out}/comparison.png")
-
-
-def say(text: str) -> None:
-    print(f"\n== {text}", flush=True)
 
 
 def begin(args: argparse.Namespace) -> None:
@@ -128,11 +127,6 @@ def shortened(args: argparse.Namespace, name: str) -> Path:
     return path
 
 
-def safe_list(args: argparse.Namespace) -> Path:
-    """The prompts whose images must stay."""
-    return ROOT / f"datasets/{EXPERIMENTS[args.concept].safe}.csv"
-
-
 def unsafe_list(args: argparse.Namespace) -> Path:
     """The prompts for the concept; those for several are put together into a list of their own."""
     first, *further = [ROOT / f"datasets/{name}.csv" for name in EXPERIMENTS[args.concept].unsafe]
@@ -143,16 +137,18 @@ def unsafe_list(args: argparse.Namespace) -> Path:
     return path
 
 
-def train(args: argparse.Namespace, seed: int) -> Path:
-    """Train with one seed; returns the last checkpoint."""
-    output = args.out / f"checkpoints-{seed}"
-    script("train_des.py", "--model_path", PIPELINE, "--device", args.device, "--codebook_dir", args.out / "codebook",
-           "--unsafe_csv_path", unsafe_list(args), "--safe_csv_path", safe_list(args), "--output_dir", output,
-           "--safe_embedding_path", args.out / "safe_embeddings.pth", "--concept_prompt", *EXPERIMENTS[args.concept].concepts,
-           "--concept_guidance_ratio", args.concept_guidance_ratio, "--learning_rate", args.learning_rate,
-           "--num_epochs", args.num_epochs, "--batch_size", args.batch_size, "--lambda_safe", args.lambda_safe,
-           "--ablation", *args.ablation, "--save_every", args.num_epochs, "--seed", seed)  # fmt: skip
-    return output / f"{args.learning_rate}_{args.lambda_safe}" / f"checkpoint-{args.num_epochs}.pt"
+def training_job(args: argparse.Namespace, jobs: PipelineJobs, lists: tuple[Path, Path], seed: int) -> Job:
+    """The training with one seed on the unsafe and the safe list; its output is the last checkpoint."""
+    same = ("concept_guidance_ratio", "learning_rate", "num_epochs", "batch_size", "lambda_safe", "ablation")
+    options = {
+        "safe_embedding_path": args.out / "safe_embeddings.pth",
+        "concept_prompt": EXPERIMENTS[args.concept].concepts,
+        "save_every": args.num_epochs,
+        "seed": seed,
+    }
+    options |= {name: getattr(args, name) for name in same}
+    rows = max(len(read_rows(path)) for path in lists)
+    return jobs.training(f"seed {seed}", lists, args.out / "codebook", args.out / f"checkpoints-{seed}", options, rows)
 
 
 def summary_table(args: argparse.Namespace, before: dict, after: dict[int, dict]) -> str:

@@ -30,8 +30,10 @@ from demo.evaluation import CLASSIFIERS, CLIP, EXPERIMENTS, PIPELINE, Sampling, 
 from demo.world import CONCEPT, CONCEPT_WORDS, INDIRECT, KINDS, random_scene, render
 from des.models.encoders import load_encoder
 from des.models.loading import load_model
+from des.tables.jobs import JobRecords
+from des.tables.pipeline_jobs import PipelineJobs
 from des.training import losses
-from des.utils import errors
+from des.utils import errors, logs
 from des.utils.files import write_json, write_text
 from des.utils.stats import proportion, show
 
@@ -43,8 +45,10 @@ RENDERS = 1200
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    logs.setup_logging()
     prompts = {name: ROOT / f"datasets/demo_{name}.csv" for name in EXPERIMENTS[CONCEPT].sets}
-    scores = evaluate(Sampling(args.device), prompts, args.out / "original")
+    records, jobs = JobRecords(args.out / "jobs"), PipelineJobs(str(PIPELINE), args.device)
+    scores = evaluate(records, jobs, Sampling(), prompts, args.out / "original")
     gates = [
         (f"{label}, benign prompts", scores["benign"][label], least)
         for label, least in (("object", 0.9), ("colour", 0.95), ("background", 0.95))

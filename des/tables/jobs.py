@@ -7,11 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from des.data.run_record import read_json
 from des.tables.inputs import identity
 from des.utils.errors import UserError
 from des.utils.files import write_json
 from des.utils.logs import logger
 from des.utils.scripts import run_script
+
+_OUTPUT_OPTIONS = re.compile(r"--(output_dir|results_dir|output_path|save_dir|output_file)\b")
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,30 @@ class JobRecords:
         return record if same and record.get("files") == _hashes((*job.inputs, *job.outputs)) else None
 
     def run(self, job: Job) -> None:
-        """Do a job unless it is done. Raises UserError where it fails or does not leave what it should."""
+        """Do a job unless it is done. Raises UserError where it fails or does not leave what it should.
+
+        A sentence of its script that advises another output folder names `--out`, where all of them are.
+        """
         if self.record(job):
             return
         logger.info("%s", job.what)
         start = time.monotonic()
         before = _hashes(job.inputs)
-        run_script(job.script, *job.argv)
+        try:
+            run_script(job.script, *job.argv)
+        except UserError as error:
+            raise UserError(_OUTPUT_OPTIONS.sub("--out", str(error))) from None
         seconds = time.monotonic() - start
         lost = [path for path, digest in _hashes((*job.inputs, *job.outputs)).items() if digest is None]
         if lost or _hashes(job.inputs) != before:
             raise UserError(f"{job.what}: {lost[0] if lost else 'one of its inputs'} is missing or changed while it ran")
         record = {"what": job.what, "script": job.script, "argv": job.argv, "seconds": seconds, "images": job.images}
         write_json(self._path(job), record | {"steps": job.steps, "files": _hashes((*job.inputs, *job.outputs))})
+
+    def result(self, job: Job) -> dict:
+        """The JSON that is a job's first output, after `run`."""
+        self.run(job)
+        return read_json(job.outputs[0])
 
     def left(self, jobs: Iterable[Job]) -> list[Job]:
         """The jobs that are not done, and those that read what one of these makes."""

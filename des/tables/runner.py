@@ -1,31 +1,26 @@
 """What a table's cells are made of: the jobs that train variants of a model, draw prompt sets with them, and score the images."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from des.data.image_folders import image_of_row
 from des.data.prompts import never_drawn, read_rows
 from des.data.run_record import read_json
 from des.models.checkpoints import read_tensors
-from des.models.encoders import load_encoder, per_encoder_name
+from des.models.encoders import load_encoder
 from des.tables.build import Cell
 from des.tables.cells import ORIGINAL, PromptSet, Setup, Variant
 from des.tables.inputs import identity, model_identity
 from des.tables.jobs import Job, JobRecords
+from des.tables.pipeline_jobs import PipelineJobs, files_in, scoring
 from des.utils.errors import UserError
 from des.utils.files import write_text
 from des.utils.stats import proportion
 
 import pandas as pd
 import torch
-
-OUTPUT_OPTIONS = re.compile(
-    r"--(output_dir|results_dir|output_path|save_dir|output_file)\b"
-)  # all lie in --out of reproduce.py
 
 
 @dataclass
@@ -50,19 +45,18 @@ class TableRunner:
         """The records of the jobs that are done."""
         return JobRecords(self.out / "jobs")
 
-    def need(self, job: Job) -> bool:
-        """Run a job unless it is done; False where it is only listed.
+    @cached_property
+    def jobs(self) -> PipelineJobs:
+        """Builds the jobs."""
+        return PipelineJobs(self.model_path, self.device)
 
-        Raises UserError where its script stops; a sentence that advises another output folder names `--out`, which all of them are in.
-        """
+    def need(self, job: Job) -> bool:
+        """Run a job unless it is done; False where it is only listed. Raises UserError where its script stops."""
         if self.dry:
             if job not in self.planned:
                 self.planned.append(job)
             return False
-        try:
-            self.records.run(job)
-        except UserError as error:
-            raise UserError(OUTPUT_OPTIONS.sub("--out", str(error))) from None
+        self.records.run(job)
         return True
 
     # Training
@@ -75,26 +69,18 @@ class TableRunner:
         """The job that trains a variant, after the codebook that all of them share; has both done."""
         unsafe, safe = (self._rows_of(path, f"train_{path.stem}") for path in (self.setup.unsafe_csv, self.setup.safe_csv))
         codebook = self.out / "codebook"
-        common = ("--model_path", self.model_path, "--device", str(self.device))
-        own_codebook = codebook.with_name(per_encoder_name(self.model_path, 1, "codebook", "{stem}_encoder{i}"))
-        self.need(
-            Job("codebook", "save_codebook.py", (*common, "--csv_path", str(safe), "--save_dir", str(codebook)), (safe,),
-                (own_codebook / "codebook.json",))
-        )  # fmt: skip
-        options = {**self.setup.training, **dict(variant.train or ())}
+        self.need(self.jobs.codebook(safe, codebook))
+        settings = {**self.setup.training, **dict(variant.train or ())}
         if self.scale == "smoke":
-            options["num_epochs"] = 1
-        folder = self.out / "checkpoints" / variant.name
-        run = f"{float(options['learning_rate'])}_{float(options['lambda_safe'])}"
-        run = per_encoder_name(self.model_path, 1, run)
-        targets = self.out / f"targets_{options.get('target', 'lowest')}.pth"
-        argv = (*common, "--codebook_dir", codebook, "--unsafe_csv_path", unsafe, "--safe_csv_path", safe, "--output_dir", folder,
-                "--safe_embedding_path", targets, "--concept_prompt", self.setup.concept_prompt, "--save_every",
-                options["num_epochs"], *flags(options))  # fmt: skip
+            settings["num_epochs"] = 1
+        options = {
+            "safe_embedding_path": self.out / f"targets_{settings.get('target', 'lowest')}.pth",
+            "concept_prompt": self.setup.concept_prompt,
+            "save_every": settings["num_epochs"],
+        }
         rows = max(len(self._drawable(path, f"train_{path.stem}")) for path in (self.setup.unsafe_csv, self.setup.safe_csv))
-        steps = options["num_epochs"] * -(-rows // options["batch_size"])
-        job = Job(f"train {variant.name}", "train_des.py", tuple(map(str, argv)), (unsafe, safe, own_codebook / "codebook.json"),
-                  (folder / run / f"checkpoint-{options['num_epochs']}.pt",), steps=steps)  # fmt: skip
+        folder = self.out / "checkpoints" / variant.name
+        job = self.jobs.training(variant.name, (unsafe, safe), codebook, folder, options | settings, rows)
         self.need(job)
         return job
 
@@ -127,17 +113,15 @@ class TableRunner:
         if chosen.init:
             inputs += tuple(part for part in init if isinstance(part, Path))
         discard = ("--discard_images",) if self.discard_images and name not in self._kept else ()
-        results = self.out / "images" / variant.name
         argv = (
-            "--model_path", self.model_path, "--device", self.device, "--prompts_csv", csv, "--output_path", name,
-            "--results_dir", results, "--seed", self.seed, "--batch_size", self.batch_size, *options, *init, *discard,
+            "--seed", self.seed, "--batch_size", self.batch_size, *options, *init, *discard,
             *self.setup.sampling, *chosen.options, *self._score_with(),
         )  # fmt: skip
-        folder = results / options[1] / Path(self.model_path).name / name
-        outputs = [folder / "run.json", *(folder / f"{stem}.json" for stem in self.setup.scoring)]
-        count = len(self._drawable(chosen.csv, name))
-        inputs = (csv, *inputs, *files_in(self._score_with()))
-        self.need(Job(f"draw {name} with {variant.name}", "generate.py", tuple(map(str, argv)), inputs, tuple(outputs), count))
+        folder = self.jobs.image_folder(self.out / "images" / variant.name, options, name)
+        scores = [folder / f"{stem}.json" for stem in self.setup.scoring]
+        inputs += files_in(self._score_with())
+        what, count = f"{name} with {variant.name}", len(self._drawable(chosen.csv, name))
+        self.need(self.jobs.drawing(what, csv, folder, argv, inputs, scores, count))
         return folder
 
     @property
@@ -236,55 +220,43 @@ class TableRunner:
         """FID of the benign images."""
         if not self.setup.prepare and not self.setup.reference.is_dir():
             return Cell(missing=f"not run: no reference images in {self.setup.reference.name} (--coco_images)")
-        content = self._score(variant, "FID", "fid.py", lambda folder, csv: (
-            "--gen_imgs_path", folder, "--coco_imgs_path", self.setup.reference, "--device", self.device, *self.setup.fid,
-            "--output_file", self.out / "scores" / f"{variant.name}_fid.txt",
-        ), lambda folder: self.out / "scores" / f"{variant.name}_fid.json", (self.setup.reference, *files_in(self.setup.fid)))  # fmt: skip
+        output = self.out / "scores" / f"{variant.name}_fid.txt"
+        content = self._score(
+            variant,
+            lambda folder, csv: self.jobs.fid(variant.name, folder, csv, self.setup.reference, output, self.setup.fid),
+        )
         return Cell(content["fid"]) if isinstance(content, dict) else Cell(missing=content)
 
     def clip(self, variant: Variant) -> Cell:
         """CLIP score of the benign images."""
-        content = self._score(variant, "CLIP score", "clipscore.py", lambda folder, csv: (
-            "--image_folder", folder, "--csv_file", csv, "--device", self.device, *self.setup.clip,
-        ), lambda folder: folder / "clipscore.json", files_in(self.setup.clip))  # fmt: skip
+        content = self._score(variant, lambda folder, csv: self.jobs.clip_score(variant.name, folder, csv, self.setup.clip))
         return Cell(content["clip_score"]) if isinstance(content, dict) else Cell(missing=content)
 
     def preference(self, variant: Variant, job: str) -> Cell:
         """PickScore, BLIP score or ImageReward of the benign images."""
-        stem = self.out / "scores" / f"{variant.name}_{job}"
-        content = self._score(variant, job, "fid.py", lambda folder, csv: (
-            "--job", job, "--gen_imgs_path", folder, "--prompt_path", csv, "--device", self.device, "--output_file", f"{stem}.txt",
-        ), lambda folder: stem.with_name(f"{stem.name}.json"))  # fmt: skip
+        output = self.out / "scores" / f"{variant.name}_{job}.txt"
+        content = self._score(variant, lambda folder, csv: scoring(
+            f"{job} of {variant.name}", "fid.py", folder, csv,
+            ("--job", job, "--gen_imgs_path", folder, "--prompt_path", csv, "--device", self.device, "--output_file", output),
+            output.with_suffix(".json"),
+        ))  # fmt: skip
         return Cell(content[job], digits=3) if isinstance(content, dict) else Cell(missing=content)
 
     def label(self, variant: Variant, column: str) -> Cell:
         """The share of benign images that show what their prompt says in a column of its CSV."""
-        content = self._score(variant, f"{column} right", "tasks/img_batch_classify.py", lambda folder, csv: (
-            "--job", "object", "--folder_dir", folder, "--csv_path", csv, "--label_column", column, "--output_name", column,
-            "--devices", self.device, *self.setup.labels[column],
-        ), lambda folder: folder / f"{column}.json", files_in(self.setup.labels[column]))  # fmt: skip
+        what, options = f"{column} right of {variant.name}", self.setup.labels[column]
+        content = self._score(
+            variant, lambda folder, csv: self.jobs.classes(what, folder, csv, ("--label_column", column), column, options)
+        )
         return Cell.share(content) if isinstance(content, dict) else Cell(missing=content)
 
-    def _score(
-        self,
-        variant: Variant,
-        what: str,
-        script: str,
-        argv: Callable[[Path, Path], tuple],
-        output: Callable[[Path], Path],
-        reads: tuple[Path, ...] = (),
-    ) -> dict | str:
-        """The JSON that a scorer leaves about a variant's benign images; or why there is none.
-
-        `reads` are the files and folders that the figure depends on beside the images and their prompts.
-        """
+    def _score(self, variant: Variant, job_of: Callable[[Path, Path], Job]) -> dict | str:
+        """The JSON of a job that scores a variant's benign images, built from their folder and list; or why there is none."""
         folder = self.drawn(variant, self.setup.benign)
         if isinstance(folder, str):
             return folder
-        csv = self.out / "prompts" / f"{self.setup.benign}.csv"
-        files = (csv, folder / "run.json", *reads)
-        job = Job(f"{what} of {variant.name}", script, tuple(map(str, argv(folder, csv))), files, (output(folder),))
-        return read_json(output(folder)) if self.need(job) else "planned"
+        job = job_of(folder, self.out / "prompts" / f"{self.setup.benign}.csv")
+        return read_json(job.outputs[0]) if self.need(job) else "planned"
 
     # Cost
 
@@ -356,16 +328,3 @@ class TableRunner:
         found["--discard_images"] = "given" if self.discard_images else "not given"
         files = {**given, **{path.name: path for each in self.setup.sets.values() for path in each.search}}
         return found | {option: digest for option, path in files.items() if path is not None and (digest := identity(path))}
-
-
-def files_in(options: Sequence[object]) -> tuple[Path, ...]:
-    """The files and folders among a script's options."""
-    return tuple(part for part in options if isinstance(part, Path))
-
-
-def flags(options: dict[str, Any]) -> list[Any]:
-    """A command line: `--key value`, several values for a list, a bare flag for True."""
-    argv: list[Any] = []
-    for key, value in options.items():
-        argv += [f"--{key}", *(value if isinstance(value, list | tuple) else [] if value is True else [value])]
-    return argv

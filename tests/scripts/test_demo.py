@@ -5,10 +5,14 @@ import random
 import re
 import subprocess
 
-from demo import prompts, train, world
-from des.data.prompts import read_prompts
+from demo import experiment, prompts, train, world
+from demo.evaluation import PIPELINE, Sampling, evaluate
+from des.data.prompts import read_prompts, read_rows
 from des.models.encoders import load_encoder
+from des.tables.jobs import JobRecords
+from des.tables.pipeline_jobs import PipelineJobs
 from des.training.losses import cos
+from des.utils.scripts import run_script
 
 import pytest
 import torch
@@ -139,8 +143,38 @@ def test_both_concepts_at_reduced_size(call, tmp_path):
     (metadata,) = (tmp_path / "out").rglob("checkpoint-1-metadata.json")
     assert json.loads(metadata.read_text())["concept_prompt"] == ["mushroom", "house"]
     assert len(read_prompts(tmp_path / "out/prompts/demo_unsafe_train.csv")) == 4000
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out/jobs").iterdir()]
+    sets = dict.fromkeys(("plain", "house_plain"), ("object",)) | {"both_benign": ("object", "colour", "background")}
+    of_images = {f"{what} with {model}" for model in ("original", "protected-42") for what in (
+        *(f"draw {name}" for name in sets), *(f"{label} of {name}" for name, labels in sets.items() for label in labels),
+        "FID of both_benign", "CLIP score of both_benign",
+    )}  # fmt: skip
+    assert {record["what"] for record in records} == {"codebook", "train seed 42"} | of_images
+    assert sum(record["images"] for record in records) == 12 and all(record["seconds"] > 0 for record in records)
+    assert all(any(map(path.match, experiment.WRITES)) for path in (tmp_path / "out").iterdir())  # so a later call clears it
     refused = call("demo/experiment.py", "--concept", "house", "--out", tmp_path / "no", "--sets", "plain")
     assert refused.failed_in_one_sentence and not (tmp_path / "no").exists()
+
+
+def test_a_set_is_drawn_and_scored_again_only_where_its_images_changed(tmp_path, monkeypatch):
+    records, jobs = JobRecords(tmp_path / "jobs"), PipelineJobs(str(PIPELINE), torch.device("cpu"))
+    lists = {"plain": tmp_path / "plain.csv"}
+    read_rows(ROOT / "datasets/demo_plain.csv").head(2).to_csv(lists["plain"], index=False)
+    ran = []
+
+    def noted(script, *argv):
+        ran.append(script)
+        run_script(script, *argv)
+
+    monkeypatch.setattr("des.tables.jobs.run_script", noted)
+    sampling = Sampling(num_inference_steps=1)
+    first = evaluate(records, jobs, sampling, lists, tmp_path / "original")
+    both = ["generate.py", "tasks/img_batch_classify.py"]
+    assert first["plain"]["concept"]["n"] == 2 and ran == both
+    assert evaluate(records, jobs, sampling, lists, tmp_path / "original") == first and ran == both
+    next((tmp_path / "original").rglob("*.png")).unlink()
+    assert evaluate(records, jobs, sampling, lists, tmp_path / "original") == first and ran[2] == "generate.py"
+    assert len(list((tmp_path / "original").rglob("*.png"))) == 2
 
 
 def test_quick_start_at_reduced_size(tmp_path):

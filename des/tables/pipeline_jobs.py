@@ -1,0 +1,103 @@
+"""The jobs that a table or an experiment consists of: encode a codebook, train, draw a prompt set, score its images."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from des.models.encoders import per_encoder_name
+from des.tables.jobs import Job
+
+import torch
+
+Options = Sequence[object]  # of a script
+
+
+@dataclass(frozen=True)
+class PipelineJobs:
+    """Builds the jobs for one pipeline on one device.
+
+    The scorers' options hold files and folders as Path: their content is part of what identifies a job.
+    """
+
+    model_path: str
+    device: torch.device
+
+    def codebook(self, safe_csv: Path, folder: Path, *options: object) -> Job:
+        """The job that encodes the safe prompts; `folder` is its --save_dir, `options` are further ones."""
+        argv = (*self._common, "--csv_path", safe_csv, "--save_dir", folder, *options)
+        return _job("codebook", "save_codebook.py", argv, (safe_csv,), (self._encoded(folder),))
+
+    def training(
+        self, name: str, lists: tuple[Path, Path], codebook: Path, folder: Path, options: Mapping[str, Any], rows: int
+    ) -> Job:
+        """The job that trains with the unsafe and the safe list; its output is the checkpoint of the last epoch.
+
+        `options` are train_des.py's further options, and `rows` is the length of the longer list.
+        """
+        unsafe, safe = lists
+        run = per_encoder_name(self.model_path, 1, f"{float(options['learning_rate'])}_{float(options['lambda_safe'])}")
+        argv = (*self._common, "--codebook_dir", codebook, "--unsafe_csv_path", unsafe, "--safe_csv_path", safe, "--output_dir", folder,
+                *flags(options))  # fmt: skip
+        inputs, checkpoint = (unsafe, safe, self._encoded(codebook)), folder / run / f"checkpoint-{options['num_epochs']}.pt"
+        steps = options["num_epochs"] * -(-rows // options["batch_size"])
+        return _job(f"train {name}", "train_des.py", argv, inputs, (checkpoint,), steps=steps)
+
+    def image_folder(self, results: Path, method: Options, name: str) -> Path:
+        """Where generate.py puts the images of a prompt set; `method` starts with --training_method."""
+        return results / str(method[1]) / Path(self.model_path).name / name
+
+    def drawing(
+        self, what: str, csv: Path, folder: Path, options: Options, inputs: Sequence[Path], outputs: Sequence[Path], images: int
+    ) -> Job:
+        """The job that draws a list into an `image_folder`; `inputs` and `outputs` are those beside the list and run.json."""
+        argv = (*self._common, "--prompts_csv", csv, "--output_path", folder.name, "--results_dir", folder.parents[2], *options)
+        return _job(f"draw {what}", "generate.py", argv, (csv, *inputs), (folder / "run.json", *outputs), images=images)
+
+    def fid(self, what: str, folder: Path, csv: Path, reference: Path, output: Path, options: Options) -> Job:
+        """FID of a folder against reference images; the text file `output` and a JSON beside it."""
+        argv = ("--gen_imgs_path", folder, "--coco_imgs_path", reference, "--device", self.device, *options,
+                "--output_file", output)  # fmt: skip
+        reads = (reference, *files_in(options))
+        return scoring(f"FID of {what}", "fid.py", folder, csv, argv, output.with_suffix(".json"), reads)
+
+    def clip_score(self, what: str, folder: Path, csv: Path, options: Options) -> Job:
+        """The CLIP score of a folder's images with their prompts."""
+        argv = ("--image_folder", folder, "--csv_file", csv, "--device", self.device, *options)
+        return scoring(f"CLIP score of {what}", "clipscore.py", folder, csv, argv, folder / "clipscore.json", files_in(options))
+
+    def classes(self, what: str, folder: Path, csv: Path, counted: Options, stem: str, options: Options) -> Job:
+        """The share of a folder's images in a class (`counted` is --cls_class) or right by a column (--label_column), in {stem}.json."""
+        argv = ("--job", "object", "--folder_dir", folder, "--csv_path", csv, *counted, "--output_name", stem,
+                "--devices", self.device, *options)  # fmt: skip
+        return scoring(what, "tasks/img_batch_classify.py", folder, csv, argv, folder / f"{stem}.json", files_in(options))
+
+    @property
+    def _common(self) -> tuple[object, ...]:
+        return ("--model_path", self.model_path, "--device", self.device)
+
+    def _encoded(self, codebook: Path) -> Path:
+        name = per_encoder_name(self.model_path, 1, codebook.name, "{stem}_encoder{i}")
+        return codebook.with_name(name) / "codebook.json"
+
+
+def scoring(what: str, script: str, folder: Path, csv: Path, argv: Options, output: Path, reads: Sequence[Path] = ()) -> Job:
+    """The job that scores a folder's images; `reads` are the files and folders that the figure depends on beside them and their list."""
+    return _job(what, script, argv, (csv, folder / "run.json", *reads), (output,))
+
+
+def files_in(options: Options) -> tuple[Path, ...]:
+    """The files and folders among a script's options."""
+    return tuple(part for part in options if isinstance(part, Path))
+
+
+def flags(options: Mapping[str, Any]) -> list[Any]:
+    """A command line: `--key value`, several values for a list, a bare flag for True."""
+    argv: list[Any] = []
+    for key, value in options.items():
+        argv += [f"--{key}", *(value if isinstance(value, list | tuple) else [] if value is True else [value])]
+    return argv
+
+
+def _job(what: str, script: str, argv: Options, inputs: tuple[Path, ...], outputs: tuple[Path, ...], **amounts: int) -> Job:
+    return Job(what, script, tuple(map(str, argv)), inputs, outputs, **amounts)
