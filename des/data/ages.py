@@ -1,4 +1,4 @@
-"""Ages below 18 in a prompt, in the phrasings of never_drawn.toml: numbers in digits and in words, ordinals, ranges, limits."""
+"""Detecting ages below 18 in a prompt: numbers in digits and words, ordinals, ranges and limits, as listed in never_drawn.toml."""
 
 from functools import cache, lru_cache
 
@@ -19,7 +19,7 @@ def _ages() -> dict[str, frozenset[str]]:
 
 @cache
 def _age_patterns(name: str) -> tuple[dict[str, list[list[str]]], list[list[str]]]:
-    """The patterns of a list: by their first token where that is a whole word, and those that begin with the start of one."""
+    """Return a list's patterns in two groups: those that begin with a whole word, by that word, and those that begin with a prefix."""
     exact: dict[str, list[list[str]]] = {}
     open_ended = []
     for term in TABLE["age"][name]:
@@ -59,7 +59,7 @@ def may_be_an_age(word: str) -> bool:
 
 
 def _within_a_larger_number(words: list[str], at: int) -> bool:
-    """Whether a number is the last part of a larger one, as in twenty-one, or its first, as in five hundred."""
+    """Whether a number is the last part of a larger one, as in twenty-one, or the first, as in five hundred."""
     ages, before = _ages(), words[max(at - 2, 0) : at]
     if before and (before[-1] in ages["tens"] or (before[0] in ages["tens"] and before[-1] in ages["joins"])):
         return True
@@ -67,7 +67,7 @@ def _within_a_larger_number(words: list[str], at: int) -> bool:
 
 
 def names_an_age(words: list[str]) -> bool:
-    """Whether an age below 18 is among the words, in any of the phrasings of never_drawn.toml."""
+    """Whether the words name an age below 18 in any phrasing that never_drawn.toml lists."""
     ages = _ages()
     for at, word in enumerate(words):
         if not may_be_an_age(word):
@@ -103,7 +103,7 @@ def _range(words: list[str], at: int) -> bool:
 
 @lru_cache(maxsize=2**16)
 def _is_glued_age(word: str) -> bool:
-    """Whether a word is a number in words and what makes an age of it, as German writes them."""
+    """Whether a word joins a number word and an ending that makes it an age, as German compounds do."""
     for ending in TABLE["age"]["compounds"]:
         start, found, _ = word.partition(pattern_of(ending)[0][:-1])
         if found and start in _ages()["numbers"]:

@@ -1,7 +1,7 @@
-"""The images that a run of generate.py claims: the rows and copies in its run.json, which a scorer expects in the folder.
+"""The images that a folder must hold to be complete: the rows and copies that generate.py recorded in run.json before drawing.
 
-run.json holds them as `claimed`: for each copy of a row a list of ranges [first row, row after the last]. A record without the
-entry is of an earlier version; its images are then those of its manifest.
+The entry `claimed` lists, for each copy, ranges [first row, row after the last]. Records of earlier versions lack the entry; the
+images of such a folder are those of its manifest.
 """
 
 import json
@@ -18,7 +18,7 @@ RECORD = "run.json"
 
 
 def packed(keys: Iterable[Key]) -> list[list[list[int]]]:
-    """Keys as run.json holds them: for each copy, from 0 on, ranges of rows with their ends left out."""
+    """Encode keys for run.json: for each copy, counted from 0, a list of half-open ranges of rows."""
     rows_of: dict[int, list[int]] = {}
     for row, copy in sorted(set(keys)):
         rows_of.setdefault(copy, []).append(row)
@@ -33,15 +33,12 @@ def packed(keys: Iterable[Key]) -> list[list[list[int]]]:
 
 
 def unpacked(claimed: list[list[list[int]]]) -> set[Key]:
-    """The keys of `packed`."""
+    """Decode what `packed` returned."""
     return {(row, copy) for copy, ranges in enumerate(claimed) for first, end in ranges for row in range(first, end)}
 
 
 def claimed_keys(folder: Path, record: dict[str, Any]) -> set[Key]:
-    """The images that a folder's record claims; UserError where it cannot be understood.
-
-    Rows that are never drawn are not among them, even where an earlier version drew them.
-    """
+    """Return the keys that a folder's record claims, without the rows that are never drawn; UserError if the record is damaged."""
     try:
         claimed = record.get("claimed")
         keys = keys_of_manifest(folder) if claimed is None else unpacked(claimed)
@@ -52,12 +49,12 @@ def claimed_keys(folder: Path, record: dict[str, Any]) -> set[Key]:
 
 
 def keys_of_manifest(folder: Path) -> set[Key]:
-    """The images of a folder's manifest, those that were scored and discarded too."""
+    """Return the keys in a folder's manifest, including images that were discarded after scoring."""
     return {(line["row"], line.get("copy", 0)) for line in manifest.read(folder).values() if "row" in line}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """run.json of a folder; empty where there is none, UserError where it cannot be read."""
+    """Return the content of a folder's run.json, empty if the file is missing; UserError if it cannot be read."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -70,7 +67,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def left_out(folder: Path) -> set[int]:
-    """The rows that a folder's run left out because they are never drawn."""
+    """Return the rows that a folder's run skipped because they are never drawn."""
     rows = read_record(folder).get("left_out", [])
     if not isinstance(rows, list) or not all(isinstance(row, int) for row in rows):
         raise _unreadable(folder)
@@ -78,9 +75,9 @@ def left_out(folder: Path) -> set[int]:
 
 
 def check_complete(folder: Path, option: str | None = "--expected") -> None:
-    """Raise UserError where a run in or below `folder` has not drawn all the images that its record claims.
+    """Raise UserError if a run in or below `folder` has not drawn every image that its record claims.
 
-    `option` is the one with which the user gives the number of images, if there is one.
+    The error suggests `option`, which takes the number of images; it is None for scripts without such an option.
     """
     claimed = lacking = 0
     first: tuple[str, int] | None = None
@@ -93,7 +90,7 @@ def check_complete(folder: Path, option: str | None = "--expected") -> None:
         if missing and first is None:
             first = str(place / RECORD), min(missing)[0]
     if first:
-        otherwise = f", or name the number of images that are meant with {option}" if option else ""
+        otherwise = f", or give the number of images to expect with {option}" if option else ""
         raise UserError(
             f"{folder} lacks {lacking} of the {claimed} images that {first[0]} claims (row {first[1]} first); run the same "
             f"generate.py command again to draw them{otherwise}"

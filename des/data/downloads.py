@@ -1,7 +1,7 @@
-"""Downloads that resume after an interruption, the records of their hashes, and the files of a data set on the hub.
+"""Resumable downloads, recorded hashes, and finding the file of a data set on the hub.
 
-`huggingface_hub.http_get` is not used: it sends no If-Range and does not compare Content-Range, so that a file which changed on
-the server between two attempts would be joined from both versions.
+`huggingface_hub.http_get` is not used because it neither sends If-Range nor checks Content-Range: if a file changed on the
+server between two attempts, the result would mix both versions.
 """
 
 import hashlib
@@ -27,17 +27,17 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 TRIES = 4
 PAUSE = 3.0  # seconds between them
 LONGEST_PAUSE = 60.0  # seconds that a server's Retry-After is followed for
-BUSY = (429, 500, 502, 503, 504)  # answers that may pass
+BUSY = (429, 500, 502, 503, 504)  # HTTP statuses that are worth another attempt
 AGAIN = "run this command again to continue"
 CHUNK = 2**20
 
 
 class Denied(UserError):
-    """The host answered 401 or 403: it wants a token, or another one."""
+    """The host answered 401 or 403: the token is missing or not accepted."""
 
 
 def for_each(names: Sequence[str], fetch: Callable[[str], None], what: str) -> None:
-    """Call `fetch` for every name; one that fails does not stop the others. Raises UserError with all that failed."""
+    """Call `fetch` for every name, also after a failure. Raises UserError that lists the names that failed."""
     failed = {}
     for name in names:
         try:
@@ -54,7 +54,7 @@ def for_each(names: Sequence[str], fetch: Callable[[str], None], what: str) -> N
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a data set on the hub: its address at a fixed revision, its published hash, the licence on the card."""
+    """One file of a data set on the hub: its URL at a fixed revision, its published hash, and the licence on the card."""
 
     url: str
     digest: str
@@ -62,10 +62,10 @@ class HubFile:
 
 
 def hub_file(repo: str, suffixes: tuple[str, ...], token: str | None = None) -> HubFile:
-    """Find the one data file of a data set on the hub, in the first of the formats `suffixes` that it has.
+    """Find the data file of a data set on the hub, in the first format of `suffixes` that it has.
 
-    The host is `HF_ENDPOINT`. The hash is the sha256 of a large file, and git's of a small one. Raises Denied for a gated set,
-    and UserError where the hub cannot be reached or the set holds no such file, or several.
+    The host is `HF_ENDPOINT`. The hash is sha256 for large files and git's blob hash for small ones. Raises Denied for a gated
+    set, and UserError if the hub cannot be reached or the set has no such file, or several.
     """
     try:
         info = _dataset_info(repo, token)
@@ -83,15 +83,15 @@ def hub_file(repo: str, suffixes: tuple[str, ...], token: str | None = None) -> 
     for suffix in suffixes:
         found = sorted(name for name in files if PurePosixPath(name).suffix.lower() == suffix)
         if len(found) > 1:
-            raise UserError(f"{repo} holds {len(found)} files {suffix} ({found[0]}, …); download one and give it by --convert")
+            raise UserError(f"{repo} has {len(found)} {suffix} files ({found[0]}, …); download one and pass it to --convert")
         if found:
             url = hf_hub_url(repo, found[0], repo_type="dataset", revision=info.sha)
             return HubFile(url, files[found[0]], (info.card_data or {}).get("license"))
-    raise UserError(f"{repo} holds no file of the formats {', '.join(suffixes)}")
+    raise UserError(f"{repo} has no file in one of the formats {', '.join(suffixes)}")
 
 
 def _dataset_info(repo: str, token: str | None) -> DatasetInfo:
-    """The hub's description of a data set, with further attempts where the hub is busy."""
+    """Return the hub's description of a data set, trying again while the hub is busy."""
     for left in reversed(range(TRIES)):
         try:
             return HfApi(token=token or False).dataset_info(repo, files_metadata=True)  # False: no token of this machine
@@ -102,7 +102,7 @@ def _dataset_info(repo: str, token: str | None) -> DatasetInfo:
 
 
 def _wait(name: str, status: int, retry_after: str | None) -> None:
-    """Wait before the next attempt: for as long as the server's Retry-After (seconds or a date) asks, up to a minute."""
+    """Wait before the next attempt for the time in the server's Retry-After (seconds or a date), at most LONGEST_PAUSE."""
     try:
         date = None if (retry_after or "0").strip().isdecimal() else parsedate_to_datetime(retry_after).timestamp()
         asked = float(retry_after or 0) if date is None else date - time.time()
@@ -114,7 +114,7 @@ def _wait(name: str, status: int, retry_after: str | None) -> None:
 
 
 def has_digest(path: Path, digest: str) -> bool:
-    """Whether a file has a published hash: a sha256 (64 digits), or the one that git gives a blob (40)."""
+    """Whether a file matches a published hash: a sha256 (64 digits) or git's blob hash (40 digits)."""
     if len(digest) == 64:
         return sha256_file(path) == digest
     sha1 = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
@@ -125,18 +125,18 @@ def has_digest(path: Path, digest: str) -> bool:
 
 
 def recorded(record: Path, key: str = "sha256") -> str:
-    """The hash that the JSON beside a downloaded file names; UserError where it is damaged."""
+    """Return the hash in the JSON record beside a downloaded file; UserError if the record is damaged."""
     try:
         return json.loads(record.read_text(encoding="utf-8"))[key].lower()
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{record} is no record that can be read; move it away to download again") from None
+        raise UserError(f"{record} is not a readable record of a download; move it away to download again") from None
 
 
 def download(name: str, url: str, part: Path, headers: Mapping[str, str] | None = None) -> None:
-    """Bring `part` to its full length, with further attempts where the connection breaks or the server is busy.
+    """Download the rest of `part`, trying again if the connection breaks or the server is busy.
 
-    `headers` go with every request; an `Authorization` among them stays with the host of `url`. Raises Denied at 401 and 403,
-    and UserError at other errors and after the last attempt; what was received is kept for the next run.
+    `headers` are sent with every request, `Authorization` only to the host of `url`. Raises Denied for 401 and 403, and UserError
+    for other errors and after the last attempt; the bytes received so far are kept for the next run.
     """
     host = urlsplit(url).netloc
     for left in reversed(range(TRIES)):
@@ -157,7 +157,7 @@ def download(name: str, url: str, part: Path, headers: Mapping[str, str] | None 
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, and takes no token to another host, port or scheme."""
+    """Follow redirects without sending the token to another host, port or scheme."""
 
     def redirect_request(self, request, file, code, message, headers, url):
         further = super().redirect_request(request, file, code, message, headers, url)
@@ -167,7 +167,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _continue(name: str, url: str, part: Path, headers: Mapping[str, str]) -> None:
-    """Ask for the rest of the file, if it has not changed since, and append it; ConnectionError where it ends early."""
+    """Request the rest of the file unless it has changed, and append it; ConnectionError if the answer ends early."""
     tag_file = _tag_file(part)
     have = part.stat().st_size if part.exists() else 0
     tag = tag_file.read_text(encoding="utf-8") if have and tag_file.exists() else ""
@@ -186,14 +186,12 @@ def _continue(name: str, url: str, part: Path, headers: Mapping[str, str]) -> No
         raise ConnectionError(f"the host has no bytes after {have}") from None
     with answer:
         if answer.headers.get_content_type() == "text/html":
-            raise UserError(
-                f"{urlsplit(url).netloc} sent a page instead of {name}; open {url} in a browser to see what it says"
-            )
+            raise UserError(f"{urlsplit(url).netloc} sent a web page instead of {name}; open {url} in a browser to see why")
         start, total = _extent(answer)
         new_tag = answer.headers["ETag"] or ""
         if start not in (0, have) or (start and new_tag not in ("", tag)):
             discard(part)
-            raise ConnectionError("the host sent another part than was asked for")
+            raise ConnectionError("the host sent a different part than requested")
         bar = progress(None, desc=name, total=total, initial=start, unit="B", unit_scale=True)
         with part.open("ab" if start else "wb") as file, bar:
             if not start:  # only now that the old bytes are gone
@@ -202,11 +200,11 @@ def _continue(name: str, url: str, part: Path, headers: Mapping[str, str]) -> No
                 file.write(chunk)
                 bar.update(len(chunk))
     if total is not None and part.stat().st_size != total:
-        raise ConnectionError(f"{part.stat().st_size} of {total} bytes came")
+        raise ConnectionError(f"{part.stat().st_size} of {total} bytes arrived")
 
 
 def _extent(answer: http.client.HTTPResponse) -> tuple[int, int | None]:
-    """Where in the file an answer begins, and the length of the whole file where the server states it."""
+    """Return the offset at which an answer begins, and the length of the whole file, or None if the server does not state it."""
     length = answer.headers["Content-Length"]
     if answer.status != 206:
         return 0, None if length is None else int(length)
@@ -217,7 +215,7 @@ def _extent(answer: http.client.HTTPResponse) -> tuple[int, int | None]:
 
 
 def _chunks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
-    """The body; a read error is a ConnectionError, so that a full disk, an OSError too, is not mistaken for one."""
+    """Yield the body. Read errors become ConnectionError, to distinguish them from the OSError of a full disk."""
     try:
         while chunk := answer.read1(CHUNK):
             yield chunk

@@ -1,6 +1,6 @@
-"""Folders of images: finding them, checking them against their manifest, and pairing them with prompts."""
+"""Folders of images: listing the files, checking them against their manifest, and pairing them with prompts."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +17,38 @@ import pandas as pd
 
 
 def image_files(folder: Path, expected: int | None = None) -> list[Path]:
-    """Every image file under `folder`, subfolders included, by row and then by name, checked as `image_hashes` does."""
+    """List the image files under `folder` and its subfolders by row and name, with the checks of `image_hashes`."""
     return list(image_hashes(folder, expected))
 
 
 def image_hashes(folder: Path, expected: int | None = None, skip_unreadable: bool = False) -> dict[Path, str]:
-    """The sha256 of every image file under `folder`, subfolders included, by row and then by name.
+    """Return the sha256 of every image file under `folder` and its subfolders, ordered by row and name.
 
-    Nothing counts whose path below `folder` has a name that starts with a dot, such as `.ipynb_checkpoints/x_0p.png`.
-    Raises UserError when there is none, or another number than `expected`; for what would make the number doubtful: a symbolic
-    link to an image or folder, and an image's name on what is no file; and where a run drew them whose manifest says otherwise
-    (`check`); with `skip_unreadable` damaged images pass.
+    Hidden files and folders, such as `.ipynb_checkpoints`, are skipped. Raises UserError if there is no image, or not `expected`
+    images; for a symbolic link to an image or folder; for a name of an image that is not a file; and if an image does not match the
+    manifest of the run that drew it (`check`), unless `skip_unreadable` is set and the image is damaged.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no image folder {folder}; generate.py draws one, and says where")
+        raise UserError(f"the image folder {folder} does not exist; draw its images with generate.py first")
     found = []
-    for path in _walk(folder):
+    for path in (place / name for place, folders, files in walk(folder) for name in folders + files):
         named = path.suffix.lower() in SUFFIXES
         if path.is_symlink() and (named or path.is_dir()):
-            raise UserError(f"{path} is a symbolic link; only images that are in the folder themselves count, so copy it there")
+            raise UserError(f"{path} is a symbolic link; copy the image itself into the folder")
         if named and not path.is_file():
-            raise UserError(f"{path} has the name of an image but is no file; rename it or move it away")
+            raise UserError(f"{path} has the name of an image but is not a file; rename it or move it away")
         if named:
             found.append(path)
     if not found:
-        raise UserError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+        raise UserError(f"{folder} contains no images ({', '.join(SUFFIXES)})")
     if expected is not None and len(found) != expected:
         raise UserError(
-            f"{folder} holds {len(found)} images, and {expected} are expected; draw the others first, or check the number"
+            f"{folder} contains {len(found)} images instead of the expected {expected}; draw the others first, or check the number"
         )
     rows = {path: row_of(path) for path in found}
     digests = manifest.hashes(sorted(found, key=lambda path: (rows[path] is None, rows[path] or 0, str(path))))
     check(folder, digests, (lambda path: not is_complete(path)) if skip_unreadable else (lambda path: False))
     return digests
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Everything under a folder that is not hidden."""
-    for place, folders, files in walk(folder):
-        yield from (place / name for name in folders + files)
 
 
 def pair_with_prompts(
@@ -67,12 +60,12 @@ def pair_with_prompts(
 ) -> pd.DataFrame:
     """Pair the images of `folder` with the rows of a prompt CSV, by the row in each file's name.
 
-    Returns the CSV's rows that are drawn at all, under their row numbers, with columns `image` (path) and `sha256`; a row with
-    several images comes several times, and all rows must have the same number. With `expected` images in the folder, rows without
-    an image are left out. `attrs` of the result are what a scorer's result records beside its scores: see `pairing_notes`.
+    Returns the CSV's rows, indexed by row number, with columns `image` (path) and `sha256`, without rows that are never drawn. A
+    row with several images is repeated for each; all rows must have the same number of images. If `expected` is given, rows
+    without an image are left out. `attrs` of the result holds facts for the scorer's result, see `pairing_notes`.
 
-    Raises UserError where an image was drawn from another prompt than its row's by the manifest (unless `other_prompts`), that
-    names missing, surplus, duplicate and unnumbered images, and as `image_hashes` and `claims.check_complete` do.
+    Raises UserError if the manifest says that an image was drawn from a prompt other than its row's (unless `other_prompts` is
+    set); if images are missing, surplus, duplicate or without a row; and as `image_hashes` and `claims.check_complete` do.
     """
     rows = read_rows(csv_path)
     never = set(never_drawn(rows["prompt"].tolist()))
@@ -81,9 +74,9 @@ def pair_with_prompts(
     differ = _other_prompts(digests, rows["prompt"])
     if differ and not other_prompts:
         raise UserError(
-            f"{csv_path} is not the list that drew {folder}: its row {differ[0]} (counted from 0) is another prompt than that "
-            f"image was drawn from, as are {len(differ) - 1} further rows; give the list that drew the images, or "
-            "--other_prompts if another one is meant"
+            f"{csv_path} is not the list that drew {folder}: {len(differ)} of its prompts differ from those that the images were "
+            f"drawn from, first in row {differ[0]} (counted from 0); pass the list that drew the images, or --other_prompts to "
+            "score by this one"
         )
     if expected is None:
         claims.check_complete(folder)
@@ -100,9 +93,9 @@ def pair_with_prompts(
 
 
 def without_never_drawn(digests: dict[Path, str], rows: Set[int] = frozenset()) -> tuple[dict[Path, str], list[Path]]:
-    """Separate the images of rows that are never drawn, which are not scored; a log line names them.
+    """Split images into those to score and those of rows that are never drawn, and log the latter.
 
-    Those are `rows`, and the rows that the run.json beside an image leaves out. Raises UserError where no other image is left.
+    Rows are never drawn if they are in `rows` or left out by the run.json beside an image. Raises UserError if no image is left.
     """
     left_out = {place: claims.left_out(place) for place in {path.parent for path in digests}}
     never = [path for path in digests if row_of(path) in rows | left_out[path.parent]]
@@ -113,15 +106,15 @@ def without_never_drawn(digests: dict[Path, str], rows: Set[int] = frozenset()) 
         )  # fmt: skip
     kept = {path: digest for path, digest in digests.items() if path not in set(never)}
     if not kept:
-        raise UserError("no image is left to score: every one is of a prompt that is never drawn")
+        raise UserError("no image is left to score: all are of prompts that are never drawn")
     return kept, never
 
 
 def pairing_notes(facts: Mapping[str, Any]) -> list[str]:
-    """What people must know about how images were paired with prompts, from the `attrs` of `pair_with_prompts`.
+    """Describe how images were paired with prompts, for printed results, from the `attrs` of `pair_with_prompts`.
 
-    `never_drawn` are the images that are not scored; `other_prompts` is the number of rows whose prompt is another than the one
-    that drew the image, and `other_prompts_sha256` the hash of that list.
+    `never_drawn` lists the images that are not scored, `other_prompts` is the number of rows whose prompt differs from the one
+    that drew the image, and `other_prompts_sha256` is the hash of the list of prompts used for scoring.
     """
     notes = [f"by other prompts than drew the images in {facts['other_prompts']} rows"] if "other_prompts" in facts else []
     if "never_drawn" in facts:
@@ -130,18 +123,20 @@ def pairing_notes(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _by_key(digests: Iterable[Path]) -> dict[tuple[int, int], list[Path]]:
-    """Images by row and copy; UserError for one whose name has none."""
+    """Group images by row and copy; UserError for a name without a row."""
     found: dict[tuple[int, int], list[Path]] = {}
     for path in digests:
         key = row_and_copy(path)
         if key is None:
-            raise UserError(f"{path} does not end in `_<row>p`, so its prompt is unknown")
+            raise UserError(
+                f"the name of {path} does not end in `_<row>p`, so its prompt is unknown; rename it or move it away"
+            )
         found.setdefault(key, []).append(path)
     return found
 
 
 def _other_prompts(digests: Iterable[Path], prompts: pd.Series) -> list[int]:
-    """The rows whose prompt is another than the one that their image was drawn from; images without a manifest have none."""
+    """Return the rows whose prompt differs from the one in the manifest of their image; images without a manifest are skipped."""
     lines = {place: manifest.read(place) for place in {path.parent for path in digests}}
     differ = set()
     for path in digests:
@@ -152,7 +147,7 @@ def _other_prompts(digests: Iterable[Path], prompts: pd.Series) -> list[int]:
 
 
 def _matched(folder: Path, found: dict[tuple[int, int], list[Path]], drawn: set[int], partly: bool) -> list[tuple[int, int]]:
-    """The keys of all `drawn` rows' images, sorted (`partly`: of those found); UserError where `found` is not exactly these."""
+    """Return the sorted keys of the images of all `drawn` rows; UserError if `found` has others or, unless `partly`, lacks some."""
     copies = 1 + max(copy for _, copy in found)
     wanted = {(row, copy) for row in drawn for copy in range(copies)}
     twice = [f"{row} ({', '.join(path.name for path in paths)})" for (row, _), paths in sorted(found.items()) if len(paths) > 1]
@@ -168,7 +163,7 @@ def _matched(folder: Path, found: dict[tuple[int, int], list[Path]], drawn: set[
 
 
 def image_of_row(folder: Path, rows: list[int]) -> dict[int, Path]:
-    """The image of each of the given rows, from files named `{row}.png` or `…_{row}p.png`; UserError where one is missing."""
+    """Return the image of each given row, from files named `{row}.png` or `…_{row}p.png`; UserError if one is missing."""
     found: dict[int, Path] = {}
     for path in image_files(folder):
         row = int(path.stem) if path.stem.isdecimal() else row_of(path)
@@ -183,11 +178,11 @@ def image_of_row(folder: Path, rows: list[int]) -> dict[int, Path]:
 
 
 def check(folder: Path, digests: dict[Path, str], forgive: Callable[[Path], bool] = lambda path: False) -> None:
-    """Compare all images below `folder` (with their sha256) with the manifests there; a changed one may be forgiven.
+    """Compare all images below `folder`, given with their sha256, with the manifests of the runs that drew them.
 
-    Folders without a record of a run are the user's own and pass. Raises UserError where an image is not of the run in its folder,
-    was changed since, or is missing; where a run's record is incomplete; and where images of several encoders or settings are
-    together.
+    Folders without run.json and manifest were not drawn by this program and are not checked. Raises UserError if an image is not
+    in its manifest, is missing, or was changed (unless `forgive(path)`); if a folder has a run.json but no manifest; and if the
+    images were drawn with more than one set of encoders and settings.
     """
     settings: dict[str, Path] = {}
     for place in sorted({path.parent for path in digests} | {place for place, _, files in walk(folder) if NAME in files}):
@@ -201,7 +196,7 @@ def check(folder: Path, digests: dict[Path, str], forgive: Callable[[Path], bool
         settings |= {lines[name]["settings_sha256"]: place for name in mine}
         if len(settings) > 1:
             raise UserError(
-                f"{folder} holds images of several encoders or settings, some of them in {place}; score each run alone"
+                f"{folder} contains images of several encoders or settings, some of them in {place}; score each run separately"
             )
 
 
@@ -210,12 +205,12 @@ def _compare(place: Path, mine: dict[str, str], lines: dict[str, dict[str, Any]]
     changed = {name for name in mine.keys() & kept.keys() if mine[name] != kept[name] and not forgive(place / name)}
     problems = {
         "not of this run": mine.keys() - kept.keys(),
-        "changed since drawn": changed,
+        "changed since they were drawn": changed,
         "missing": kept.keys() - mine.keys(),
     }
-    told = [f"{len(names)} {what} ({min(names)} first)" for what, names in problems.items() if names]
-    if told:
-        raise UserError(f"the images in {place} are not those of its {NAME}: {'; '.join(told)}; draw them again")
+    counts = [f"{len(names)} {what} ({min(names)} first)" for what, names in problems.items() if names]
+    if counts:
+        raise UserError(f"the images in {place} do not match its {NAME}: {'; '.join(counts)}; draw them again")
 
 
 def _some(rows: list) -> str:

@@ -1,4 +1,4 @@
-"""Image files: their names, and how they are read safely and in batches."""
+"""Image files: their names, and reading them safely and in batches."""
 
 import math
 import re
@@ -15,74 +15,67 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")  # those that pytorch-fid counts
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "BMP",
-    "TIFF",
-    "PPM",
-)  # nothing else is tried: for one of its formats Pillow starts Ghostscript
-LONGEST = 100  # times its shorter side; the models' processors enlarge the shorter side to hundreds of pixels
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")  # no others, since Pillow starts Ghostscript for EPS
+LONGEST = 100  # largest ratio of the sides; the models' processors enlarge the shorter one to hundreds of pixels
 WORKERS = 4
-_ONE_COLOUR = 8  # levels of 255 that compression may add to one grey
-BLURRED = ("des", "blurred")  # the mark in a PNG that is no image to score
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `read_image` makes it an error
+_ONE_COLOUR = 8  # levels of 255 by which compression may vary a single grey
+BLURRED = ("des", "blurred")  # the PNG text chunk of blurred thumbnails, which must not be scored
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `read_image` raises an error instead
 _ROW = re.compile(r"_(\d+)p(?:_(\d+))?\.[a-z]+$", re.IGNORECASE)
 
 
 def image_name(output_name: str, method: str, row: int, copy: int = 0) -> str:
-    """The file name of an image of prompt row `row`, `{output}_{method}_{row}p.png`; its further images end in `p_{copy}.png`."""
+    """Return the file name of an image of a prompt row: `{output}_{method}_{row}p.png`, or `..._{row}p_{copy}.png` for copy > 0."""
     return f"{output_name}_{method}_{row}p{f'_{copy}' if copy else ''}.png"
 
 
 def row_of(path: Path) -> int | None:
-    """The prompt row in an image's file name, or None where it names none."""
+    """Return the prompt row in an image's file name, or None."""
     key = row_and_copy(path)
     return key and key[0]
 
 
 def row_and_copy(path: Path) -> tuple[int, int] | None:
-    """The prompt row and the copy in an image's file name, or None where it has none."""
+    """Return the prompt row and the copy in an image's file name, or None."""
     match = _ROW.search(path.name)
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read a whole image as 8-bit RGB, whatever its name says of its format.
+    """Read a whole image as 8-bit RGB; its content, not its suffix, determines the format.
 
-    Grey, palette and CMYK are converted, 16 bits keep their high byte, transparency is dropped (the colours beneath it stay), and
-    orientation marks are not followed. Raises UserError that names a file which is truncated, no image of FORMATS, animated,
-    larger than Pillow's limit (89 megapixels), more than LONGEST times as long as wide, or without a known white.
+    Grey, palette and CMYK images are converted, 16-bit values keep their high byte, the alpha channel is dropped, and EXIF
+    orientation is ignored. Raises UserError for a file that is truncated, animated, not in FORMATS, larger than Pillow's limit
+    (89 megapixels), more than LONGEST times as long as wide, or has 32-bit pixels.
     """
     return _read(path, _rgb)
 
 
 def read_mask(path: Path) -> Image.Image:
-    """Read a whole image as an 8-bit grey mask: what is painted, in white or only in the alpha channel, is bright.
+    """Read a whole image as an 8-bit grey mask in which the region to draw is bright.
 
-    Where opaque pixels have one colour, the alpha channel holds the shape. Raises UserError as `read_image` does, and where
-    colours and alpha channel each hold a shape.
+    If all opaque pixels have one colour, the mask is the alpha channel; otherwise it is the image in grey. Raises UserError as
+    `read_image` does, and if both the colours and the alpha channel contain a shape.
     """
     return _read(path, _mask)
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, from the file's header; UserError as `read_image` raises it for the header."""
+    """Return width and height in pixels from the file's header; raises UserError as `read_image` does for headers."""
     return _read(path, lambda image: image.size)
 
 
 def _read(path: Path, convert: Callable[[Image.Image], Any]) -> Any:
-    """What `convert` makes of an opened image; UserError as `read_image` says."""
+    """Open an image, check it and return `convert(image)`; raises UserError as `read_image` does."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             _check(image)
             return convert(image)
     except UnidentifiedImageError:
-        reason = f"it is none of {', '.join(FORMATS)}"
-    except Exception as error:  # damaged bytes raise errors of any class in Pillow
+        reason = f"its format is not one of {', '.join(FORMATS)}"
+    except Exception as error:  # Pillow raises errors of any class for damaged bytes
         reason = (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
-    raise UserError(f"{path} is no readable image: {reason}")
+    raise UserError(f"{path} is not a readable image: {reason}")
 
 
 def _check(image: Image.Image) -> None:
@@ -95,12 +88,12 @@ def _check(image: Image.Image) -> None:
     if max(width, height) > LONGEST * min(width, height):
         raise ValueError(f"it is {width}x{height} pixels, one side more than {LONGEST} times the other")
     frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # a camera's JPEG with a preview behind the picture
-        raise ValueError(f"it has {frames} frames, and a score is about one")
+    if frames > 1 and image.format != "MPO":  # a camera's JPEG whose second frame is a preview
+        raise ValueError(f"it has {frames} frames, and only single images can be scored")
 
 
 def _mask(image: Image.Image) -> Image.Image:
-    """Convert to grey by the rule of `read_mask`; ValueError where it does not say which shape is meant."""
+    """Convert to grey by the rule of `read_mask`; ValueError if colours and alpha channel both contain a shape."""
     grey = _rgb(image).convert("L")
     if not image.has_transparency_data:
         return grey
@@ -110,21 +103,21 @@ def _mask(image: Image.Image) -> Image.Image:
         return grey
     opaque = np.asarray(grey)[np.asarray(alpha) == most]
     if int(opaque.max()) - int(opaque.min()) > _ONE_COLOUR:
-        raise ValueError("its colours and its alpha channel each hold a shape; save the mask without transparency")
+        raise ValueError("its colours and its alpha channel each contain a shape; save the mask without transparency")
     return alpha
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB; 16-bit grey by its high byte, as Pillow reads 16-bit colour (`convert` would turn all above 255 white)."""
+    """Convert to RGB; 16-bit grey keeps its high byte, as Pillow does for 16-bit colour (`convert` would clip it at 255)."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError("its pixels are 32-bit numbers, of which none is known to be white; save it with 8 or 16 bits")
+        raise ValueError("its pixels are 32-bit numbers, whose value for white is unknown; save it with 8 or 16 bits")
     return image.convert("RGB")
 
 
 def is_complete(path: Path) -> bool:
-    """Whether `path` is there and can be read to its last pixel."""
+    """Whether `path` exists and can be read to the last pixel."""
     try:
         read_image(path)
     except UserError:
@@ -140,9 +133,9 @@ def image_batches(
     prepare: Callable[[Image.Image], Any] | None = None,
     unreadable: list[Path] | None = None,
 ) -> Iterator[list]:
-    """Read images in batches, in order, the next one decoded and given to `prepare` by threads while this one is used.
+    """Read images in batches, in order; threads decode the next batch and apply `prepare` to it while the current one is used.
 
-    An unreadable image is a UserError; where a list `unreadable` is given it is added there instead, and its batch is shorter.
+    An unreadable image raises UserError, or, if a list `unreadable` is given, is appended to it and missing from its batch.
     """
 
     def read(path: Path) -> Any:

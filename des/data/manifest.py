@@ -1,7 +1,7 @@
-"""The manifest of a folder of images, manifest.jsonl: one line an image, with its prompt, seed and settings and the hash of its file.
+"""manifest.jsonl of a folder of images: one line per image with its row, seed, settings and hashes of its prompt and file.
 
-The line is written before the image. An image without a line is not of the run; one that differs from its line was damaged or
-edited. Where a file has several lines, the last one counts.
+Each line is written before its image. An image without a line was not drawn by the run; an image whose hash differs from its
+line was damaged or edited. If a file has several lines, the last one counts.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -16,17 +16,17 @@ NAME = "manifest.jsonl"
 
 
 def append(folder: Path, line: dict[str, Any]) -> None:
-    """Add a line to a folder's manifest; several processes may do so at once."""
+    """Append a line to a folder's manifest; safe for several processes at once."""
     Journal(folder / NAME).append([line])
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """The last whole line of each file by its name; empty where there is no manifest."""
+    """Return the last complete line of each file by name; empty without a manifest."""
     return {line["file"]: line for line in Journal(folder / NAME).lines() if isinstance(line.get("file"), str)}
 
 
 def hashes(paths: list[Path], workers: int = 4) -> dict[Path, str]:
-    """The sha256 of each file; raises UserError for a file that cannot be read."""
+    """Return the sha256 of each file; UserError for a file that cannot be read."""
 
     def digest(path: Path) -> str:
         try:

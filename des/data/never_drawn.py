@@ -1,7 +1,7 @@
 """The safety filter: prompts that put minors in a sexual context are never drawn (docs/never_drawn.md).
 
-A prompt is read in several normal forms, each a list of tokens, and the words of never_drawn.toml are looked up in all of them.
-Every step takes time linear in the prompt's length.
+Each prompt is normalised in several ways, and the words of never_drawn.toml are looked up in each of the resulting lists of
+tokens. Every step takes time linear in the prompt's length.
 """
 
 import re
@@ -15,15 +15,14 @@ from des.utils.logs import logger
 SEXUAL_SET_SHARE = 0.05
 _CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
 _ARABIC_PREFIXES = ("وال", "بال", "كال", "فال", "لل", "ال", "و", "ب", "ل", "ف", "ك")
-_LONGEST_TOKEN = 64  # characters; no word of the tables is as long
+_LONGEST_TOKEN = 64  # characters; every word of the tables is shorter
 
 
 def never_drawn(prompts: Sequence[str], sexual_set: bool = False) -> list[int]:
     """Return the rows that must not be generated: minors in a sexual context.
 
-    In a sexual list, which is one that the caller knows as such (`sexual_set`) or of which at least 5% is sexual, every prompt
-    that names a minor is one, and the log says so; elsewhere, only a prompt that names a minor and is sexual itself. No option
-    turns this off.
+    These are prompts that name a minor and are sexual. In a sexual list, every prompt that names a minor is left out, and the log
+    says so: a list is sexual if the caller passes `sexual_set` or at least 5% of its prompts are. No option turns this off.
     """
     kinds = [kinds_of(prompt) for prompt in prompts]
     sexual = sum("sexual" in each for each in kinds)
@@ -38,13 +37,13 @@ def never_drawn(prompts: Sequence[str], sexual_set: bool = False) -> list[int]:
 
 @cache
 def _log_once(sexual: int, count: int, dropped: int, known: bool) -> None:
-    """Log the rule for sexual lists; a run asks for the same list several times."""
+    """Log once, although a run checks the same list several times, that every prompt that names a minor is left out."""
     why = "known as a sexual set" if known else f"at least {SEXUAL_SET_SHARE:.0%} of it"
     logger.info("%d of %d prompts are sexual (%s), so all %d that name a minor are never drawn", sexual, count, why, dropped)
 
 
 def kinds_of(prompt: str) -> frozenset[str]:
-    """What a prompt names: "minor", "sexual", both or neither; words for relatives count where it is sexual itself."""
+    """Return which of "minor" and "sexual" a prompt names; words for relatives count as minors if it is sexual."""
     found: set[str] = set()
     for words, spelled_out in forms(prompt):
         found |= _kinds_of_words(words, spelled_out)
@@ -60,7 +59,7 @@ def kinds_of(prompt: str) -> frozenset[str]:
 
 @cache
 def _terms() -> tuple[dict[str, frozenset[str]], dict[str, frozenset[str]], dict[str, list[tuple[list[str], frozenset[str]]]]]:
-    """Words, beginnings of words, and phrases by their first word, each with its kinds."""
+    """Return words, prefixes, and phrases by their first word, each with its kinds."""
     words: dict[str, frozenset[str]] = {}
     stems: dict[str, frozenset[str]] = {}
     phrases: dict[str, list[tuple[list[str], frozenset[str]]]] = {}
@@ -127,7 +126,7 @@ def _kinds_of_words(words: list[str], spelled_out: bool) -> set[str]:
 
 
 def _strike(words: list[str]) -> list[str]:
-    """The words without the harmless phrases, a gap in the place of each."""
+    """Return the words with an empty string in place of each harmless phrase."""
     kept, at, struck = [], 0, _struck()
     while at < len(words):
         longest = max((len(each) for each in struck.get(words[at], ()) if matches(words, at, each)), default=0)
@@ -145,7 +144,7 @@ def _struck() -> dict[str, list[list[str]]]:
 
 
 def _kinds_of_letters(words: list[str]) -> set[str]:
-    """The terms within runs of three or more single letters."""
+    """Return the kinds of the terms within runs of three or more single letters."""
     found: set[str] = set()
     run: list[str] = []
     for word in [*words, ""]:
@@ -162,7 +161,7 @@ def _kinds_of_letters(words: list[str]) -> set[str]:
 
 @cache
 def _within() -> re.Pattern:
-    """Any word of three letters or more, wherever it begins."""
+    """Return a pattern that matches, at any position, a term of at least three letters."""
     words, stems, _ = _terms()
     longest_first = sorted({*words, *stems}, key=len, reverse=True)
     return re.compile(f"(?=({'|'.join(re.escape(word) for word in longest_first if len(word) > 2)}))")
@@ -174,7 +173,7 @@ def _all_prefixes(word: str) -> list[str]:
 
 @cache
 def _cjk_terms() -> tuple[dict[str, re.Pattern], re.Pattern, re.Pattern]:
-    """A pattern for each kind, one for ages below 18, and one for "under 18"."""
+    """Return a pattern for each kind, one for ages below 18, and one for "under 18"."""
 
     def any_of(terms: list[str]) -> str:
         return "|".join(map(re.escape, terms))

@@ -1,4 +1,4 @@
-"""The normal forms in which a prompt is read by the safety filter, and the word patterns of never_drawn.toml."""
+"""The normal forms of a prompt in which the safety filter looks up words, and the word patterns of never_drawn.toml."""
 
 import re
 import tomllib
@@ -23,7 +23,7 @@ _TRIPLED = re.compile(r"(.)\1\1+")
 
 
 def plain(text: str) -> str:
-    """NFKC without invisible characters and accents; in the script and case that it was written in."""
+    """Normalise a text to NFKC without invisible characters and accents, keeping script and case."""
     if text.isascii():
         return text
     text = unicodedata.normalize("NFKD", _INVISIBLE.sub("", unicodedata.normalize("NFKC", text)))
@@ -31,7 +31,7 @@ def plain(text: str) -> str:
 
 
 class _LatinLetters(dict):
-    """For `str.translate`: the Latin letter that a character looks like, by Unicode's table of confusables, or itself."""
+    """A table for `str.translate` from each character to the Latin letter that it resembles (Unicode confusables), or itself."""
 
     def __missing__(self, code: int) -> str:
         self[code] = found = chr(code) if code < 128 else _latin(chr(code))
@@ -50,10 +50,10 @@ _LATIN = _LatinLetters()
 
 
 def forms(prompt: str) -> Iterator[tuple[list[str], bool]]:
-    """The lists of tokens of a prompt that are looked up, and whether letters of a list may be a word spelled out."""
-    own = plain(prompt)
-    latin = own if own.isascii() else own.translate(_LATIN)
-    for text in dict.fromkeys((own, latin)):
+    """Yield each list of tokens to look up, and whether its single letters may spell out a word."""
+    normal = plain(prompt)
+    latin = normal if normal.isascii() else normal.translate(_LATIN)
+    for text in dict.fromkeys((normal, latin)):
         lower = _numbers(text.casefold())
         yield TOKEN.findall(lower), True
         split = _CAMEL.sub(" ", text)
@@ -68,7 +68,7 @@ def forms(prompt: str) -> Iterator[tuple[list[str], bool]]:
 
 
 def _numbers(text: str) -> str:
-    """Thousands without commas, decimals cut, ranges and "less than" in words."""
+    """Remove thousands separators and decimals, and write ranges and "less than" in words."""
     if "<" in text:
         text = re.sub(r"<=?\s?(?=\d)", " under ", text)
     text = re.sub(r"(?<=\d),(?=\d\d\d(?!\d))", "", text)
@@ -77,7 +77,7 @@ def _numbers(text: str) -> str:
 
 
 def _from_leet(text: str) -> Iterator[str]:
-    """The text with digits and signs inside words as the letters that they stand for."""
+    """Yield the text with digits and signs inside words replaced by the letters that they stand for."""
 
     def letters(match: re.Match, table: dict) -> str:
         chunk = match[0].strip("!|+.,;:?\"'()[]{}")
@@ -92,7 +92,7 @@ def _from_leet(text: str) -> Iterator[str]:
 
 
 def _joined(text: str) -> Iterator[str]:
-    """Words that signs cut in pieces, and words with a letter drawn out."""
+    """Yield words that signs split into pieces, joined again, and words without their repeated letters."""
     for chunk in text.split():
         if chunk.isalpha() and not _TRIPLED.search(chunk):
             continue
@@ -104,7 +104,7 @@ def _joined(text: str) -> Iterator[str]:
 
 
 def pattern_of(term: str) -> list[str]:
-    """A term of the tables as tokens, of which the last may end in *."""
+    """Return the tokens of a term of the tables; the last one may end in * for a prefix."""
     tokens = TOKEN.findall(plain(term).casefold())
     return [*tokens[:-1], tokens[-1] + "*" * term.endswith("*")]
 

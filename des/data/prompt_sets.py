@@ -1,4 +1,4 @@
-"""The public prompt sets of datasets/sets.toml: what each tests, where it comes from, and which columns are kept."""
+"""The public prompt sets of datasets/sets.toml: purpose, source and columns of each."""
 
 import tomllib
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 PAPER = "https://github.com/amoeba04/des"
 PAPER_FILES = "https://raw.githubusercontent.com/amoeba04/des/main/datasets/"
-# Columns that are kept under their names where a set to generate from has them: generate.py or COCO's images need them.
+# Columns that conversion keeps in sets to generate from, because generate.py or the extraction of COCO's images needs them.
 I2P_COLUMNS = ("categories", "sd_seed", "sd_guidance_scale", "sd_image_width", "sd_image_height")
 KEPT_COLUMNS = (*I2P_COLUMNS, "case_number", "evaluation_seed", "evaluation_guidance")
 COPRO_SPLITS = ("ID_train_data", "ID_test_data", "OOD_test_data")
@@ -14,7 +14,7 @@ COPRO_SPLITS = ("ID_train_data", "ID_test_data", "OOD_test_data")
 
 @dataclass(frozen=True)
 class PromptSet:
-    """One set; datasets/sets.toml explains the fields. Each set has a `url`, a `hub` data set, or neither (on request)."""
+    """One prompt set; datasets/sets.toml explains the fields. A set without `url` and `hub` is available on request only."""
 
     tests: str
     licence: str = "on its page"
@@ -38,7 +38,7 @@ class PromptSet:
 
 
 def _read(name: str, facts: dict) -> PromptSet:
-    """One entry of sets.toml; the address, page and licence of the paper's files and the page of hub sets are filled in."""
+    """Make a PromptSet of an entry of sets.toml, filling in URL, page and licence of the paper's files and the page of hub sets."""
     if facts.pop("paper", False):
         facts = {"url": f"{PAPER_FILES}{name}.csv", "page": PAPER, "licence": "CC BY-NC 4.0"} | facts
     if "hub" in facts:

@@ -1,4 +1,4 @@
-"""Reading prompt CSVs: rows with stable numbers, and errors that name what is wrong with a file."""
+"""Reading prompt CSVs with stable row numbers and clear errors."""
 
 import csv
 import re
@@ -11,35 +11,35 @@ from des.utils.logs import logger
 
 import pandas as pd
 
-SOURCE_ROW = "source_row"  # the column with a row's number in the published list, of which a converted one may lack rows
+SOURCE_ROW = "source_row"  # a row's number in the published list; a converted list may lack some rows
 _TEXT_COLUMNS = ("text", "caption", "captions", "prompts", "sentence", "description", "adv_prompt", "sensitive prompt")
 _CONVERT = "`python datasets/download.py --convert FILE NAME` reads that format"
-_LONGEST_CELL = 2**31 - 1  # characters; the default of the module csv is 131,072
+_LONGEST_CELL = 2**31 - 1  # characters; csv's default is 131,072
 __all__ = ["SOURCE_ROW", "never_drawn", "read_prompts", "read_rows", "read_table"]
 
 
 def read_table(csv_path: Path, separator: str = ",") -> pd.DataFrame:
-    """Read a CSV with a header, unchanged: every column is text; UserError where it is missing, empty or unreadable."""
+    """Read a CSV with a header; every column is unchanged text. Raises UserError for a missing, empty or unreadable file."""
     _check_format(csv_path, separator)
     _check_quotes(csv_path, separator)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # raised where a row has more cells than the header
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # for a row with more cells than the header
             return pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False, sep=separator)
     except (pd.errors.ParserWarning, pd.errors.ParserError):
         raise UserError(
             f"{csv_path} has a row with more cells than its header, or an open quote; put prompts with commas into quotes"
         ) from None
     except FileNotFoundError:
-        raise UserError(f"there is no prompt file {csv_path}; datasets/download.py fetches the public ones") from None
+        raise UserError(f"the prompt file {csv_path} does not exist; datasets/download.py downloads public ones") from None
     except UnicodeDecodeError:
-        raise UserError(f"{csv_path} is no readable CSV file in UTF-8; save it as `CSV UTF-8`, as Excel calls it") from None
+        raise UserError(f"{csv_path} is not a readable CSV file in UTF-8; save it as UTF-8 (`CSV UTF-8` in Excel)") from None
     except (pd.errors.EmptyDataError, IsADirectoryError) as error:
-        raise UserError(f"{csv_path} is no readable CSV file in UTF-8: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{csv_path} is not a readable CSV file in UTF-8: {str(error).strip().splitlines()[0]}") from None
 
 
 def _check_format(path: Path, separator: str) -> None:
-    """Raise UserError for a file of another format that is named .csv, or one with other separators than commas."""
+    """Raise UserError for a file of another format that is named .csv, or with separators other than commas."""
     if separator != "," or not path.is_file():
         return
     with path.open("rb") as file:
@@ -61,28 +61,29 @@ def _titles(line: str, separator: str) -> list[str]:
 
 
 def _check_column(csv_path: Path, titles: list[str]) -> None:
-    """Raise UserError unless there is one column `prompt`; only column names in one word are quoted, others may be prompts."""
+    """Raise UserError unless there is exactly one column `prompt`. Only one-word column names are quoted: others may be prompts."""
     same = [title for title in titles if title == "prompt" or title == "prompt.1"]  # pandas' name for a second one
     if len(same) == 1:
         return
     if same:
-        raise UserError(f"{csv_path} has two columns `prompt`; rename the one that is not meant")
+        raise UserError(f"{csv_path} has two columns named `prompt`; rename one of them")
     fit = next((title for title in titles if title.strip().lower() in _TEXT_COLUMNS), None)
     advice = f"rename the column `{fit}` to `prompt`" if fit else "name the column of prompts `prompt` in the first line"
     names = [f"`{title}`" for title in titles if len(titles) > 1 and re.fullmatch(r"\w{1,30}", title)][:10]
-    others = f"{len(titles) - len(names)} of other names" if len(titles) > len(names) else ""
+    unnamed = len(titles) - len(names)
+    others = f"{unnamed} other column{'s' * (unnamed > 1)}" if unnamed else ""
     raise UserError(
-        f"{csv_path} has no column `prompt`, but {' and '.join(filter(None, (', '.join(names), others)))}; {advice}"
+        f"{csv_path} has no column `prompt`, only {' and '.join(filter(None, (', '.join(names), others)))}; {advice}"
     )
 
 
 def _check_quotes(csv_path: Path, separator: str) -> None:
-    """Raise UserError, which names the line, for a stray quotation mark; pandas would merge rows up to the next one.
+    """Raise UserError with the line number for a stray quotation mark; pandas would merge all rows up to the next one.
 
-    Logs how many rows have line breaks inside a cell, which are rows that lost their closing mark or are meant so.
+    Logs how many rows have line breaks inside a cell, since a closing quotation mark may be missing there.
     """
     if not csv_path.is_file():
-        return  # pandas says what is wrong
+        return  # `pd.read_csv` raises the error
     line, rows, broken = 1, 0, 0
     limit = csv.field_size_limit(_LONGEST_CELL)
     try:
@@ -108,33 +109,33 @@ def _check_quotes(csv_path: Path, separator: str) -> None:
 
 
 def read_rows(csv_path: Path) -> pd.DataFrame:
-    """Read a prompt CSV; row i of the result is row i as every script of this project counts them.
+    """Read a prompt CSV; the index of the result is the row number that all scripts use.
 
-    The column may be called `prompt` in any case and with blanks around it. Every column is text, unchanged: "nan" and "NA" are prompts, equal prompts are rows of their own, and a cell
-    may hold commas, quotes and line breaks, and be of any length. A byte order mark and CRLF are read. Rows whose `prompt` is
-    blank are left out and do not count. Raises UserError for a file that is missing, empty, unreadable, not UTF-8, without a
-    `prompt` column or with two, or with a NUL. No error quotes a cell: prompts do not belong in logs, nor a header that is one.
+    The name of the column `prompt` may have any case and surrounding spaces. Every column is unchanged text: "nan" and "NA" are
+    prompts, duplicates are kept, and a cell may contain commas, quotes and line breaks and have any length. A byte order mark and
+    CRLF are accepted. Rows with a blank prompt are dropped and not numbered. Raises UserError for a file that is missing, empty,
+    unreadable, not UTF-8, has no `prompt` column or two, or contains a NUL. No error quotes a cell, to keep prompts out of logs.
     """
     rows = read_table(csv_path)
     if any("\0" in title for title in rows):
-        raise UserError(f"{csv_path} has NULs in its header; save it as UTF-8, which it seems not to be")
+        raise UserError(f"{csv_path} has NULs in its header, so it is probably not UTF-8; save it as UTF-8")
     if "prompt" not in rows:
         rows = rows.rename(columns={title: "prompt" for title in rows if title.strip().lower() == "prompt"})
     _check_column(csv_path, list(rows.columns))
     rows = rows[rows["prompt"].str.strip() != ""].reset_index(drop=True)
     if rows.empty:
-        raise UserError(f"{csv_path} has no prompt in its column `prompt`")
+        raise UserError(f"{csv_path} has no prompts: its column `prompt` is blank")
     damaged = rows.index[rows.apply(lambda column: column.str.contains("\0", regex=False)).any(axis=1)]
     if len(damaged):
-        raise UserError(f"{csv_path} has a NUL in row {damaged[0]} (counted from 0), which no prompt has; correct the file")
+        raise UserError(f"{csv_path} has a NUL character in row {damaged[0]} (counted from 0); correct the file")
     return rows
 
 
 def read_prompts(csv_path: Path, sampling_ratio: float = 1.0) -> list[str]:
-    """Read the prompts of a CSV, or a fixed random share of them (`random_state=42`, as published)."""
+    """Read the prompts of a CSV, or a random share of them, always the same (`random_state=42`, as in the published code)."""
     prompts = read_rows(csv_path)["prompt"]
     if sampling_ratio < 1.0:
         prompts = prompts.sample(frac=sampling_ratio, random_state=42)
         if prompts.empty:
-            raise UserError(f"--sampling_ratio {sampling_ratio} leaves no prompt of {csv_path}")
+            raise UserError(f"--sampling_ratio {sampling_ratio} selects no prompt of {csv_path}; choose a larger ratio")
     return prompts.tolist()

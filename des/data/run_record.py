@@ -14,53 +14,55 @@ from des.utils.folders import visible
 from des.utils.locks import locked
 
 Lines = dict[str, dict[str, Any]]  # of a manifest, by file name
-FORMAT = 2  # of run.json; records without a number are of the first, which names no components of the model
-_COMPONENTS = "components"  # of the settings in run.json: the identity of each component of the pipeline, by its name
-RECORD_FIELDS = (_COMPONENTS, "format")  # of the settings, which say nothing of how images are drawn
+FORMAT = 2  # of run.json; records without the entry have format 1, which lacks the components of the model
+_COMPONENTS = "components"  # the setting with the identity of each component of the pipeline, by name
+RECORD_FIELDS = (_COMPONENTS, "format")  # entries among the settings that are not options of drawing
 _BROKEN = (ValueError, KeyError, TypeError, AttributeError)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError where it is none."""
+    """Read a JSON object; UserError if the file cannot be read or contains something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{path} cannot be read as a JSON object; make it again")
+        raise UserError(f"{path} cannot be read as a JSON object; create it again")
     return content
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], Lines]:
-    """run.json and the manifest's lines; UserError where they are missing or do not belong together."""
+    """Return run.json and the manifest's lines; UserError if they are missing or do not belong together."""
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         digest = sha256_texts([json.dumps(run["settings"], sort_keys=True)])
         run["made_by"]["arguments"].items()
         version = int(run.get("format", 1))
     except FileNotFoundError:
-        raise UserError(f"{folder} has no run.json, so nothing says how its images were made") from None
+        raise UserError(
+            f"{folder} has no run.json, so it is unknown how its images were drawn; draw them with generate.py"
+        ) from None
     except _BROKEN:
-        raise UserError(f"{folder / 'run.json'} cannot be read") from None
+        raise UserError(f"{folder / 'run.json'} cannot be read; draw the images again") from None
     if version > FORMAT:
         raise UserError(f"{folder / 'run.json'} was written by a later version of this program")
     lines = manifest.read(folder)
     if not lines:
-        raise UserError(f"{folder} has no {manifest.NAME}")
+        raise UserError(f"{folder} has no {manifest.NAME}; draw the images again")
     other = sorted(name for name, line in lines.items() if line.get("settings_sha256") != digest)
     if other:
-        raise UserError(f"{len(other)} images in {folder} were made by other settings than run.json's, {other[0]} first")
+        raise UserError(f"{len(other)} images in {folder} were drawn with settings other than run.json's, {other[0]} first")
     return run, lines
 
 
 def recorded_components(record: Mapping[str, Any]) -> dict[str, str]:
-    """The recorded identity of each component of the pipeline (unet, vae, ...); empty for a record of an earlier release."""
+    """Return the recorded identity of each component of the pipeline (unet, vae, ...); empty for records of earlier versions."""
     found = record["settings"].get(_COMPONENTS) or {}
     return {name: json.dumps(value, sort_keys=True) for name, value in found.items()}
 
 
-COPY_SEED = 1_000_003  # between the seeds of a row's images
-ROW_COLUMNS = {  # of prompt sets that say how their images were drawn: I2P, UnlearnDiffAtk, COCO lists, the demo
+COPY_SEED = 1_000_003  # difference between the seeds of a row's copies
+ROW_COLUMNS = {  # columns of prompt sets with settings for each row: I2P, UnlearnDiffAtk, COCO lists, the demo
     "seed": ("sd_seed", "evaluation_seed", "seed"),
     "guidance_scale": ("sd_guidance_scale", "evaluation_guidance", "guidance_scale"),
     "width": ("sd_image_width", "width"),
@@ -70,16 +72,16 @@ ROW_COLUMNS = {  # of prompt sets that say how their images were drawn: I2P, Unl
 
 @dataclass(frozen=True)
 class Sampling:
-    """The options that decide an image's pixels, beside its model, prompt, input images and row.
+    """The options that determine an image's pixels, besides its model, prompt, input images and row.
 
-    run.json holds them by these names, and a name that an older record lacks has its default here; so a further field needs one
-    that draws as before. Guidance and size are those of rows that bring none of their own.
+    run.json stores them under these names. A name that an older record lacks has the default given here, so a new field's default
+    must draw as before. Guidance and size apply to rows that do not set them.
     """
 
     seed: int
     num_inference_steps: int
     guidance_scale: float
-    height: int | None = None  # pixels; None for the model's
+    height: int | None = None  # pixels; None for the model's default
     width: int | None = None
     negative_prompt: str | None = None
     strength: float | None = None
@@ -92,13 +94,13 @@ class Sampling:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
-        """The sampling among a command line's options by name, after defaults were filled in."""
+        """Select these options from a command line's options by name, in which defaults are filled in."""
         return cls(**{field.name: options[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True)
 class RowSettings:
-    """How one row is drawn."""
+    """The settings of one row."""
 
     seed: int
     guidance_scale: float
@@ -106,8 +108,8 @@ class RowSettings:
     height: int
 
 
-SINCE_2 = ("components", "scheduler_sha256")  # what records of the first format lack
-LABELS = ("model_path", "base_model_path", "refiner_path")  # where models lie; their components are compared instead
+SINCE_2 = ("components", "scheduler_sha256")  # settings that records of format 1 lack
+LABELS = ("model_path", "base_model_path", "refiner_path")  # paths, which are not compared: models may be moved
 
 
 def claim(
@@ -119,11 +121,10 @@ def claim(
     keys: Iterable[tuple[int, int]],
     truncated: dict[str, Any],
 ) -> None:
-    """Write run.json, or raise UserError when `folder` holds images that other settings made.
+    """Write run.json, or raise UserError if `folder` has images drawn with other settings.
 
-    A resumed run keeps the settings as they were first recorded (`recorded_settings`), since the manifest's lines name their
-    hash: the same model may be found at another path now, and an older record knows less. The record claims
-    the images that this run draws (`keys`: row and copy) beside those that earlier runs and shards claimed.
+    A resumed run keeps the settings as first recorded, because the manifest's lines contain their hash, and the model may have
+    been moved since. The record claims the images that this run draws (`keys`: row and copy) and those of earlier runs and shards.
     """
     with locked(folder / ".run.lock", "its record", wait=True):
         earlier = _earlier(folder, json.loads(json.dumps(settings, default=str)))
@@ -136,36 +137,34 @@ def claim(
 
 
 def recorded_settings(folder: Path) -> dict[str, Any]:
-    """The settings in a folder's run.json, after `claim`."""
+    """Return the settings in a folder's run.json; call `claim` first."""
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
 
 
 def _earlier(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What run.json said before, if anything; UserError where it was of other settings, or cannot be read."""
+    """Return the existing run.json, empty if there is none; UserError if its settings differ or it cannot be read."""
     path = folder / "run.json"
     if not path.exists():
         if visible(folder, "*p*.*"):
-            raise UserError(f"{folder} holds images of unknown origin (no run.json); choose another --output_path")
+            raise UserError(f"{folder} contains images of unknown origin (no run.json); choose another --output_path")
         return {}
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         before, version = dict(earlier["settings"]), int(earlier.get("format", 1))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{path} cannot be read, so the images beside it are of unknown origin; choose another --output_path"
-        ) from None
+    except _BROKEN:
+        raise UserError(f"{path} cannot be read, so its images are of unknown origin; choose another --output_path") from None
     if version > FORMAT:
         raise UserError(f"{path} was written by a later version of this program; choose another --output_path")
     changed = _changes(before, settings, SINCE_2 if version < 2 else LABELS)
     if changed:
         raise UserError(
-            f"{folder} holds images of another run, with another {', '.join(changed)}; choose another --output_path"
+            f"{folder} contains images of a run with different settings: {', '.join(changed)}; choose another --output_path"
         )
     return earlier
 
 
 def _changes(before: dict[str, Any], settings: dict[str, Any], skipped: tuple[str, ...]) -> list[str]:
-    """The settings that differ, each with both values, but for those of no account; one that is absent has its default."""
+    """Describe each setting that differs, with both values, except those `skipped`; an absent setting has its default."""
     defaults = {field.name: field.default for field in fields(Sampling)}
     old, new = ({name: value for name, value in each.items() if name not in skipped} for each in (before, settings))
     for each in (old, new):

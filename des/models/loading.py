@@ -53,7 +53,7 @@ def read_state(path: Path, what: str) -> Mapping[str, Tensor]:
     """Read a `.pt` file of named tensors; UserError where it is no file of `what`, or has NaN or infinite values."""
     state = read_pt(path)
     if not (isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values())):
-        raise UserError(f"{path} is no file of {what}")
+        raise UserError(f"{path} is not a file of {what}")
     check_finite(state, f"the file of {what} {path}")
     return state
 

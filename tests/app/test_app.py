@@ -167,7 +167,7 @@ def test_its_scores_are_those_of_generate(call, session, checkpoint, tmp_path):
 
 
 def test_lists_that_cannot_be_scored_are_refused_without_the_servers_paths(session, tmp_path):
-    lists = {"text\na\n": "no column", "": "no readable CSV", f"prompt\n{NEVER}\n": "no prompt is left", f"prompt\n{'x' * 2001}\n": "row 0"}  # fmt: skip
+    lists = {"text\na\n": "no column", "": "not a readable CSV", f"prompt\n{NEVER}\n": "no prompt is left", f"prompt\n{'x' * 2001}\n": "row 0"}  # fmt: skip
     for text, says in lists.items():
         (tmp_path / "p.csv").write_text(text)
         with pytest.raises(UserError, match=says) as refused:

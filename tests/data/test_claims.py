@@ -181,14 +181,16 @@ def test_every_scorer_refuses_a_list_that_did_not_draw_the_images(folder, call, 
     for script, options in scorers:
         done = call(script, *flags(**options))
         assert done.failed_in_one_sentence, (script, done.err)
-        assert "sorted.csv is not the list that drew" in done.err and "its row 0 (counted from 0)" in done.err, script
+        assert "sorted.csv is not the list that drew" in done.err and "first in row 0 (counted from 0)" in done.err, script
         assert not any(prompt in done.err for prompt in PROMPTS)
 
 
 def test_the_first_row_that_differs_is_named(folder, classify, tmp_path):
     prompts = write_prompts(tmp_path / "changed.csv", [*PROMPTS[:3], "a steam  train", *PROMPTS[4:]])
     done = classify(folder, csv_path=prompts)
-    assert done.failed_in_one_sentence and "its row 3 (counted from 0)" in done.err and "0 further rows" in done.err
+    assert (
+        done.failed_in_one_sentence and "1 of its prompts differ" in done.err and "first in row 3 (counted from 0)" in done.err
+    )
 
 
 def test_a_shorter_list_needs_fewer_images(folder, classify, tmp_path):

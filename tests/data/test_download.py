@@ -332,7 +332,7 @@ def test_a_hub_set_of_several_files_is_left_to_the_user(call, offer, folder):
     offer.hub("p4d", table(PROMPTS), others=("b/other.csv", "notes.txt"))
     done = call(SCRIPT, "p4d", "--dir", folder)
     assert done.failed_in_one_sentence
-    assert "joycenerd/p4d holds 2 files .csv (b/other.csv, …); download one and give it by --convert" in done.err
+    assert "joycenerd/p4d has 2 .csv files (b/other.csv, …); download one and pass it to --convert" in done.err
 
 
 def test_the_hub_cannot_be_reached_or_does_not_know_the_set(call, offer, folder, loopback, monkeypatch):
@@ -543,11 +543,17 @@ def test_copro_s_other_categories(call, offer, folder, name, pair):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ([{"text": "a lake", "category": "sexual"}], "holds no pairs of safe and unsafe prompts of the category sexual"),
-        ([{"safe": "a lake", "unsafe": "a storm"}], "holds no pairs of safe and unsafe prompts of the category sexual"),
-        ({"sexual": {"safe": ["a lake"], "unsafe": ["a storm", "hail"]}}, "prompts or categories that are not as many"),
-        ({"category": ["sexual"], "safe": ["a", "b"], "unsafe": ["c", "d"]}, "prompts or categories that are not as many"),
-        ({"sexual": {"safe": [1], "unsafe": ["a storm"]}}, "or no texts"),
+        ([{"text": "a lake", "category": "sexual"}], "has no pairs of safe and unsafe prompts of the category sexual"),
+        ([{"safe": "a lake", "unsafe": "a storm"}], "has no pairs of safe and unsafe prompts of the category sexual"),
+        (
+            {"sexual": {"safe": ["a lake"], "unsafe": ["a storm", "hail"]}},
+            "different numbers of safe prompts, unsafe prompts and categories",
+        ),
+        (
+            {"category": ["sexual"], "safe": ["a", "b"], "unsafe": ["c", "d"]},
+            "different numbers of safe prompts, unsafe prompts and categories",
+        ),
+        ({"sexual": {"safe": [1], "unsafe": ["a storm"]}}, "values that are not text"),
     ],
 )
 def test_copro_in_another_form_is_refused(call, offer, folder, content, reason):
@@ -595,7 +601,7 @@ def test_a_file_that_its_record_does_not_tell_is_refused_by_name(call, offer, fo
     done = call(SCRIPT, "coco_prompts", "--dir", folder)
     assert done.failed_in_one_sentence
     reasons = {"edited": "is not what coco_prompts.json records", "no record": "is there without its record coco_prompts.json"}
-    assert reasons.get(how, "is no record that can be read") in done.err
+    assert reasons.get(how, "is not a readable record") in done.err
     assert str(path.with_suffix("")) in done.err
     assert snapshot(folder) == before
     assert len(loopback.paths) == 1
@@ -688,16 +694,16 @@ def test_parquet_without_pyarrow_says_what_to_install(call, offer, folder, tmp_p
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [
-        ("list.xlsx", b"PK", "is of no format that can be converted"),
+        ("list.xlsx", b"PK", "cannot be converted; the supported formats are"),
         ("list.csv", b"caption\na kite\n", "list.csv has no column `prompt`"),
-        ("list.csv", b"", "is no readable CSV file"),
-        ("list.json", b"{", "is no readable JSON"),
-        ("list.json", b'["half a character \\ud800"]', "holds halves of characters"),
-        ("list.json", b'{"a": 1}', "holds no list of records, of columns or of prompts"),
-        ("list.jsonl", b'{"prompt": "a kite"}\n[1', "is no readable JSON"),
-        ("list.parquet", b"PAR1", "is no readable parquet file"),
-        ("list.txt", b"\xff\xfe", "is no text in UTF-8"),
-        ("list.txt", b"\n \n", "has no prompt that may be used"),
+        ("list.csv", b"", "is not a readable CSV file"),
+        ("list.json", b"{", "is not readable JSON"),
+        ("list.json", b'["half a character \\ud800"]', "contains unpaired surrogates"),
+        ("list.json", b'{"a": 1}', "does not contain a list of records, columns or prompts"),
+        ("list.jsonl", b'{"prompt": "a kite"}\n[1', "is not readable JSON"),
+        ("list.parquet", b"PAR1", "is not a readable parquet file"),
+        ("list.txt", b"\xff\xfe", "is not UTF-8 text"),
+        ("list.txt", b"\n \n", "has no usable prompt"),
         ("missing.csv", None, "there is no file"),
     ],
 )
@@ -716,7 +722,7 @@ def test_what_does_not_come_back_from_the_csv_is_not_written(tmp_path, monkeypat
     write_rows(rows, tmp_path / "list.csv")
     assert prompts_of(tmp_path / "list.csv") == ["a kite", "a boat"]
     monkeypatch.setattr("des.data.conversion.read_rows", lambda path: rows[:1])
-    with pytest.raises(UserError, match="characters that a CSV file does not keep"):
+    with pytest.raises(UserError, match="characters that a CSV file cannot represent"):
         write_rows(rows, tmp_path / "list.csv")
 
 

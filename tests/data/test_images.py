@@ -65,9 +65,9 @@ def test_rows_that_are_never_drawn_need_no_image(tmp_path):
 
 
 def test_empty_and_missing_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no image"):
+    with pytest.raises(UserError, match="contains no images"):
         image_files(tmp_path)
-    with pytest.raises(UserError, match="no image folder"):
+    with pytest.raises(UserError, match="the image folder"):
         image_files(tmp_path / "none")
 
 
@@ -79,7 +79,7 @@ def test_unreadable_images_are_named(tmp_path, content):
         content = path.read_bytes()[:-30]
     path.write_bytes(content)
     assert not is_complete(path)
-    with pytest.raises(UserError, match=r"x_0p\.png is no readable image"):
+    with pytest.raises(UserError, match=r"x_0p\.png is not a readable image"):
         read_image(path)
 
 

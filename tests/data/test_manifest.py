@@ -162,7 +162,7 @@ def test_verify_redraws_and_finds_what_was_changed(folder, call, generate):
     assert "is stale" in verify().err
     (folder / "classify.json").unlink()
     edit(folder / "t2i_none_0p.png")
-    assert "changed since drawn" in verify().err
+    assert "changed since they were drawn" in verify().err
     digest = sha256_file(folder / "t2i_none_0p.png")
     manifest.append(folder, {**lines_in(folder)[0], "sha256": digest})
     done = call("scripts/verify.py", folder, "--device", "cpu", "--sample", 4)  # hashes agree, the seed does not
@@ -170,7 +170,7 @@ def test_verify_redraws_and_finds_what_was_changed(folder, call, generate):
     run = json.loads((folder / "run.json").read_text())
     run["settings"]["seed"] = 1
     (folder / "run.json").write_text(json.dumps(run))
-    assert "other settings than run.json" in verify().err
+    assert "settings other than run.json" in verify().err
 
 
 def test_verify_repeats_zeros_and_writes_nothing_of_the_record(generate, call, tmp_path):

@@ -65,7 +65,7 @@ def test_a_shape_in_the_alpha_channel_is_the_same_mask(generate, tmp_path):
         (Image.new("L", (SIDE, SIDE)), "is black"),
         (Image.new("RGBA", (SIDE, SIDE), (255, 255, 255, 0)), "is black"),
         (Image.new("L", (SIDE, SIDE), 100), "is black"),  # pipelines draw from 128 up
-        (layers(SHAPE, np.ascontiguousarray(SHAPE.T)), "each hold a shape"),
+        (layers(SHAPE, np.ascontiguousarray(SHAPE.T)), "each contain a shape"),
         (Image.new("L", (SIDE, 2 * SIDE), 255), "differ in size (16x16 and 16x32 pixels)"),
     ],
 )

@@ -42,17 +42,17 @@ def test_sampling_is_the_published_draw(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("text\na ball\n", "no column `prompt`, but 1 of other names; rename the column `text` to `prompt`"),
-        ("n,colour\n1,red\n", "no column `prompt`, but `n`, `colour`; name the column of prompts `prompt`"),
-        ("a red ball,n\n1,red\n", "no column `prompt`, but `n` and 1 of other names"),
-        ("Prompt, prompt\na,b\n", "two columns `prompt`"),
+        ("text\na ball\n", "no column `prompt`, only 1 other column; rename the column `text` to `prompt`"),
+        ("n,colour\n1,red\n", "no column `prompt`, only `n`, `colour`; name the column of prompts `prompt`"),
+        ("a red ball,n\n1,red\n", "no column `prompt`, only `n` and 1 other column"),
+        ("Prompt, prompt\na,b\n", "two columns named `prompt`"),
         ("prompt;n\na ball, red;1\n", "columns separated by semicolons"),
         ("n\tPrompt\n1\ta ball\n", "columns separated by tabs"),
         ("sep=,\nprompt,n\na ball,1\n", "Excel's line `sep=`"),
         ('{"prompt": "a ball"}\n', "is JSON, not CSV; .*--convert"),
         ('[{"prompt": "a ball"}]', "is JSON, not CSV; .*--convert"),
         ("PAR1\x00", "is a parquet file, not CSV; .*--convert"),
-        ("", "no readable CSV"),
+        ("", "not a readable CSV"),
         ("prompt\n\n", "no prompt"),
         ('prompt\n"a\n', "open quote"),
         ("prompt\na, b\n", "more cells"),
@@ -84,9 +84,9 @@ def test_a_line_break_inside_a_cell_is_kept_and_logged(tmp_path, caplog):
 
 
 def test_other_encodings_and_missing_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match="save it as `CSV UTF-8`"):
+    with pytest.raises(UserError, match="save it as UTF-8"):
         read_prompts(write(tmp_path / "p.csv", "prompt\nun château\n", "latin-1"))
-    with pytest.raises(UserError, match="there is no prompt file"):
+    with pytest.raises(UserError, match=r"the prompt file .* does not exist"):
         read_prompts(tmp_path / "none.csv")
 
 

@@ -120,7 +120,7 @@ def test_a_component_exchanged_in_mid_run_is_refused_by_name(generate, family, m
     done = generate()
     assert done.failed_in_one_sentence, done.err
     name = "scheduler_sha256" if part == "scheduler" else f"component {part.split(chr(39))[0]} "
-    assert f"with another {name}" in done.err and "tiny" in done.err
+    assert f"with different settings: {name}" in done.err and "tiny" in done.err
     assert snapshot(tmp_path / "results") == before
 
 

@@ -307,8 +307,8 @@ def test_the_results_lie_beside_the_folder(call, images, models, job):
     ("change", "reason"),
     [
         ({"prompt_path": "short.csv"}, "images beyond the list for row 3"),
-        ({"expected": 6}, "holds 7 images, and 6 are expected"),
-        ({"model": "blip"}, "is no file of ImageReward weights"),
+        ({"expected": 6}, "contains 7 images instead of the expected 6"),
+        ({"model": "blip"}, "is not a file of ImageReward weights"),
         ({"model": "more.pt"}, "more.pt could not be loaded"),
         ({"model": "less.pt"}, "less.pt could not be loaded"),
         ({"model": "headless.pt"}, "its head does not end in one reward"),

@@ -234,7 +234,7 @@ def test_the_clip_score_refuses_another_number_of_images(call, renders):
     before = snapshot(renders)
     options = flags(csv_file=renders / "p.csv", clip_model=MODELS / "clip", device="cpu", expected=COUNT + 1)
     done = call("clipscore.py", *options, *flags(image_folder=renders / "images"))
-    assert done.failed_in_one_sentence and f"and {COUNT + 1} are expected" in done.err
+    assert done.failed_in_one_sentence and f"instead of the expected {COUNT + 1}" in done.err
     assert snapshot(renders) == before
 
 

@@ -235,5 +235,5 @@ def test_an_error_is_one_line_in_a_process_of_its_own(tmp_path, tiny_pipeline):
     assert (done.code, done.out, done.err) == (
         1,
         "",
-        "error: there is no prompt file none.csv; datasets/download.py fetches the public ones\n",
+        "error: the prompt file none.csv does not exist; datasets/download.py downloads public ones\n",
     )

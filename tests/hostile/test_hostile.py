@@ -59,17 +59,17 @@ def test_unusual_prompt_lists_are_read_unchanged(tmp_path, content, prompts):
 REFUSED_LISTS = {
     "wrong column": (f"text\n{MARKER}\n".encode(), "no column `prompt`"),
     "no header": (f"{MARKER}\na\n".encode(), "no column `prompt`"),
-    "two columns": (f"prompt,prompt\n{MARKER},a\n".encode(), "two columns `prompt`"),
+    "two columns": (f"prompt,prompt\n{MARKER},a\n".encode(), "two columns named `prompt`"),
     "more cells": (f"prompt\na {MARKER}, b\n".encode(), "more cells"),
     "open quote": (f'prompt\na\n"{MARKER}\n'.encode(), "open quote"),
-    "NUL": (f"prompt\n\na\n{MARKER}\0\n".encode(), "a NUL in row 1"),
-    "NUL beside": (f"prompt,x\n{MARKER},a\nb,\0\n".encode(), "a NUL in row 1"),
+    "NUL": (f"prompt\n\na\n{MARKER}\0\n".encode(), "a NUL character in row 1"),
+    "NUL beside": (f"prompt,x\n{MARKER},a\nb,\0\n".encode(), "a NUL character in row 1"),
     "Latin-1": (f"prompt\n{MARKER} château\n".encode("latin-1"), "UTF-8"),
     "UTF-16": (f"prompt\n{MARKER}\n".encode("utf-16"), "UTF-8"),
     "UTF-16 without mark": (f"prompt\n{MARKER}\n".encode("utf-16-le"), "UTF-8"),
     "no rows": (b"prompt\n", "no prompt"),
     "blank rows": (b"prompt\n \n\n", "no prompt"),
-    "nothing": (b"", "no readable CSV"),
+    "nothing": (b"", "not a readable CSV"),
     "binary": (bytes(range(256)), "UTF-8"),
 }
 
@@ -204,7 +204,7 @@ UNREADABLE = {
 def test_unreadable_images_are_named_with_the_reason(tmp_path, what, recwarn):
     content, says = UNREADABLE[what]
     (tmp_path / "x_0p.png").write_bytes(content)
-    with pytest.raises(UserError, match=rf"x_0p\.png is no readable image: .*({says})"):
+    with pytest.raises(UserError, match=rf"x_0p\.png is not a readable image: .*({says})"):
         read_image(tmp_path / "x_0p.png")
 
 

@@ -193,7 +193,7 @@ def clip_scores_of_other_images(runs):
 
 
 SPOILT = {
-    "changed image": (image_changed, "changed since drawn"),
+    "changed image": (image_changed, "changed since they were drawn"),
     "missing image": (lambda runs: one(runs, "one/des/tiny-sd/attack/*_1p.png").unlink(), "missing"),
     "stale": (scores_of_other_images, "is stale"),
     "another count": (lambda runs: edit(one(runs, "two/des/tiny-sd/attack/classify_object.json"), k=1), "says 1 of 3"),

@@ -229,7 +229,7 @@ def test_what_is_no_checkpoint_is_not_kept(script, server, tmp_path, folder, con
 def test_a_page_leaves_the_part_as_it_is(script, server, folder, interrupted):
     before = snapshot(folder)
     server.content, server.etag, server.kind = b"<html>gone</html>", "", "text/html; charset=utf-8"
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:\d+ sent a page instead of des;"):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:\d+ sent a web page instead of des;"):
         script.main(["des", "--dir", str(folder)])
     assert snapshot(folder) == before
 

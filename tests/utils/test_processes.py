@@ -233,4 +233,4 @@ def test_an_error_of_one_process_ends_all(tmp_path):
         "generate.py", "--prompts_csv", "none.csv", "--output_path", "x", "--device", "cpu", processes=2, cwd=tmp_path
     )
     assert done.returncode != 0
-    assert "error: there is no prompt file none.csv" in done.stderr
+    assert "error: the prompt file none.csv does not exist" in done.stderr
