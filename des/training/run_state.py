@@ -61,7 +61,7 @@ class RunState:
         found = self.path.exists()
         if not resume:
             if found:
-                logger.warning("training starts from scratch, and its first step removes %s; pass --resume to use it instead", self.path)
+                logger.warning("training starts from scratch, and its first step removes %s; --resume would use it", self.path)
             self._abandoned = found
             return 0
         if final.exists() and self._is_finished(final, found):
