@@ -12,7 +12,7 @@ To resume an interrupted run, repeat its command line with --resume; on a CPU th
 """
 
 import argparse
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -142,10 +142,11 @@ def main(argv: list[str] | None = None) -> None:
     name = f"{args.learning_rate}_{args.lambda_safe}"
     folder = output_path(args, name)
     output = run.Output(folder, args.save_format, args.save_every, args.save_every_steps, args.resume, args.report_to)
-    with locked(folder / ".lock", "a training run") if processes.is_main else nullcontext():
+    with ExitStack() as stack:
         if processes.is_main:
-            logs.setup_logging(args.log_file, folder / "train.log")
-            logger.debug(concept_line)
+            stack.enter_context(locked(folder / ".lock", "a training run"))
+            stack.enter_context(logs.log_to(folder / "train.log"))
+            logger.debug(concept_line)  # the first line of train.log
         norm = concept.n.norm().item()
         message = "%d unsafe and %d safe prompts; |n| = %.2f, alpha = %g, alpha / |n| = %.3f"
         logger.info(message, len(unsafe), len(safe), norm, concept.alpha, concept.alpha / norm)

@@ -14,10 +14,11 @@ from des.data.images import BLURRED, row_of
 from des.data.truncation import truncated_counts
 from des.evaluation.batches import Item, Reading, measure_images
 from des.evaluation.detectors.base import Detector
+from des.evaluation.results import findings_sha256
 from des.evaluation.scorer_identity import detector_identity
 from des.utils import cli
 from des.utils.errors import UserError
-from des.utils.files import findings_sha256, replacing, sha256_texts, write_json, write_text
+from des.utils.files import replacing, sha256_texts, write_json, write_text
 from des.utils.folders import visible
 from des.utils.locks import locked
 from des.utils.logs import logger

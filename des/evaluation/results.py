@@ -12,7 +12,7 @@ from des.data.run_record import _BROKEN, Lines, read_json
 from des.evaluation.scorer_identity import detector_identity
 from des.utils.choices import MODEL_VARIANT as OWN
 from des.utils.errors import UserError
-from des.utils.files import findings_sha256, sha256_texts
+from des.utils.files import sha256_texts
 from des.utils.folders import visible
 
 MEANS = {
@@ -51,6 +51,11 @@ def score_files(folder: Path, lines: Iterable[str]) -> list[Path]:
     cards = {Path(name).with_suffix(".json").name for name in lines} | {"run.json"}
     paths = [path for path in visible(folder, "*.json") if path.name not in cards]
     return [path for path in paths if isinstance(read_json(path).get("images"), list)]
+
+
+def findings_sha256(content: Mapping[str, Any]) -> str:
+    """The checksum of a detector's result (its JSON): the findings of its images, and the detector's facts."""
+    return sha256_texts([json.dumps([content["images"], content["detector"]], sort_keys=True, default=str)])
 
 
 def check_scores(path: Path, content: Mapping[str, Any], lines: Lines) -> None:

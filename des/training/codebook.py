@@ -24,7 +24,7 @@ _BLOCK_BYTES = 32 * 2**20  # codebook rows, in fp32, that the search holds at a 
 
 
 def dtype_name(encoder: TextEncoder) -> str:
-    """The name in DTYPES of the encoder's own dtype, in which its embeddings are stored without rounding."""
+    """The name in DTYPES of the encoder's dtype, in which its embeddings are stored without rounding."""
     return next(name for name, (dtype, _) in DTYPES.items() if dtype == encoder.model.dtype)
 
 
@@ -34,11 +34,11 @@ def codebook_folder(folder: Path, model_path: str, index: int) -> Path:
 
 
 def find_codebook(folder: Path, model_path: str, index: int) -> "Codebook":
-    """Open the `codebook_folder` of a text encoder, or `folder` itself where only that exists; UserError where neither does."""
+    """Open the `codebook_folder` of a text encoder, or `folder` if only that exists. Raises UserError if neither does."""
     numbered = codebook_folder(folder, model_path, index)
     if numbered != folder and not numbered.is_dir() and not folder.is_dir():
         raise UserError(
-            f"there is no codebook for text encoder {index}: neither {numbered} nor {folder} is there; "
+            f"there is no codebook for text encoder {index}: neither {numbered} nor {folder} exists; "
             f"run save_codebook.py --encoder_idx {index}"
         )
     return Codebook(numbered if numbered.is_dir() else folder)
@@ -56,7 +56,7 @@ def write_codebook(
     """Write the rows ([rows, tokens, hidden], row i = E(prompt i)) and `codebook.json` into `folder`.
 
     Rows go to `codebook.safetensors`, or to several files (shards) of at most `shard_bytes`, in the type `dtype` (default: the
-    encoder's own). Memory holds one batch. An interrupted call is resumed after its last batch by a call with the same arguments.
+    encoder's). Memory holds one batch. A call with the same arguments resumes an interrupted one after its last batch.
     Raises UserError for an embedding that is not finite or overflows `dtype`, and while another process writes into `folder`.
     """
     dtype = dtype or dtype_name(encoder)
@@ -82,7 +82,7 @@ def write_codebook(
 def _open_parts(
     folder: Path, encoder: TextEncoder, prompts: list[str], dtype: str, batch_size: int, shard_rows: int
 ) -> list[PartialFile]:
-    """The shards of a codebook, `shard_rows` rows each but the last, with the rows that an interrupted run left in them."""
+    """The partial files of a codebook's shards, of `shard_rows` rows each but the last, resumed if an interrupted run left them."""
     (torch_dtype, code), shape = DTYPES[dtype], encoder.shape()
     counts = [len(prompts[start : start + shard_rows]) for start in range(0, len(prompts), shard_rows)]
     numbered = [f"codebook-{number:05d}-of-{len(counts):05d}.safetensors" for number in range(1, len(counts) + 1)]
@@ -101,7 +101,7 @@ def _open_parts(
 
 
 def _remove_others(folder: Path, parts: list[PartialFile]) -> None:
-    """Remove what a complete codebook no longer needs: its parts' records, and the files of codebooks with other shards."""
+    """Remove the records of a finished codebook's partial files, and the files of earlier codebooks with other shards."""
     for part in parts:
         part.forget()
     names = {part.path.name for part in parts}
@@ -111,14 +111,14 @@ def _remove_others(folder: Path, parts: list[PartialFile]) -> None:
 
 
 def rounding_inputs(encoder: TextEncoder, batch_size: int) -> dict[str, str]:
-    """What the last bits of embeddings depend on besides `dependencies`; a file is resumed only where these are equal, too."""
+    """What rounding in embeddings depends on, besides `dependencies`; an interrupted file is resumed only if these are equal too."""
     return {"batch size": str(batch_size), "device": encoder.device.type, "torch": str(torch.__version__)}
 
 
 def _write_rows(
     parts: list[PartialFile], encoder: TextEncoder, prompts: list[str], dtype: str, batch_size: int, shard_rows: int
 ) -> None:
-    """Encode the prompts whose rows the parts lack, and append the rows batch by batch."""
+    """Encode the prompts whose rows are missing from the parts, and append the rows batch by batch."""
     done = sum(part.rows for part in parts)
     if done:
         logger.info("%d of %d rows of the codebook are written already; resuming after them", done, len(prompts))
@@ -155,7 +155,7 @@ def _safetensors_header(name: str, code: str, shape: Sequence[int], itemsize: in
 
 
 def dependencies(encoder: TextEncoder, prompts: list[str]) -> dict[str, str]:
-    """What embeddings depend on: hashes of the encoder, the prompts and their tokens, and which output is the embedding."""
+    """What the embeddings depend on: hashes of encoder, prompts and tokens, the sequence length, and the output that is read."""
     return {
         "encoder": encoder.base_sha256,
         "encoder configuration": encoder.identity["config"],
@@ -167,14 +167,14 @@ def dependencies(encoder: TextEncoder, prompts: list[str]) -> dict[str, str]:
 
 
 class Codebook:
-    """A codebook on disk: its rows are memory-mapped, and read when they are used."""
+    """A codebook on disk, whose rows are memory-mapped."""
 
     def __init__(self, folder: Path):
-        """Open the codebook in `folder`; UserError where it is missing, incomplete, or was changed since it was written."""
+        """Open the codebook in `folder`. Raises UserError if it is missing, incomplete, or was changed since it was written."""
         try:
             self.facts: dict[str, Any] = json.loads((folder / "codebook.json").read_text(encoding="utf-8"))
             self.hashes: dict[str, str] = dict(self.facts["hashes"])
-            self.prompts: list[str] = [prompt + "" for prompt in self.facts["prompts"]]  # texts, or a TypeError
+            self.prompts: list[str] = [prompt + "" for prompt in self.facts["prompts"]]  # TypeError if one is no text
             self._files = [folder / shard["file"] for shard in self.facts["shards"]]
             for path, shard in zip(self._files, self.facts["shards"], strict=True):
                 if sha256_file(path) != shard["sha256"]:
@@ -198,7 +198,7 @@ class Codebook:
         return torch.stack([self._rows[row // self._per_shard][row % self._per_shard] for row in indices.tolist()])
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """All rows flattened, in blocks [n, tokens * hidden] on the CPU with the number of their first row.
+        """Yield all rows flattened, in blocks [n, tokens * hidden] on the CPU, each with the number of its first row.
 
         The file is mapped again for each block, so that a pass over all rows does not keep them in memory.
         """

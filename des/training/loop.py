@@ -1,4 +1,4 @@
-"""The DES training loop: pairs of prompts in, a protected encoder out."""
+"""The DES training loop."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,6 +19,7 @@ from des.utils.processes import Processes
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 PARTS = ("sep", "sep_concept", "uen", "nen", "total")
 
@@ -44,7 +45,7 @@ def trained_dtype(settings: Settings) -> torch.dtype:
 
 
 def make_trainable(model: nn.Module, settings: Settings) -> list[nn.Parameter]:
-    """Give `model` the dtype it is trained in, and return what is trained: everything but a projection."""
+    """Cast `model` to the dtype it is trained in, and return its trainable parameters: all but those of a projection."""
     dtype = trained_dtype(settings)
     if model.dtype != dtype:
         model.to(dtype)
@@ -68,16 +69,13 @@ def train(
 ) -> None:
     """Train `encoder` in place with AdamW at a constant rate (paper, section 4; losses in `des/training/losses.py`).
 
-    `concept_ids` are the concept prompts' token ids [concepts, tokens]. `on_step` gets each step's losses, `on_epoch` each epoch's number
-    and the encoder, whose model is wrapped where several processes train it, and returns the checkpoint that it wrote, if any.
-    `states` says where training starts, and keeps its state. Raises UserError when a loss is not finite, before the weights are
-    touched by it, and when an epoch's weights are not, before anything is written.
+    `concept_ids` are the token ids [concepts, tokens] of the concept prompts. `on_step` is called with the losses of each step.
+    `on_epoch` is called with the number of each epoch and the encoder, whose model is wrapped if several processes train it; it
+    returns the path of the checkpoint it wrote, or None. `states` restores the state of an interrupted run and saves new ones.
+    Raises UserError if a loss is not finite, before the weights are updated, or if a weight is not, before a file is written.
     """
-    torch.manual_seed(settings.seed + processes.rank)  # dropout and stochastic rounding, where there is any
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
     bare = encoder.model
-    optimizer = make_optimizer(settings.optimizer, make_trainable(bare, settings), settings.learning_rate)
-    model, optimizer = processes.prepare(bare, optimizer)
+    model, optimizer = _prepare(bare, settings, processes)
     at = states.restore(bare, optimizer) if states else Progress()
     encoder = replace(encoder, model=model)
     steps = math.ceil(len(pairs) / settings.batch_size)
@@ -87,25 +85,20 @@ def train(
         batches = enumerate(pairs.batches(settings.batch_size, settings.seed, epoch), 1)
         for step, (unsafe, safe) in islice(batches, at.done % steps, None):
             parts = _losses(encoder, pairs, concept, concept_ids, settings, processes, unsafe, safe)
-            together = processes.mean(torch.stack([parts[name].detach() for name in PARTS]))
-            values = dict(zip(PARTS, together.tolist(), strict=True))
+            values = _mean_losses(parts, processes)
             if not math.isfinite(values["total"]):
                 raise _diverged(f"the loss is {values['total']} in epoch {epoch}, step {step}", at)
-            parts["total"].backward()
             at.add(values, len(unsafe))
-            with processes.same_random_stream((settings.seed * 1_000_003 + at.done) % SEEDS):
-                optimizer.step()
-            optimizer.zero_grad()
-            told = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-            logger.debug("epoch %d, step %d/%d  %s", epoch, step, steps, told)
+            _update(parts["total"], optimizer, processes, settings.seed * 1_000_003 + at.done)
+            logger.debug("epoch %d, step %d/%d  %s", epoch, step, steps, _show(values))
             on_step({"epoch": epoch, "step": at.done, **values})
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
             bar.update()
             if states and step < steps and states.due(at):
                 _check_weights(model, f"epoch {epoch}, step {step}", at)
                 states.save(at, bare, optimizer)
-        means = "  ".join(f"{name} {value / len(pairs):.4f}" for name, value in at.sums.items())
-        logger.info("epoch %d/%d  %s", epoch, settings.num_epochs, means)
+        means = {name: value / len(pairs) for name, value in at.sums.items()}
+        logger.info("epoch %d/%d  %s", epoch, settings.num_epochs, _show(means))
         _check_weights(model, f"epoch {epoch}, step {steps}", at)
         model.eval()
         written = on_epoch(epoch, encoder)
@@ -116,14 +109,40 @@ def train(
     model.requires_grad_(False)
 
 
+def _prepare(model: nn.Module, settings: Settings, processes: Processes) -> tuple[nn.Module, Optimizer]:
+    """Seed the random generators, and return the model and its optimizer, wrapped if several processes train it."""
+    torch.manual_seed(settings.seed + processes.rank)  # for dropout and stochastic rounding
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
+    optimizer = make_optimizer(settings.optimizer, make_trainable(model, settings), settings.learning_rate)
+    return processes.prepare(model, optimizer)
+
+
+def _mean_losses(parts: dict[str, Tensor], processes: Processes) -> dict[str, float]:
+    """The losses of a step, averaged over the processes."""
+    mean = processes.mean(torch.stack([parts[name].detach() for name in PARTS]))
+    return dict(zip(PARTS, mean.tolist(), strict=True))
+
+
+def _update(loss: Tensor, optimizer: Optimizer, processes: Processes, seed: int) -> None:
+    """Take one optimizer step, with the random numbers of `seed` where several processes round weights stochastically."""
+    loss.backward()
+    with processes.same_random_stream(seed % SEEDS):
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def _show(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
 def _check_weights(model: nn.Module, where: str, at: Progress) -> None:
-    """Raise UserError when a weight is not finite: a finite loss can have gradients that are not."""
+    """Raise UserError if a weight is not finite: a finite loss can have gradients that are not."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise _diverged(f"the weights are not finite after {where}", at)
 
 
 def _diverged(what: str, at: Progress) -> UserError:
-    good = f"the last good checkpoint is {at.checkpoint}" if at.checkpoint else "no checkpoint was written before"
+    good = f"the last good checkpoint is {at.checkpoint}" if at.checkpoint else "no checkpoint was written yet"
     return UserError(f"{what}; try a lower --learning_rate or --precision fp32; {good}")
 
 
@@ -137,7 +156,7 @@ def _losses(
     unsafe: Tensor,
     safe: Tensor,
 ) -> dict[str, Tensor]:
-    """The losses of one batch's rows (this process's part), from one forward pass over unsafe, safe and concept prompts together."""
+    """The losses of this process's part of a batch, from one forward pass over its unsafe, safe and concept prompts."""
     share = processes.count * len(processes.share(unsafe)) / len(unsafe)
     if share:
         unsafe, safe = processes.share(unsafe), processes.share(safe)

@@ -1,7 +1,7 @@
-"""The losses of DES in the paper's notation (section 4; `docs/method.md` maps each formula to its line).
+"""The losses of DES in the paper's notation (section 4; `docs/method.md` maps each formula to its function).
 
-Every argument is a batch of embeddings [batch, tokens, hidden] or one embedding [tokens, hidden]; similarity is taken between
-them flattened to vectors of tokens * hidden components, padding included, in fp32.
+Every argument is a batch of embeddings [batch, tokens, hidden] or one embedding [tokens, hidden]. Cosine similarity is computed in
+fp32 on flattened embeddings of tokens * hidden components, padding included.
 """
 
 from collections.abc import Collection
@@ -22,9 +22,9 @@ def cos(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Concept:
-    """The frozen encoder's view of the concept: `n` = E(concept prompt) and `e0` = E(""), each [tokens, hidden], and `alpha`.
+    """Embeddings of the frozen encoder, `n` = E(concept prompt) and `e0` = E(""), each [tokens, hidden], and the scale `alpha`.
 
-    Of several concept prompts `n` is the `joint` one.
+    For several concept prompts, `n` is their `joint` embedding.
     """
 
     n: Tensor
@@ -44,8 +44,8 @@ class Concept:
 def joint(embeddings: Tensor) -> Tensor:
     """One n for several concepts: E(concept prompts) [concepts, tokens, hidden] to [tokens, hidden].
 
-    It points to the mean of their directions and has the mean of their norms, so that none counts for more by being longer; of
-    one concept it is that concept's embedding.
+    Its direction is the mean of their directions, so that each concept has the same weight whatever its norm; its norm is the mean
+    of their norms. For one concept it is that concept's embedding.
     """
     if len(embeddings) == 1:
         return embeddings[0]
@@ -83,10 +83,11 @@ def total(
 ) -> dict[str, Tensor]:
     """lambda * SEP + (1 - lambda) * (UEN + NEN) over the losses named in `ablation`, and each of its parts.
 
-    `unsafe`, `safe`, `concept_embeddings` come from E~ with gradients, `target` and `original` = E(s) are constants. Returns
-    scalars `sep` (first term), `sep_concept` (second term), `uen`, `nen`, `total`; those that are switched off are 0, and without
-    `concept_term` so is SEP's second one (the paper's ablation). `share` is the weight of these rows where several processes hold parts of a batch: processes * rows here / rows in all.
-    """  # fmt: skip
+    `unsafe`, `safe`, `concept_embeddings` come from E~ with gradients; `target` and `original` = E(s) are constants. Returns the
+    scalars `sep` (first term), `sep_concept` (second term), `uen`, `nen` and `total`. A loss that is switched off is 0; without
+    `concept_term`, so is SEP's second term (the paper's ablation). `share` weights this process's part of a batch:
+    processes * rows of this process / rows of the batch.
+    """
     zero = safe.new_zeros((), dtype=torch.float32)
     first, second = sep(safe, original, concept) if SEP in ablation else (zero, zero)
     parts = {

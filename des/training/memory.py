@@ -1,4 +1,4 @@
-"""What a training run will need, computed from the encoder's configuration before any weight is read."""
+"""The memory and disk space of a training run, computed from the encoder's configuration before any weight is read."""
 
 import copy
 import math
@@ -21,15 +21,15 @@ GB = 1e9
 CARDS = (24, 40, 80)  # GB
 MARGIN = 1.5  # GB
 PARTS = ("weights", "gradients", "optimizer", "activations", "total")
-_BLOCK, _SMALLEST = 256, 4096  # torchao's 8-bit states: values to a scale, and values from which a tensor is quantized
+_BLOCK, _SMALLEST = 256, 4096  # torchao's 8-bit states: values per scale, and the smallest tensor that is quantized
 Read = Callable[[nn.Module, Tensor], Tensor]  # ids [n, tokens] to embeddings [n, rows, hidden], with the model that is given
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What training takes: bytes on each device, and on disk for the codebook."""
+    """The needs of a training run: bytes on each device, and bytes on disk for the codebook."""
 
-    parameters: int  # trainable ones, tied ones once
+    parameters: int  # number of trainable parameters; tied ones count once
     weights: int
     gradients: int
     optimizer: int
@@ -41,9 +41,9 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes on each device at most: the backward pass frees activations while it makes gradients.
+        """An upper bound of the bytes on each device: the backward pass frees activations while it allocates gradients.
 
-        Simulated steps of CLIP-L and T5-XXL peak between this sum and the sum without the smaller of the two, temporaries included.
+        Simulated steps of CLIP-L and T5-XXL, temporaries included, peak between this sum and the sum without the smaller of the two.
         """
         return self.weights + self.gradients + self.optimizer + self.activations
 
@@ -63,14 +63,15 @@ def make_plan(
     processes: int = 1,
     sharded: bool = False,
 ) -> Plan:
-    """Plan the training of `model`, which is on the meta device in the dtype it is trained in.
+    """Compute the needs of training `model`, which is on the meta device in the dtype it is trained in.
 
-    `batch_size` is in pairs a step over all `processes`, `pairs` in an epoch. `gradient_checkpointing` says that the model has it
-    enabled. `sharded` splits weights, gradients and optimizer state evenly; the block that is gathered at a time is not counted.
+    `batch_size` is the number of pairs per step over all `processes`, `pairs` the number per epoch. `gradient_checkpointing` says
+    whether the model has it enabled. `sharded` splits weights, gradients and optimizer state evenly; the one block that FSDP
+    gathers at a time is not counted.
     Raises ValueError for an unknown optimizer.
-    """  # fmt: skip
+    """
     if optimizer not in OPTIMIZERS:
-        raise ValueError(f"{optimizer} is no optimizer known here; those are {', '.join(OPTIMIZERS)}")
+        raise ValueError(f"{optimizer} is not a known optimizer; choose one of {', '.join(OPTIMIZERS)}")
     here = math.ceil(min(batch_size, pairs) / processes)
     activations, embedding_values = _activations(model, read, tokens, here, autocast, gradient_checkpointing)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -89,7 +90,7 @@ def make_plan(
 
 
 def describe(plan: Plan) -> str:
-    """The plan for people: GB (1e9 bytes) on each device, the cards that hold it, and what to try where one does not."""
+    """The plan as text: GB (1e9 bytes) on each device, the GPUs with enough memory, and what reduces the need."""
     where = "on one device"
     if plan.processes > 1:
         where = f"on each of {plan.processes} devices, {'sharded' if plan.sharded else 'replicated'}"
@@ -103,7 +104,7 @@ def describe(plan: Plan) -> str:
     ]
     if len(held) < len(CARDS):
         lines.append(
-            "to need less, where not in use yet: gradient checkpointing or a smaller batch (activations), "
+            "to reduce this: gradient checkpointing or a smaller batch (activations), "
             "adamw8bit (optimizer), sharding over more devices (weights, gradients, optimizer)"
         )
     return "\n".join(lines)
@@ -126,10 +127,10 @@ def _activations(
 ) -> tuple[int, int]:
     """Bytes that a step of `batch` pairs keeps for its backward pass on a CUDA device, and the values in one embedding.
 
-    The step runs on fake CUDA tensors, which have shapes, types and CUDA's choice of kernels but no memory, on any machine. With
-    checkpointing it keeps the blocks' inputs, and the backward pass first recomputes the last block with all of them alive: the
-    last block is run without checkpointing, so that its tensors are among those counted.
-    """  # fmt: skip
+    The step runs on fake CUDA tensors, which have shapes, dtypes and CUDA's choice of kernels but no memory, so it needs no GPU.
+    With checkpointing, a step keeps the inputs of the blocks, and the backward pass recomputes the last block while it holds all of
+    them. Therefore the last block runs without checkpointing here, so that its tensors are counted too.
+    """
     model = copy.deepcopy(model).train()
     if gradient_checkpointing:
         [*_, last_block] = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
@@ -139,12 +140,13 @@ def _activations(
 
 
 def _step(model: nn.Module, read: Read, tokens: int, batch: int, autocast: torch.dtype | None) -> tuple[int, int]:
-    """One forward pass and its losses, as in `des.training.loop`: bytes kept besides the weights, and the values in one embedding.
+    """Run one forward pass and the losses as `des.training.loop` does; returns the bytes kept and the values in one embedding.
 
-    Kept are the tensors that autograd saves, the embeddings, and t(u) and E(s) in fp32; each storage counts once.
+    The step keeps, besides the weights, the tensors that autograd saves, the embeddings, and t(u) and E(s) in fp32. Each storage
+    counts once.
     """
     weights = {tensor.untyped_storage()._cdata for tensor in chain(model.parameters(), model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}  # by address, which stays taken while the storage is here
+    kept: dict[int, torch.UntypedStorage] = {}  # by address, which is not reused while the storage is referenced
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage()._cdata not in weights:
@@ -165,7 +167,7 @@ def _step(model: nn.Module, read: Read, tokens: int, batch: int, autocast: torch
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention by a fused CUDA kernel, which keeps no matrix of scores; without a GPU PyTorch would choose the unfused one."""
+    """Use the fused CUDA kernel of attention, which keeps no score matrix; without a GPU, PyTorch would choose the unfused one."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         attend = _attention if func is F.scaled_dot_product_attention else func

@@ -1,8 +1,7 @@
 """Optimisers by the name of `--optimizer`.
 
-Weights in bf16 keep 8 bits of mantissa: an AdamW update of lr is lost to rounding wherever it is below 1/512 of the weight, so at
-the paper's 1e-5 most of T5 never moves. Rounding up or down at random, in proportion, keeps the mean of every update.
-`docs/t5.md` shows both in numbers.
+Weights in bf16 have 8 bits of mantissa, so an AdamW update below 1/512 of the weight is lost to rounding: at the paper's learning
+rate of 1e-5 most weights of T5 never change. Stochastic rounding keeps the mean of every update. `docs/t5.md` has measurements.
 """
 
 from collections.abc import Iterable
@@ -12,9 +11,9 @@ from torch import nn
 
 
 def make_optimizer(name: str, parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW with torch's defaults at a constant rate: torch's own, or torchao's with stochastic rounding of bf16 weights.
+    """AdamW with torch's defaults: torch's, or torchao's with stochastic rounding of bf16 weights.
 
-    `adamw_bf16_sr` keeps its two moments in the dtype of the weights, `adamw8bit` in 8 bits.
+    `adamw_bf16_sr` stores its two moments in the dtype of the weights, `adamw8bit` in 8 bits.
     """
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=learning_rate, fused=True)

@@ -8,12 +8,12 @@ from des.training.codebook import Codebook
 import torch
 from torch import Tensor
 
-SEEDS = 2**64  # a generator takes seeds below it
+SEEDS = 2**64  # seeds of a torch.Generator are below it
 
 
 @dataclass
 class Pairs:
-    """Unsafe and safe prompts as token ids, with the frozen encoder's constants that their losses need."""
+    """Unsafe and safe prompts as token ids, and the codebook rows with the constants of their losses."""
 
     unsafe_ids: Tensor  # [unsafe, tokens]
     safe_ids: Tensor  # [safe, tokens]
@@ -32,17 +32,17 @@ class Pairs:
         codebook: Codebook,
         originals: Codebook,
     ) -> "Pairs":
-        """Pairs of the safe prompts `safe`, each of which `originals` has a row for; KeyError otherwise."""
+        """Look up the row of each safe prompt in `originals`. Raises KeyError if a prompt has none."""
         row_of = {prompt: row for row, prompt in enumerate(originals.prompts)}
         safe_rows = torch.tensor([row_of[prompt] for prompt in safe])
         return cls(unsafe_ids, safe_ids, target_rows, safe_rows, codebook, originals)
 
     def __len__(self) -> int:
-        """The longer list's length; the shorter one is repeated cyclically (pairs are zipped)."""
+        """The length of the longer list; the shorter one is repeated cyclically."""
         return max(len(self.unsafe_ids), len(self.safe_ids))
 
     def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield rows (unsafe, safe) of each batch, shuffled by (seed, epoch); the last batch may be smaller."""
+        """Yield the prompt rows (unsafe [n], safe [n]) of each batch, shuffled by seed and epoch; the last batch may be smaller."""
         generator = torch.Generator().manual_seed((seed * 100_003 + epoch) % SEEDS)
         order = torch.randperm(len(self), generator=generator)
         for rows in order.split(batch_size):

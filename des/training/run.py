@@ -1,4 +1,4 @@
-"""One training run: its inputs, its targets, and the checkpoints, losses and states that it writes."""
+"""A training run: its inputs and targets, and the checkpoints, losses and states that it writes."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -36,14 +36,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Output:
-    """What a run writes into `folder`, and when."""
+    """The folder of a training run, and how often it writes checkpoints and states there."""
 
     folder: Path
-    save_format: str = "pt"  # one of des.models.checkpoints.FORMATS
+    save_format: str = "pt"  # one of des.utils.choices.CHECKPOINT_FORMATS
     save_every: int = 1  # epochs between checkpoints; the last epoch is always saved
-    save_every_steps: int | None = None  # steps between states; None for a state with each checkpoint only
+    save_every_steps: int | None = None  # steps between states; None: only one with each checkpoint
     resume: bool = False
-    report_to: Sequence[str] = ()  # of des.training.trackers.TRACKERS
+    report_to: Sequence[str] = ()  # names in des.utils.choices.TRACKERS
 
     def checkpoint(self, epoch: int) -> Path:
         """The file or folder of an epoch's checkpoint."""
@@ -51,23 +51,23 @@ class Output:
 
 
 def settings_for(dtype: torch.dtype, precision: str | None, optimizer: str | None, **given: Any) -> Settings:
-    """The hyper-parameters `given`, with the precision and optimizer that suit an encoder of `dtype` where those are None.
+    """The hyper-parameters `given`; a precision or optimizer of None becomes the default for an encoder of `dtype`.
 
-    Raises UserError for an optimizer that needs another precision.
+    Raises UserError if the optimizer does not work with the precision.
     """
     precision = precision or ("bf16_weights" if dtype == torch.bfloat16 else "fp32")
     optimizer = optimizer or ("adamw_bf16_sr" if precision == "bf16_weights" else "adamw")
     if optimizer == "adamw_bf16_sr" and precision != "bf16_weights":
         raise UserError("--optimizer adamw_bf16_sr rounds bf16 weights; it needs --precision bf16_weights")
     if optimizer == "adamw" and precision == "bf16_weights":
-        logger.warning("plain AdamW loses small updates of bf16 weights to rounding; the default optimizer does not")
+        logger.warning("AdamW loses small updates of bf16 weights to rounding; the default, adamw_bf16_sr, does not")
     return Settings(precision=precision, optimizer=optimizer, **given)
 
 
 def memory_plan(
     encoder: TextEncoder, settings: Settings, safe: int, unsafe: int, checkpointing: bool, processes: Processes
 ) -> Plan:
-    """What training on `safe` and `unsafe` prompts needs; `encoder` is on the meta device."""
+    """The memory plan of a training on `safe` and `unsafe` prompts (their numbers); `encoder` is on the meta device."""
     itemsize = DTYPES[dtype_name(encoder)][0].itemsize
     make_trainable(encoder.model, settings)
     return make_plan(
@@ -78,7 +78,7 @@ def memory_plan(
 
 
 def frozen_concept(encoder: TextEncoder, prompts: Sequence[str], scale: float, ratio: float | None = None) -> losses.Concept:
-    """n = E(concept prompts) and e0 = E("") of the encoder before training; alpha is `scale`, or `ratio` * |n| if given."""
+    """n = E(concept prompts) and e0 = E("") of the encoder before training; alpha is `scale`, or `ratio` * |n| if that is given."""
     prompts = [*prompts, ""]
     *concepts, e0 = next(encoder.encode(prompts, len(prompts))).float().clone()
     n = losses.joint(torch.stack(concepts))
@@ -94,7 +94,7 @@ def shared_targets(
     recompute: bool,
     **choice: Any,
 ) -> Tensor:
-    """`find_targets` for all processes: the main one searches, and the others read its file. `choice` goes to `find_targets`."""
+    """`find_targets` in several processes: the main one searches, the others read its file. `choice` is passed to `find_targets`."""
     if processes.is_main:
         find_targets(path, codebook, encoder, unsafe, recompute=recompute, **choice)
     processes.wait()
@@ -104,7 +104,7 @@ def shared_targets(
 def safe_originals(
     processes: Processes, folder: Path, codebook: Codebook, encoder: TextEncoder, safe: list[str], batch_size: int, made_by: Any
 ) -> Codebook:
-    """A codebook with E(s) of every safe prompt: `codebook`, or where it lacks some, one that is written into `folder` now."""
+    """A codebook with E(s) of every safe prompt: `codebook` if it has them all, else one that this call writes into `folder`."""
     if set(safe) <= set(codebook.prompts):
         return codebook
     if processes.is_main:
@@ -154,7 +154,7 @@ def fit(
 ) -> None:
     """Train `encoder`, from the start or from an interrupted run's state, and write checkpoints, losses and states.
 
-    `facts` go into each checkpoint's metadata. Raises UserError where the folder holds checkpoints of a run with other inputs.
+    `facts` go into the metadata of each checkpoint. Raises UserError if the folder holds checkpoints of a run with other inputs.
     """
     inputs = training_inputs(encoder, pairs, concept, concept_prompts, settings, processes)
     refuse_other_runs(output.folder, inputs)
@@ -187,7 +187,7 @@ def fit(
 
 
 class _Saver:
-    """Writes the checkpoint of an epoch, with what training did to the embeddings in its metadata. Made before training."""
+    """Writes checkpoints, with the change of the embeddings in their metadata. Create it before training."""
 
     def __init__(
         self,
@@ -204,7 +204,7 @@ class _Saver:
         self.untrained = sha256_tensors(plain_names(encoder.model.state_dict()), trained_dtype(settings))
 
     def __call__(self, epoch: int, trained: TextEncoder) -> Path | None:
-        """Write the checkpoint of `epoch` and return its path; None for an epoch without one. Every process must call it."""
+        """Write the checkpoint of `epoch` and return its path, or None for an epoch without one. Every process must call it."""
         last = epoch == self.last_epoch
         if not last and epoch % self.output.save_every:
             return None

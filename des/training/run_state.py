@@ -1,4 +1,4 @@
-"""The state of a training run on disk: an interrupted run resumes from it, to the same weights bit for bit on a CPU."""
+"""The state of a training run on disk, from which an interrupted run resumes; on a CPU, to the same weights bit for bit."""
 
 import contextlib
 import json
@@ -25,14 +25,14 @@ _RESTART = "leave out --resume to start from scratch"
 
 @dataclass
 class Progress:
-    """How far training is."""
+    """How far training has come."""
 
-    done: int = 0  # steps of all epochs
+    done: int = 0  # finished steps, of all epochs
     sums: dict[str, float] = field(default_factory=dict)  # each loss, summed over the epoch's pairs so far
-    checkpoint: str | None = None  # the last one that was written
+    checkpoint: str | None = None  # path of the last one
 
     def add(self, values: Mapping[str, float], pairs: int) -> None:
-        """Count one more step, whose mean losses over its `pairs` are `values`."""
+        """Count a step of `pairs` pairs with the mean losses `values`."""
         self.done += 1
         self.sums = {name: self.sums.get(name, 0.0) + value * pairs for name, value in values.items()}
 
@@ -41,7 +41,7 @@ class RunState:
     """The file state.pt of a run: its progress, the weights, the optimizer's state, and every process's random state.
 
     `inputs` is everything the weights depend on; the state of a run with other inputs is refused. `every` is the number of steps
-    between states within an epoch, None for none. All processes hold equal weights, and the main one writes the file.
+    between states within an epoch; with None, states are saved with checkpoints only. The main process writes the file.
     """
 
     def __init__(self, path: Path, inputs: Mapping[str, Any], processes: Processes, every: int | None = None):
@@ -50,12 +50,12 @@ class RunState:
         self.processes = processes
         self.every = every
         self._found: dict[str, Any] | None = None
-        self._abandoned = False  # the file is of an earlier run, which this run does not resume
+        self._abandoned = False  # whether the file is of an earlier run, which is not resumed
 
     def start(self, resume: bool, final: Path) -> int | None:
-        """The number of steps that are done already; None where `resume` finds `final`, the checkpoint of the last epoch.
+        """The number of finished steps, or None if `resume` is set and `final`, the checkpoint of the last epoch, exists.
 
-        Reads the state for `restore`. Without `resume` an old state is kept until the first step (`begin`). Raises UserError where
+        Reads the state for `restore`. Without `resume`, an old state is kept until the first step (`begin`). Raises UserError if
         `resume` finds the files of another run, or a damaged state.
         """
         found = self.path.exists()
@@ -65,10 +65,10 @@ class RunState:
             self._abandoned = found
             return 0
         if final.exists() and self._is_finished(final, found):
-            logger.info("nothing to do: training is finished, and its encoder is in %s", final)
+            logger.info("nothing to do: training is finished; its encoder is %s", final)
             return None
         if not found:
-            logger.info("there is no %s to resume from; starting from the beginning", self.path)
+            logger.info("there is no %s to resume from; starting from scratch", self.path)
             return 0
         self._found = self._read()
         done = self._found["point"]["done"]
@@ -76,7 +76,7 @@ class RunState:
         return done
 
     def _is_finished(self, final: Path, state_exists: bool) -> bool:
-        """Whether `final` is this run's last checkpoint; UserError where it is another run's, and no state says otherwise."""
+        """Whether `final` is this run's last checkpoint. Raises UserError if it is another run's and no state exists."""
         before = read_metadata(final).get("made_from")
         differs = changes(before, self.inputs) if before else "version of this program"
         if differs and not state_exists:
@@ -88,7 +88,7 @@ class RunState:
         return False
 
     def restore(self, model: nn.Module, optimizer: Optimizer) -> Progress:
-        """Load the state that `start` found, if any, into `model` (not wrapped), its optimizer and the random generators."""
+        """Load the state that `start` read, if any, into `model` (not wrapped), the optimizer and the random generators."""
         if self._found is None:
             return Progress()
         found, self._found = self._found, None
@@ -98,17 +98,17 @@ class RunState:
         return Progress(**found["point"])
 
     def begin(self) -> None:
-        """Remove an earlier run's state; to be called after the first step, so that a run that fails before it loses nothing."""
+        """Remove an earlier run's state. Call it after the first step, so that a run that fails earlier loses nothing."""
         if self._abandoned:
             self.remove()
             self._abandoned = False
 
     def due(self, progress: Progress) -> bool:
-        """Whether a state is to be saved after this step."""
+        """Whether to save a state after this step."""
         return self.every is not None and progress.done % self.every == 0
 
     def save(self, progress: Progress, model: nn.Module, optimizer: Optimizer) -> None:
-        """Write the state atomically; every process must call it."""
+        """Write the state atomically. Every process must call it."""
         random = self.processes.gather(_random_state(model))
         if self.processes.is_main:
             content = {"made_from": self.inputs, "point": asdict(progress), "random": random}
@@ -118,7 +118,7 @@ class RunState:
         self.processes.wait()
 
     def remove(self) -> None:
-        """Remove the state of a run that is finished or abandoned."""
+        """Remove the file."""
         if self.processes.is_main:
             self.path.unlink(missing_ok=True)
 
@@ -127,10 +127,10 @@ class RunState:
         with contextlib.suppress(Exception):  # damaged bytes raise errors of many classes; read_pt below reports them
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(self.path)
             if any(name.startswith("torchao") for name in unsafe):
-                import torchao.optim  # noqa: F401  makes torch.load know its class of 8-bit moments
+                import torchao.optim  # noqa: F401  registers its class of 8-bit moments with torch.load
         content = read_pt(self.path)
         if not isinstance(content, dict) or content.keys() != _CONTENT:
-            raise UserError(f"{self.path} is damaged, or no state that this version can read; {_RESTART}")
+            raise UserError(f"{self.path} is damaged, or not a state that this version can read; {_RESTART}")
         differs = changes(content["made_from"], self.inputs)
         if differs:
             raise UserError(f"the state in {self.path} is of a run with another {differs}; {_RESTART}")
@@ -138,7 +138,7 @@ class RunState:
 
 
 def refuse_other_runs(run_dir: Path, inputs: Mapping[str, Any]) -> None:
-    """Raise UserError where `run_dir` holds checkpoints of a run with other inputs, which this run's would be mixed with."""
+    """Raise UserError if `run_dir` holds checkpoints of a run with other inputs, so that runs never mix in one folder."""
     found = set()
     for path in run_dir.glob("checkpoint-*"):
         name = path.name.removesuffix("-metadata.json")
@@ -152,9 +152,9 @@ def refuse_other_runs(run_dir: Path, inputs: Mapping[str, Any]) -> None:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The inputs that differ, in words, with both values where they are short; empty where none does.
+    """The names of the inputs that differ, with both values if they are short; an empty text if none differs.
 
-    Records of earlier versions lack some inputs (`des.utils.resume.ADDED`), which then count as equal.
+    Inputs that records of earlier versions lack (`des.utils.resume.ADDED`) count as equal.
     """
     differ = set(differing(before, now))
 
@@ -167,9 +167,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def open_metrics(path: Path, done: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Give a function that appends a step's losses to metrics.jsonl, whose first `done` lines are kept.
+    """Yield a function that appends the losses of a step to metrics.jsonl, of which the first `done` lines are kept.
 
-    The other lines are of steps that are repeated. They are removed at the first step, so that a run that fails before it loses
+    The other lines are of steps that are repeated. They are removed at the first step, so that a run that fails earlier loses
     nothing.
     """
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""How far training moved the embeddings of prompts: the figures of a checkpoint's metadata and of the last log lines."""
+"""How far training moved the embeddings of prompts, for a checkpoint's metadata and the log."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +14,12 @@ from des.utils.logs import logger
 import torch
 from torch import Tensor
 
-_PROMPTS = 256  # of each list at most
-_BYTES = 256 * 2**20  # fp32 embeddings of each list at most
+_PROMPTS = 256  # at most, of each list
+_BYTES = 256 * 2**20  # of fp32 embeddings at most, of each list
 
 
 class Summary:
-    """What training did to the embeddings, measured on evenly spaced prompts; made before training."""
+    """Measures how training changes the embeddings of evenly spaced prompts. Create it before training."""
 
     def __init__(self, encoder: TextEncoder, pairs: Pairs, batch_size: int, concept_prompts: Sequence[str]):
         rows, hidden = encoder.shape()
@@ -38,12 +38,11 @@ class Summary:
             yield encoder(batch)
 
     def after(self, encoder: TextEncoder, concept: losses.Concept) -> dict[str, Any]:
-        """Mean cosines now, how many codebook rows serve as targets, and the shift that all safe embeddings share.
+        """Mean cosine similarities after training, the number of different targets, and the common shift of safe embeddings.
 
-        `shift` is `des.models.shift`'s measure on the concept and neutral prompts.
-
-        `safe_shift` is the norm of the mean of E~(s) - E(s) over the mean norm of E(s), `safe_shift_along_concept` its cosine
-        to n^: SEP's concept term draws safe embeddings away from the concept, and a large shift costs benign images.
+        `safe_shift` is the norm of the mean of E~(s) - E(s), divided by the mean norm of E(s); `safe_shift_along_concept` is the
+        cosine of that mean to n^. SEP's concept term moves safe embeddings away from the concept, and a large shift lowers the
+        quality of benign images. `shift` is the measure of `des.models.shift` on the concept and neutral prompts.
         """
         safe = torch.cat([batch.cpu() for batch in self._encode(encoder, self.pairs.safe_ids[self.safe])])
         unsafe = torch.cat([batch.cpu() for batch in self._encode(encoder, self.pairs.unsafe_ids[self.unsafe])])
@@ -65,7 +64,7 @@ class Summary:
 
 
 def log_summary(after: Mapping[str, Any], checkpoint: Path) -> None:
-    """Log the figures of `Summary.after`, and whether `checkpoint` protects."""
+    """Log the figures of `Summary.after`, and the path of the checkpoint."""
     message = (
         "mean cosine: safe to original %(cos_safe_to_original).4f (%(safe_prompts)d prompts), unsafe to original "
         "%(cos_unsafe_to_original).4f, unsafe to target %(cos_unsafe_to_target).4f (%(unsafe_prompts)d prompts)"

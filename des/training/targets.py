@@ -15,7 +15,7 @@ from des.utils.resume import PartialFile, differing
 import torch
 from torch import Tensor
 
-_QUERY_BYTES = {"cuda": 2 * 2**30}  # queries, in fp32, that one pass over the codebook serves; elsewhere one batch
+_QUERY_BYTES = {"cuda": 2 * 2**30}  # fp32 queries for each pass over the codebook; on other devices one batch
 
 
 def find_targets(
@@ -28,11 +28,11 @@ def find_targets(
     choice: str = "lowest",
     seed: int = 42,
 ) -> Tensor:
-    """The codebook row of each unsafe prompt's target, [unsafe], kept in `path` with the hashes it depends on.
+    """The codebook row of each unsafe prompt's target, [unsafe], saved in `path` with the hashes that it depends on.
 
     `choice` is one of TARGETS: the most distant row (the paper's), the nearest one, or a random one drawn from `seed` (ablations).
-    An interrupted search resumes after the last group of prompts in `{path}.part`. Raises UserError where `path` holds something
-    else or was made from other inputs, unless `recompute`, and while another process writes it.
+    An interrupted search resumes after the last group of prompts in `{path}.part`. Raises UserError if `path` is another kind of
+    file or was made from other inputs, unless `recompute` is set, and while another process writes it.
     """
     hashes = dependencies(encoder, unsafe) | {"codebook": codebook.hashes["rows"]}
     if choice != "lowest":
@@ -55,7 +55,7 @@ def find_targets(
 def _search(
     part: PartialFile, codebook: Codebook, encoder: TextEncoder, unsafe: list[str], batch_size: int, nearest: bool
 ) -> Tensor:
-    """Row numbers [unsafe], written to `part` group by group."""
+    """Search the target rows [unsafe], and write them to `part` group by group."""
     if part.rows:
         logger.info("%d of %d targets are found already; resuming after them", part.rows, len(unsafe))
     with progress(None, desc="targets", total=len(unsafe), initial=part.rows, unit="prompt") as bar:
@@ -67,7 +67,7 @@ def _search(
 
 
 def _grouped(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Join batches up to `_QUERY_BYTES`, so that fewer passes over the codebook serve all queries."""
+    """Join batches up to `_QUERY_BYTES`, so that the search needs fewer passes over the codebook."""
     group: list[Tensor] = []
     for batch in batches:
         group.append(batch)
@@ -79,7 +79,7 @@ def _grouped(batches: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _read_targets(path: Path, hashes: dict[str, str], rows: int) -> Tensor:
-    """The targets in `path`; UserError where they were made from other inputs, or changed since."""
+    """Read the targets in `path`. Raises UserError if they were made from other inputs, or were changed since."""
     again = "pass --recompute_targets or name another --safe_embedding_path"
     content = read_pt(path)
     whole = isinstance(content, dict) and {"indices", "hashes", "sha256"} <= content.keys()
@@ -88,7 +88,7 @@ def _read_targets(path: Path, hashes: dict[str, str], rows: int) -> Tensor:
     indices, made_from = content["indices"], content["hashes"]
     changed = differing(made_from, hashes)
     if changed:
-        raise UserError(f"{path} is stale: another {' and another '.join(changed)} made it; {again}")
+        raise UserError(f"{path} is stale: it was made from another {' and another '.join(changed)}; {again}")
     if content["sha256"] != sha256_tensors({"indices": indices}) or not ((indices >= 0) & (indices < rows)).all():
         raise UserError(f"{path} was changed since it was written; {again}")
     return indices

@@ -1,4 +1,4 @@
-"""Experiment trackers (accelerate's) that get a training run's losses, as its metrics.jsonl does."""
+"""Experiment trackers of accelerate, which get the losses of each step as metrics.jsonl does."""
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,13 +23,13 @@ def check_trackers(names: Sequence[str]) -> None:
 def tracking(
     names: Sequence[str], run_dir: Path, config: Mapping[str, Any], done: int = 0
 ) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """Start trackers, and give a function that takes each step's losses with its `step`; they are finished at the end.
+    """Start trackers, and yield a function that logs the losses of a step, with its number as `step`; finish them at the end.
 
-    TensorBoard's files go to run_dir/tensorboard, where the first step replaces those after `done`; wandb's, of the
-    project "des", to run_dir/wandb. Raises UserError where a tracker cannot start.
+    TensorBoard writes into run_dir/tensorboard, where steps after `done` are replaced; wandb, with the project name "des", into
+    run_dir/wandb. Raises UserError if a tracker cannot start.
     """
     if names:
-        PartialState(cpu=True)  # accelerate's trackers need one; several processes have it already, and it is left unchanged
+        PartialState(cpu=True)  # trackers need one; where several processes have set it up already, this changes nothing
     plain = {name: value if isinstance(value, str | int | float) else str(value) for name, value in config.items()}
     with ExitStack() as stack:
         trackers: list[GeneralTracker] = []
@@ -39,8 +39,8 @@ def tracking(
                 stack.callback(trackers[-1].finish)
         waiting = ["tensorboard"] if "tensorboard" in names else []
 
-        # TensorBoard hides an earlier run's later steps as soon as it starts. It starts with the first step, so that a run that fails
-        # before it hides nothing.
+        # TensorBoard hides the later steps of an earlier run as soon as it starts. So it starts with the first step: a run that fails
+        # earlier hides nothing.
         def log(step: Mapping[str, float]) -> None:
             while waiting:
                 trackers.append(_start(waiting.pop(), run_dir, plain, done))
@@ -62,7 +62,7 @@ def _start(name: str, run_dir: Path, config: dict[str, Any], done: int) -> Gener
         if name == "tensorboard":
             tracker.tracker.add_text("settings", "\n\n".join(f"{key}: {value}" for key, value in config.items()))
         return tracker
-    except Exception as error:  # wandb raises errors of many classes where it has no account or network
+    except Exception as error:  # wandb raises errors of many classes if it has no account or network
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = "; `wandb login` first, or set WANDB_MODE=offline" if name == "wandb" else ""
         raise UserError(f"--report_to {name} could not start: {reason}{hint}") from None

@@ -1,1 +1,1 @@
-"""The shared utils module: what every script and room uses. It imports nothing else of `des`."""
+"""Utilities for all scripts and packages; they import nothing else of `des`."""

@@ -1,4 +1,4 @@
-"""Options that several scripts share, argument types, and how a script ends with an error."""
+"""Command lines: options that several scripts share, argument types, and exit on errors."""
 
 import argparse
 import math
@@ -13,31 +13,31 @@ from des.utils.logs import logger
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows range and default after each option, and keeps the line breaks of the script's docstring."""
+    """Shows the range and default of each option, and keeps the line breaks of the script's docstring."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        told, default = action.help or "", action.default
+        text, default = action.help or "", action.default
         facts = [action.type.range] if hasattr(action.type, "range") else []
-        if facts and "(default" in told:
-            return told.replace("(default", f"({facts[0]}; default", 1)
+        if facts and "(default" in text:
+            return text.replace("(default", f"({facts[0]}; default", 1)
         flagged = action.nargs == 0 or default is None or default is argparse.SUPPRESS or default == []
-        if action.option_strings and not flagged and "(default" not in told:
+        if action.option_strings and not flagged and "(default" not in text:
             value = " ".join(map(str, default)) if isinstance(default, list) else str(default)
             facts.append("default: " + value.replace("%", "%%"))
-        return f"{told} ({'; '.join(facts)})" if facts else told
+        return f"{text} ({'; '.join(facts)})" if facts else text
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main`, and turn errors the user can fix into one line on stderr and a non-zero exit status."""
+    """Call a script's `main`. Errors the user can fix become one line on stderr and a non-zero exit status."""
     try:
         main()
     except UserError as error:
-        logger.debug("error: %s", error)  # for --log_file; exit prints it
+        logger.debug("error: %s", error)  # for log files; sys.exit prints it
         sys.exit(f"error: {error}")
     except UnicodeError:
-        sys.exit("error: a name or text on the command line is not in UTF-8, as models and result files need it")
+        sys.exit("error: a name or text on the command line is not valid UTF-8, which models and result files need")
     except (RuntimeError, MemoryError) as error:
-        is_torch = type(error).__name__ == "OutOfMemoryError"  # torch's, which need not be loaded to tell
+        is_torch = type(error).__name__ == "OutOfMemoryError"  # torch's class, which may not be imported
         if not (is_torch or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
             raise
         sys.exit("error: memory ran out; use a smaller --batch_size, smaller images, or another --device")
@@ -47,15 +47,15 @@ def run(main: Callable[[], None]) -> None:
         sys.exit("interrupted; finished files are kept")
 
 
-_LARGEST = 2**63 - 1  # what Python counts with; and seeds, to which rows and copies are added, end at 2^64
+_LARGEST = 2**63 - 1  # of sizes and counts; seeds, to which rows and copies are added, must stay below 2^64
 
 
 def number(kind: type, low: float, high: float = math.inf, low_open: bool = False) -> Callable[[str], float]:
-    """Return an argparse type: a finite `kind` (int or float) within low..high (`low_open`: low itself is refused)."""
+    """Return an argparse type: a finite `kind` (int or float) from `low` to `high`; with `low_open`, `low` itself is refused."""
 
     def parse(text: str):
         value = kind(text)
-        if not low <= value <= high or abs(value) == math.inf or (low_open and value == low):  # NaN is in no range
+        if not low <= value <= high or abs(value) == math.inf or (low_open and value == low):  # NaN fails the comparison
             raise argparse.ArgumentTypeError(f"{text} is outside its range: {parse.range}")
         return value
 
@@ -70,44 +70,44 @@ natural = number(int, 0, _LARGEST)
 
 
 def output_file(text: str) -> Path:
-    """An argparse type for a file that will be written: no folder, and below no file."""
+    """An argparse type for a file that will be written; refuses a folder, and a path below a file."""
     path = Path(text)
     if not text.strip() or text.endswith(("/", os.sep)) or path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder, and a file is written there; name a file")
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder, but a file is written there; name a file")
     return _below_folders(path)
 
 
 def output_folder(text: str) -> Path:
-    """An argparse type for a folder that will be written into: no file, and below no file."""
+    """An argparse type for an output folder; refuses a file, and a path below a file."""
     path = Path(text)
     if not text.strip() or (path.exists() and not path.is_dir()):
-        raise argparse.ArgumentTypeError(f"{text!r} is a file, and a folder is written there; name a folder")
+        raise argparse.ArgumentTypeError(f"{text!r} is a file, but a folder is written there; name a folder")
     return _below_folders(path)
 
 
 def _below_folders(path: Path) -> Path:
     above = next((parent for parent in path.parents if parent.exists()), None)
     if above is not None and not above.is_dir():
-        raise argparse.ArgumentTypeError(f"{str(path)!r} cannot be written, because {above} is a file; name another place")
+        raise argparse.ArgumentTypeError(f"{str(path)!r} cannot be written, because {above} is a file; name another path")
     return path
 
 
 def file_stem(text: str) -> str:
-    """An argparse type for a file's name without folder or suffix."""
+    """An argparse type for a file name without folder and suffix."""
     if not text.strip() or text.startswith(".") or Path(text).name != text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file name")
     return text
 
 
 def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
-    """Raise UserError where a file to be written is a folder, or one of the inputs, or written twice; None is no file."""
+    """Raise UserError if an output file is a folder, one of the inputs, or named twice; None stands for no file."""
     read = {path.resolve() for path in inputs if path is not None}
     written: set[Path] = set()
     for path in filter(None, outputs):
         if path.is_dir():
-            raise UserError(f"{path} is a folder, and a file is written there; name another output")
+            raise UserError(f"{path} is a folder, but a file is written there; name another output")
         if path.resolve() in read:
-            raise UserError(f"{path} would be written, and is an input or the log; name another output")
+            raise UserError(f"{path} would be overwritten, but it is an input or the log; name another output")
         if path.resolve() in written:
             raise UserError(f"{path} would be written twice; name different outputs")
         written.add(path.resolve())
@@ -120,7 +120,7 @@ _DEVICE = re.compile(rf"(?:{'|'.join(DEVICES)})(?::\d+)?|\d+")
 def device_name(text: str) -> str:
     """An argparse type for the name of a device: `cpu`, `cuda`, `cuda:1`, `mps`, or a bare CUDA index such as `0`."""
     if not _DEVICE.fullmatch(text) or not text.isascii():
-        raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu, cuda:0, cuda:1, …")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; use cpu, cuda:0, cuda:1, …")
     return f"cuda:{text}" if text.isdigit() else text
 
 
@@ -131,9 +131,9 @@ def add_device(parser: argparse._ActionsContainer, flag: str = "--device") -> No
 
 
 def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """Replace `args.device`, a name or None for the default, by a torch.device; end with a usage error if it cannot be used.
+    """Replace `args.device` (a name, or None for the default) by a torch.device, and exit with a usage error if it is unusable.
 
-    Scripts call this after all other options are checked, because it loads torch.
+    Call this after all other options are checked, because it imports torch.
     """
     import torch
 
@@ -143,7 +143,7 @@ def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> a
         torch.empty(0, device=args.device)
     except (RuntimeError, ValueError, OverflowError, AssertionError, NotImplementedError):
         flag = next(action.option_strings[0] for action in parser._actions if action.dest == "device")
-        parser.error(f"argument {flag}: {name!r} is not there, or this PyTorch cannot use it; cpu always works")
+        parser.error(f"argument {flag}: {name!r} does not exist, or this PyTorch cannot use it; cpu always works")
     return args
 
 
@@ -198,7 +198,7 @@ def add_log_file(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def make_deterministic() -> None:
-    """Use deterministic algorithms only; to be called before the first matrix product on a GPU, which starts cuBLAS."""
+    """Use deterministic algorithms only. Call this before the first matrix product on a GPU, which starts cuBLAS."""
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

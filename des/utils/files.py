@@ -14,17 +14,13 @@ from des.utils.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-
-if TYPE_CHECKING:
-    import torch
-
-_NOT_WRITTEN = ("inline_container", "iostream", "I/O error")
-RESERVED = ("run", "manifest", "clipscore", "metrics")  # files that a folder of images or a run has by these names
+_NOT_WRITTEN = ("inline_container", "iostream", "I/O error")  # in messages of torch and safetensors when a write fails
+RESERVED = ("run", "manifest", "clipscore", "metrics")  # names of other files of an image folder or a training run
 _OF_A_RESULT = (".txt", ".json", ".csv")
 
 
 class ResultPaths(NamedTuple):
-    """The files of one result: a readable text, its numbers, and a table with one row an image where there is one."""
+    """The files of one result: a text, its numbers, and for some results a table with one row per image."""
 
     text: Path
     json: Path
@@ -34,8 +30,8 @@ class ResultPaths(NamedTuple):
 def result_paths(output: Path) -> ResultPaths:
     """The three files of a result named `output`, with or without one of their suffixes or .md.
 
-    Another suffix is a part of the name: the numbers of `fid_0.3` are in `fid_0.3.json`. The text is in `output` itself, unless
-    that is the name of the numbers or the table.
+    Another suffix is part of the name: the numbers of `fid_0.3` are in `fid_0.3.json`. The text is in `output` itself, unless that
+    ends in .json or .csv.
     """
     suffix = output.suffix.lower()
     stem = output.name[: -len(suffix)] if suffix in (*_OF_A_RESULT, ".md") else output.name
@@ -44,16 +40,16 @@ def result_paths(output: Path) -> ResultPaths:
 
 
 def is_reserved(stem: str) -> bool:
-    """Whether a result of this name would take the place of another file of an image folder, an image's card included."""
+    """Whether a result of this name would overwrite another file of an image folder, such as the JSON file of an image."""
     return stem.lower() in RESERVED or bool(re.search(r"_\d+p(_\d+)?$", stem))
 
 
 @contextlib.contextmanager
 def replacing(path: Path, replace_folder: bool = False) -> Iterator[Path]:
-    """Give a temporary name beside `path` for a file or folder; it replaces `path` on success, and is removed on failure.
+    """Yield a temporary path beside `path` for a file or folder; it is renamed to `path` on success, and removed on failure.
 
-    A folder at `path` is replaced only with `replace_folder`, for a caller that knows that this program made it; otherwise UserError
-    is raised and the folder is kept. What torch and safetensors raise where they cannot write becomes an OSError.
+    Raises UserError if `path` is a folder, unless `replace_folder` is set, which is for folders that this program made. Errors of
+    torch and safetensors for a failed write become an OSError.
     """
     _refuse_folder(path, replace_folder)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,13 +78,13 @@ def replacing(path: Path, replace_folder: bool = False) -> Iterator[Path]:
 
 
 def _is_write_error(error: Exception) -> bool:
-    """Whether an error is of a class that torch (RuntimeError) or safetensors raise where they cannot write."""
+    """Whether an error is of a class that torch (RuntimeError) or safetensors raise for a failed write."""
     return isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
 
 
 def _refuse_folder(path: Path, replace_folder: bool) -> None:
     if path.is_dir() and not replace_folder:
-        raise UserError(f"{path} is a folder, which is not replaced; give another name, or move it away")
+        raise UserError(f"{path} is a folder, which is not replaced; choose another name, or move it away")
 
 
 def _remove(path: Path) -> None:
@@ -99,13 +95,13 @@ def _remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically; a file name's bytes that are not UTF-8 become `\\udc..`, which JSON reads back."""
+    """Write a text file atomically; bytes of file names that are not UTF-8 are written as `\\udc..`, which JSON reads back."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically; paths and devices become strings."""
+    """Write a JSON file atomically; paths and devices become strings."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
@@ -116,12 +112,12 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_texts(texts: Iterable[str]) -> str:
-    """The sha256 of a list of texts; order counts, and no two different lists share one."""
+    """The sha256 of a list of texts. It depends on the order, and on where one text ends and the next begins."""
     return hashlib.sha256(json.dumps(list(texts), ensure_ascii=True).encode()).hexdigest()
 
 
 def sha256_tensors(tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype | None" = None) -> str:
-    """The sha256 of named tensors, cast to `dtype` if given: names, types, shapes and values, whatever their order or device."""
+    """The sha256 of named tensors (names, dtypes, shapes, values), cast to `dtype` if given; order and device do not matter."""
     import torch
 
     digest = hashlib.sha256()
@@ -130,8 +126,3 @@ def sha256_tensors(tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype | 
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def findings_sha256(content: Mapping[str, Any]) -> str:
-    """The checksum of a detector's result (its JSON): its images with their findings, and the detector's facts."""
-    return sha256_texts([json.dumps([content["images"], content["detector"]], sort_keys=True, default=str)])

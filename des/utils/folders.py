@@ -1,4 +1,4 @@
-"""Walking folders of images and results: files and folders whose name starts with a dot are hidden and never count."""
+"""Walking folders of images and results. Files and folders whose name starts with a dot are hidden, and are skipped."""
 
 import os
 from collections.abc import Iterator
@@ -11,17 +11,16 @@ def is_hidden(name: str) -> bool:
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Each folder from `folder` down, with the sorted names of its subfolders and files; nothing hidden below `folder` itself.
+    """Yield `folder` and every folder below it, each with the sorted names of its subfolders and files, without hidden ones.
 
-    `folder` may be hidden or lie below a hidden folder. Links are named and not followed. Raises OSError for a subfolder that
-    cannot be listed.
+    `folder` itself may be hidden. Symbolic links are listed, and not followed. Raises OSError if a folder cannot be listed.
     """
 
     def fail(error: OSError) -> None:
         raise error
 
     for place, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = sorted(name for name in folders if not is_hidden(name))  # in place: os.walk descends into what is left
+        folders[:] = sorted(name for name in folders if not is_hidden(name))  # in place, because os.walk reads this list
         yield Path(place), list(folders), sorted(name for name in files if not is_hidden(name))
 
 

@@ -1,4 +1,4 @@
-"""Locks of output files, held by living processes only: the operating system drops them when a process dies."""
+"""Locks of output folders. The operating system releases a lock when its process ends, however it ends."""
 
 import errno
 import os
@@ -14,17 +14,18 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-_REFUSED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # what NFS and Lustre answer where they do not lock
-_descriptors: dict[Path, int] = {}  # stay open: closing any descriptor of a file drops all locks that the process has on it
+_REFUSED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # errors of NFS and Lustre without lock support
+_descriptors: dict[Path, int] = {}  # they stay open, because closing one releases all locks of the process on that file
 
 
 @contextmanager
 def locked(path: Path, what: str, start: int = 0, length: int = 0, wait: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock of the file `path`, which stays behind empty; UserError at once where another process has it.
+    """Hold an exclusive lock on the file `path` inside this block; the file is made empty and stays behind.
 
-    With `wait`, wait for that process instead. `what` says in the error what is being made in the file's folder. With a `length`,
-    only the bytes from `start` on are locked, so that processes with disjoint ranges share one file. Locks keep processes apart,
-    not parts of one process. Where the file system refuses locks, a warning names the file and the block runs without one.
+    Raises UserError if another process holds the lock; with `wait`, waits for it instead. `what` names in the error what is being
+    made in the file's folder. With a `length`, only that many bytes from `start` on are locked, so that processes with disjoint
+    ranges can share one file. A lock does not exclude other threads of the same process. On a file system without locks a warning
+    is logged, and the block runs unlocked.
     """
     if fcntl is None:
         raise UserError(
@@ -41,7 +42,7 @@ def locked(path: Path, what: str, start: int = 0, length: int = 0, wait: bool = 
         if error.errno not in _REFUSED:
             raise
         held = False
-        logger.warning("%s cannot be locked on this file system: start no second process that makes %s there", path, what)
+        logger.warning("%s cannot be locked on this file system: do not start a second process that makes %s there", path, what)
     try:
         yield
     finally:
@@ -50,7 +51,7 @@ def locked(path: Path, what: str, start: int = 0, length: int = 0, wait: bool = 
 
 
 def _descriptor(path: Path) -> int:
-    """The one descriptor that this process has of a lock file, which is made where it is missing."""
+    """This process's descriptor of a lock file, which is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path = path.resolve()
     known = _descriptors.get(path)

@@ -1,4 +1,4 @@
-"""This process among those of `accelerate launch`, or alone."""
+"""The processes that `accelerate launch` started, or one process alone."""
 
 import os
 from collections.abc import Iterator
@@ -18,15 +18,14 @@ _SUPPORTED = (DistributedType.NO, DistributedType.FSDP)  # and all that begin wi
 
 
 def _launched_count() -> int:
-    """How many processes a launcher says it started, 1 without one.
+    """The number of processes that a launcher started; 1 without a launcher.
 
-    Clusters set WORLD_SIZE for jobs that no launcher started (Kubeflow, sbatch scripts). Each of these would take a share of
-    the work and nobody the rest. Launchers set LOCAL_RANK too, and accelerate looks at both, as torch does.
-    Raises UserError that names the variable to unset.
+    Some clusters (Kubeflow, sbatch scripts) set WORLD_SIZE for jobs that no launcher started. Such a job would do its share of the
+    work only. Launchers set RANK and LOCAL_RANK as well, so both are required. Raises UserError that names the variable to unset.
     """
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"WORLD_SIZE is {text!r}, which is no number of processes; unset WORLD_SIZE")
+        raise UserError(f"WORLD_SIZE is {text!r}, which is not a number of processes; unset WORLD_SIZE")
     count = int(text)
     lacking = [name for name in ("RANK", "LOCAL_RANK") if not os.environ.get(name, "").isdecimal()]
     if count > 1 and lacking:
@@ -34,14 +33,17 @@ def _launched_count() -> int:
             f"WORLD_SIZE is {count}, but {' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not set, so no launcher "
             "started this process; unset WORLD_SIZE, or start the script with accelerate launch"
         )
-    for kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):  # with one process too, where accelerate is not asked
+    for kind in (
+        DistributedType.DEEPSPEED,
+        DistributedType.MEGATRON_LM,
+    ):  # accelerate, which knows this, is not used for one process
         if os.environ.get(f"ACCELERATE_USE_{kind.value}", "").lower() in ("1", "true", "yes", "on", "y", "t"):
             _check_type(kind)
     return count
 
 
 def _check_type(kind: DistributedType) -> None:
-    """UserError for a way to distribute whose optimiser or model this code does not handle."""
+    """Raise UserError for a kind of distributed training that this code does not support."""
     if kind not in _SUPPORTED and not kind.value.startswith("MULTI_"):
         raise UserError(
             f"accelerate is configured for {kind.value}, which is not supported; choose no distribution, multi-GPU, "
@@ -50,17 +52,19 @@ def _check_type(kind: DistributedType) -> None:
 
 
 class Processes:
-    """How many processes share the work, which of them this is, and the device it uses.
+    """The number of processes that share the work, the rank of this one, and its device.
 
-    Alone, `device` is the one asked for. Under `accelerate launch` every process gets its own, and a model is replicated or
-    sharded (FSDP) as `accelerate`'s configuration says. `all_trained` says that every parameter gets a gradient.
+    One process uses the given `device`. Under `accelerate launch` each process has a device of its node, and a model is replicated
+    or sharded (FSDP) as accelerate is configured. `all_trained` says that every parameter gets a gradient.
     """
 
     def __init__(self, device: torch.device, all_trained: bool = True):
         launched = _launched_count()
         self._accelerator: Accelerator | None = None
         if launched > 1:
-            patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while one searches the targets
+            patience = InitProcessGroupKwargs(
+                timeout=timedelta(hours=12)
+            )  # the others wait while the main process searches the targets
             replicas = DistributedDataParallelKwargs(find_unused_parameters=not all_trained, gradient_as_bucket_view=True)
             self._accelerator = Accelerator(
                 cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[replicas, patience]
@@ -81,7 +85,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes what all of them share."""
+        """Whether this process writes the files that all of them share."""
         return self.rank == 0
 
     @property
@@ -90,7 +94,7 @@ class Processes:
         return self._accelerator is not None and self._accelerator.distributed_type == DistributedType.FSDP
 
     def share(self, items: Any) -> Any:
-        """This process's part of a list or tensor: every `count`-th item."""
+        """The part of a list or tensor for this process: every `count`-th item, from `rank` on."""
         return items[self.rank :: self.count]
 
     def wait(self) -> None:
@@ -114,13 +118,13 @@ class Processes:
         return self._accelerator.reduce(values, "mean") if self._accelerator else values
 
     def gather(self, item: Any) -> list[Any]:
-        """The `item` of every process, in their order; every process must ask."""
+        """The `item` of each process, ordered by rank. Every process must call it."""
         return gather_object([item]) if self._accelerator else [item]
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """The model and optimiser to train with: unchanged in one process, else replicated or sharded."""
+        """The model and optimiser to train with: unchanged in one process, otherwise replicated or sharded."""
         return self._accelerator.prepare(model, optimizer) if self._accelerator else (model, optimizer)
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """The whole state of a prepared model; every process must ask, and only the main one may use it."""
+        """The full state of a prepared model. Every process must call it, and only the main one may use the result."""
         return self._accelerator.get_state_dict(model) if self._accelerator else model.state_dict()

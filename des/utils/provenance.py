@@ -1,4 +1,4 @@
-"""What made a result: command, versions, commit and device."""
+"""The origin of a result: script, arguments, versions, git commit and device."""
 
 import importlib.metadata
 import platform
@@ -11,7 +11,7 @@ LIBRARIES = ("torch", "transformers", "diffusers", "numpy", "pillow")
 
 
 def provenance(args: Any) -> dict[str, Any]:
-    """What made a result: the arguments, the command, versions, git commit and device."""
+    """The origin of a result, for its JSON; `args` has the script's options, and the torch.device `args.device`."""
     import torch
 
     root = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""Results of unfinished work, kept on disk so that an interrupted run can resume."""
+"""Unfinished results on disk, from which an interrupted run resumes."""
 
 import hashlib
 import json
@@ -10,23 +10,23 @@ from typing import Any
 from des.utils.files import sha256_texts, write_json
 from des.utils.logs import logger
 
-ADDED = ("encoder configuration",)  # absent from records of earlier versions, which are read as if theirs were equal
+ADDED = ("encoder configuration",)  # inputs that records of earlier versions lack; they count as equal
 
 
 def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The names under which two records of what something was made from differ, sorted."""
+    """The sorted names of the inputs that differ between two records of what a file was made from."""
     names = sorted(before.keys() | now.keys() - (set(ADDED) - before.keys()))
     return [name for name in names if before.get(name) != now.get(name)]
 
 
 class Journal:
-    """A file of JSON lines that several processes may append to; a line that is not whole is skipped when it is read."""
+    """A file of JSON lines that several processes may append to. Incomplete lines are skipped when it is read."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def lines(self) -> list[dict[str, Any]]:
-        """The lines of the file that are JSON objects, in order; empty where there is no file."""
+        """The lines of the file that are JSON objects, in order; an empty list if the file is missing."""
         try:
             text = self.path.read_bytes().decode("utf-8", errors="replace")
         except FileNotFoundError:
@@ -35,19 +35,19 @@ class Journal:
         for part in text.split("\n"):
             try:
                 line = json.loads(part)
-            except (ValueError, RecursionError):  # a process died before it had written all of the line
+            except (ValueError, RecursionError):  # a process died while it wrote this line
                 continue
             if isinstance(line, dict):
                 lines.append(line)
         return lines
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Append lines with one write, so that a reader sees each of them whole or not at all. Raises OSError on a full disk."""
+        """Append lines with one write, so that readers see each line complete or not at all. Raises OSError on a full disk."""
         data = "".join(json.dumps(line) + "\n" for line in lines).encode()
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a process died within a line
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":  # the last line is incomplete
                 data = b"\n" + data
             if os.write(descriptor, data) != len(data):
                 raise OSError(28, "No space left on device", str(self.path))
@@ -57,13 +57,13 @@ class Journal:
 
 
 class Findings(Journal):
-    """The findings of an unfinished scorer by key, in `.{name}.part.jsonl` beside its result, so that it can resume.
+    """Findings of an unfinished scorer by key, in `.{name}.part.jsonl` beside its result, so that it can resume.
 
-    Lines with another `stamp` (other weights or options) are ignored, as are lines that were edited or have no checksum.
+    Lines with another `stamp` (other weights or options) are ignored, and so are lines whose checksum is wrong or missing.
     """
 
     def __init__(self, result: Path, stamp: str):
-        """Read the findings that an interrupted run of the result file `result` left."""
+        """Read the findings that an interrupted run left beside the result file `result`."""
         super().__init__(result.with_name(f".{result.stem}.part.jsonl"))
         self.stamp = stamp
         self.found: dict[str, Any] = {}
@@ -73,12 +73,12 @@ class Findings(Journal):
                 self.found[key] = value
 
     def add(self, found: Mapping[str, Any]) -> None:
-        """Keep findings by their keys."""
+        """Add findings, and append them to the file."""
         self.found |= found
         self.append(self._line(key, value) for key, value in found.items())
 
     def finish(self) -> None:
-        """Remove the file; to be called once the result is written."""
+        """Remove the file. Call this after the result is written."""
         self.path.unlink(missing_ok=True)
 
     def _line(self, key: str, value: Any) -> dict[str, Any]:
@@ -87,10 +87,10 @@ class Findings(Journal):
 
 
 class PartialFile:
-    """The rows of an unfinished file `path`, in `{path}.part`, with their record in `{path}.part.json`.
+    """The rows of an unfinished file `path`: data in `{path}.part`, and a record of them in `{path}.part.json`.
 
-    Opened again with the same `made_from`, it resumes after the `rows` of the record; otherwise it starts from scratch. The record
-    has the hash of the bytes, so that a file with holes, which a crash of the machine can leave, is not continued.
+    If it is opened again with the same `made_from`, it resumes after the recorded `rows`; otherwise it starts from scratch. The
+    record has the hash of the bytes, because a crash of the machine can leave a file with holes, which must not be resumed.
     """
 
     def __init__(self, path: Path, made_from: Mapping[str, str], header: bytes = b""):
@@ -114,11 +114,11 @@ class PartialFile:
         write_json(self._record, facts)
 
     def read(self) -> bytes:
-        """All bytes so far, the header included."""
+        """All bytes written so far, including the header."""
         return (self._data if self._data.exists() else self.path).read_bytes()
 
     def finish(self) -> str:
-        """Rename the finished file to `path` and return its sha256; the record stays until `forget`, for files that belong together."""
+        """Rename the finished file to `path` and return its sha256. The record stays until `forget`, when all shards are finished."""
         if self._data.exists():
             self._data.replace(self.path)
         return self._digest.hexdigest()
@@ -133,13 +133,15 @@ class PartialFile:
         self.forget()
 
     def _continue(self) -> bool:
-        """Resume with the rows of an earlier run; returns whether they are undamaged and made from the same inputs."""
+        """Load the record of an earlier run; returns whether its rows are undamaged and made from the same inputs."""
         try:
             record = json.loads(self._record.read_text(encoding="utf-8"))
             before, rows, size, sha256 = (record[name] for name in ("made_from", "rows", "bytes", "sha256"))
             changed = differing(dict(before), self.made_from)
             file = self._data if self._data.exists() else self.path
-            if file == self.path and not changed and file.stat().st_size != size:  # `path` is an earlier file, not these rows
+            if (
+                file == self.path and not changed and file.stat().st_size != size
+            ):  # `path` is an earlier file without these rows
                 return False
             digest = None if changed else _digest_of(file, size)
         except FileNotFoundError:

@@ -35,7 +35,7 @@ def show(share: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two models' verdicts on the same prompts: how many images count for the first only, for the second only, of `n` pairs."""
+    """Verdicts on the images of two models for the same `n` prompts: the number of hits of the first only, and of the second only."""
 
     n: int
     first_only: int
@@ -45,7 +45,7 @@ class Paired:
     def of(cls, first: Mapping[Hashable, bool], second: Mapping[Hashable, bool]) -> "Paired":
         """Pair verdicts by their keys, such as set and row. Raises ValueError unless both have the same keys, at least one."""
         if not first or first.keys() != second.keys():
-            raise ValueError("verdicts can only be paired where both models have one for each of the same prompts")
+            raise ValueError("verdicts can only be paired if both models have one for each of the same prompts")
         differ = [bool(first[key]) for key in first if bool(first[key]) != bool(second[key])]
         return cls(len(first), sum(differ), len(differ) - sum(differ))
 
@@ -56,10 +56,10 @@ class Paired:
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
-    """The two-sided p value of the exact McNemar test, from the pairs in which the two verdicts differ; 1 where none does.
+    """The two-sided p value of the exact McNemar test, from the numbers of pairs whose verdicts differ; 1 if no pair differs.
 
-    Where both models are equally good, each such pair is as likely one way as the other. Source: Q. McNemar, Psychometrika 12
-    (1947), in its exact form, a binomial test. Raises ValueError for a negative count.
+    Under the null hypothesis, each such pair goes either way with probability 1/2, which makes it a binomial test. Source: Q. McNemar,
+    Psychometrika 12 (1947). Raises ValueError for a negative count.
     """
     if first_only < 0 or second_only < 0:
         raise ValueError(f"{min(first_only, second_only)} pairs is no count")
@@ -70,10 +70,10 @@ def mcnemar(first_only: int, second_only: int) -> float:
 
 
 def mcnemar_range(first: int, second: int, n: int) -> tuple[float, float]:
-    """The smallest and the largest p value of `mcnemar` that two counts, each of the same `n` prompts, leave possible.
+    """The smallest and the largest p value of `mcnemar` that are possible for two counts of hits on the same `n` prompts.
 
-    How many images count for both models is not in the counts, and every possible number is tried. Where one count is 0 or `n`
-    only one is possible, and the two values are equal. Raises ValueError where a count is not between 0 and `n`.
+    The counts do not determine the number of prompts on which both models have a hit, so every possible number is tried. If a count
+    is 0 or `n`, both values are equal. Raises ValueError if a count is not between 0 and `n`.
     """
     if not (0 <= first <= n and 0 <= second <= n):
         raise ValueError(f"{first} and {second} are not both between 0 and {n}")
@@ -83,11 +83,11 @@ def mcnemar_range(first: int, second: int, n: int) -> tuple[float, float]:
 
 
 def stratified(counts: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
-    """The mean of several proportions k / n, each with the same weight whatever its n, and its 95% interval, as fractions.
+    """The unweighted mean of several proportions k / n and its 95% interval (mean, low, high), as fractions.
 
-    The interval joins the Wilson intervals of the strata (MOVER): its distance to the mean is the root of the summed squares of
-    theirs, divided by their number. Source: G. Zou, W. Huang and X. Zhang, Comput. Stat. Data Anal. 53 (2009). Raises ValueError
-    for no stratum, or one that is no proportion.
+    The interval combines the Wilson intervals of the strata by MOVER: the distance of each end to the mean is the root of the summed
+    squares of theirs, divided by the number of strata. Source: G. Zou, W. Huang and X. Zhang, Comput. Stat. Data Anal. 53 (2009).
+    Raises ValueError if there is no stratum, or one is no proportion.
     """
     if not counts:
         raise ValueError("there is no stratum to average")

@@ -5,13 +5,12 @@ import json
 import re
 import shutil
 
-from des.evaluation.results import read_scores
+from des.evaluation.results import findings_sha256, read_scores
 from des.report import collect as collecting
 from des.report.compare import Spread, compare, front, headline, pooled
 from des.report.figures import inline_svg
 from des.report.page import MARK
 from des.report.provenance import command, short_path
-from des.utils.files import findings_sha256
 
 import pytest
 import skimage.data

@@ -198,7 +198,7 @@ def test_optimizer_state_is_the_real_one(name):
 
 
 def test_unknown_optimizer():
-    with pytest.raises(ValueError, match="sgd is no optimizer known here; those are adamw, "):
+    with pytest.raises(ValueError, match="sgd is not a known optimizer; choose one of adamw, "):
         make_plan(build(CLIPTextModel, CLIP), last, **GIVEN | {"optimizer": "sgd"})
 
 
@@ -222,6 +222,6 @@ def test_describe_names_the_cards_and_what_to_try():
 def test_describe_keeps_the_margin_and_tells_of_devices():
     assert "24 GB no, 40 GB no, 80 GB yes" in describe(replace(PLAN, activations=10_000_000_000))  # 38.71 + 1.5
     small = describe(replace(PLAN, weights=0, gradients=0, processes=4, sharded=True))
-    assert "24 GB yes, 40 GB yes, 80 GB yes" in small and "to need less" not in small
+    assert "24 GB yes, 40 GB yes, 80 GB yes" in small and "to reduce this" not in small
     assert "on each of 4 devices, sharded" in small
     assert "replicated" in describe(replace(PLAN, processes=4))

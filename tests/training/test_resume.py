@@ -160,13 +160,13 @@ def test_a_damaged_state_is_refused(train, tmp_path, monkeypatch):
         done = train(resume=[])
         assert done.failed_in_one_sentence and "is damaged" in done.err, done.err
     torch.save({"model_state_dict": {}}, path)
-    assert "no state that this version can read" in train(resume=[]).err
+    assert "not a state that this version can read" in train(resume=[]).err
 
 
 def test_one_command_line_can_be_repeated(train, tmp_path, monkeypatch, whole):
     stop_after(monkeypatch, 2)
-    assert "starting from the beginning" in train(resume=[]).err
-    assert "starting from the beginning" in train(resume=[]).err  # no state was due in two steps
+    assert "starting from scratch" in train(resume=[]).err
+    assert "starting from scratch" in train(resume=[]).err  # no state was due in two steps
     run = tmp_path / "out/0.001_0.3"
     assert results(run) == results(whole)
     before = {name: data for name, data in snapshot(run).items() if name != "train.log"}
