@@ -14,7 +14,7 @@ from PIL import Image
 
 
 class Item(NamedTuple):
-    """An image to measure: the key of its finding, its file, and what it is measured against (a prompt, a label, an image)."""
+    """An image to measure: the key under which its finding is stored, its file, and its target (a prompt, a label or an image)."""
 
     key: str
     path: Path
@@ -23,7 +23,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read: the images of a batch, the threads that read ahead, and the name on the progress bar."""
+    """How images are read: the batch size, the number of reader threads, and the label of the progress bar."""
 
     batch_size: int
     workers: int
@@ -38,10 +38,10 @@ def measure_images(
     prepare: Callable[[Image.Image], Any] | None = None,
     unreadable: list[Path] | None = None,
 ) -> list[Any]:
-    """The finding of each readable image, in order; images that are already among `findings` are not measured again.
+    """Measure every readable image and return the findings in order; images that are already in `findings` are skipped.
 
-    `measure` takes a batch of RGB images (or of what `prepare` returns for them in the reading threads) with their targets, and
-    returns one finding an image, which must be JSON. An unreadable image raises UserError, or is appended to `unreadable`.
+    `measure` takes a batch of RGB images (or the results of `prepare`, which runs in the reader threads) and their targets. It
+    returns one finding per image, as JSON values. An unreadable image raises UserError, or is appended to `unreadable` if given.
     """
     todo = list({item.key: item for item in items if item.key not in findings.found}.values())
     done = sum(item.key in findings.found for item in items)

@@ -1,4 +1,4 @@
-"""Scoring images with a detector: the options, the result files, and the scores of images as they are drawn."""
+"""Scoring images with a detector: the images to score, the result files, and scoring during generation."""
 
 import argparse
 import json
@@ -36,15 +36,15 @@ def images_of(
     skip_unreadable: bool = False,
     other_prompts: bool = False,
 ) -> pd.DataFrame:
-    """The images to score, in columns `image` and `sha256`; with a prompt CSV, beside the columns of their rows.
+    """Return the images to score, in columns `image` and `sha256`, joined with the columns of a prompt CSV if one is given.
 
-    The parameters and `attrs` are those of `pair_with_prompts`. Raises UserError where images of the folder's run are missing,
+    The parameters and `attrs` are those of `pair_with_prompts`. Raises UserError if images of the folder's run are missing,
     unless `expected` gives their number.
     """
     if csv_path:
         return pair_with_prompts(folder, csv_path, expected, skip_unreadable, other_prompts)
     if other_prompts:
-        raise UserError("--other_prompts needs --csv_path, the list that is meant")
+        raise UserError("--other_prompts needs --csv_path, the prompt list to use")
     digests = image_hashes(folder, expected, skip_unreadable)
     if expected is None:
         claims.check_complete(folder)
@@ -66,7 +66,7 @@ def score_folder(
     """Score images, write `{output_name}.txt` and `.json` into `folder`, and return the text. An interrupted run is resumed.
 
     `images` has columns `image`, `sha256` and `label`, the class that counts; `made_by` is the provenance to record. Raises
-    UserError for an unreadable image before any result is written; with `skip_unreadable`, only where no image can be read.
+    UserError for an unreadable image before any result is written; with `skip_unreadable`, only if no image can be read.
     """
     with locked(folder / f".{output_name}.lock", f"the scores {output_name}"):
         findings = Findings(folder / f"{output_name}.json", stamp_of(detector))
@@ -91,13 +91,13 @@ def score_folder(
 
 
 def verdicts(detector: Detector, prepared: list, labels: Sequence[str | None]) -> list[dict[str, dict[str, Any]]]:
-    """A detector's findings by verdict, for each image."""
+    """Run a detector on a batch; returns one dictionary of findings by verdict per image."""
     found = detector.score(prepared, labels)
     return [{verdict: each[i] for verdict, each in found.items()} for i in range(len(prepared))]
 
 
 def scored_before(folder: Path, output_name: str, detector: Detector) -> dict[str, dict[str, Any]]:
-    """The findings of earlier result files by the keys of `score_folder`; empty where another detector made them."""
+    """Read the findings of earlier result files, by the keys of `score_folder`; empty if another detector wrote them."""
     found: dict[str, dict[str, Any]] = {}
     for verdict, path in result_files(folder, output_name, detector).items():
         try:
@@ -114,7 +114,7 @@ def scored_before(folder: Path, output_name: str, detector: Detector) -> dict[st
 
 
 def _as_written(path: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The images of a result; ValueError where its checksum is another one, KeyError where an earlier version wrote none."""
+    """The images of a result. Raises ValueError if its checksum does not match, and KeyError if it has none (earlier versions)."""
     if content["findings_sha256"] != findings_sha256(content):
         logger.warning("%s was edited, so its images are scored again", path)
         raise ValueError("edited")
@@ -122,13 +122,13 @@ def _as_written(path: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def result_files(folder: Path, output_name: str, detector: Detector) -> dict[str, Path]:
-    """The JSON file of each verdict: `{output_name}.json` of the first, `{output_name}_{verdict}.json` of further ones."""
+    """The JSON file of each verdict: `{output_name}.json` for the first, `{output_name}_{verdict}.json` for the others."""
     names = [output_name, *(f"{output_name}_{verdict}" for verdict in list(detector.titles)[1:])]
     return {verdict: folder / f"{name}.json" for verdict, name in zip(detector.titles, names, strict=True)}
 
 
 def stamp_of(detector: Detector) -> str:
-    """A hash of everything that must be equal for a detector's figures to compare."""
+    """A hash of everything that must be equal for two results of a detector to be comparable."""
     return sha256_texts(f"{verdict} {detector_identity(facts)}" for verdict, facts in detector.facts.items())
 
 
@@ -142,10 +142,10 @@ def write_verdicts(
     unreadable: Sequence[str] = (),
     pairing: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """Write the findings of a detector into `folder`, and return its text, one line a verdict.
+    """Write the findings of a detector into `folder`, and return the text, one line per verdict.
 
-    `files` are the images of `findings`, in order, with their sha256 (None where the image was discarded). Each verdict's numbers go to its
-    file of `result_files`, the lines of all to `{output_name}.txt`. `pairing` is recorded as well: see `pairing_notes`.
+    `files` are the images of `findings`, in order, with their sha256 (None for a discarded image). Each verdict's numbers go to its
+    file of `result_files`, all lines to `{output_name}.txt`. `pairing` holds further facts to record; see `pairing_notes`.
     """
     lines = []
     for verdict, path in result_files(folder, output_name, detector).items():
@@ -169,10 +169,10 @@ def write_verdicts(
 
 
 class ImageScores:
-    """The findings of detectors in images as they are drawn: one small JSON file an image (a card), named as the image is."""
+    """Scores images during generation. The findings of each image go to a small JSON file, the card, with the image's name."""
 
     def __init__(self, detectors: dict[str, Detector], output_names: dict[str, str], label: str | None, folder: Path):
-        """Keep the cards in `folder`; `label` is the class that counts, for detectors that need one."""
+        """Store the cards in `folder`; `label` is the class that counts, for detectors that need one."""
         self.detectors = detectors
         self.output_names = output_names
         self.label = label
@@ -180,9 +180,9 @@ class ImageScores:
         self.stamp = sha256_texts([*(f"{name} {stamp_of(detector)}" for name, detector in detectors.items()), str(label)])
 
     def read(self, path: Path, line: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The findings by detector and verdict on the card of the image at `path`, whose line in the manifest is given.
+        """Read the findings, by detector and verdict, from the card of the image at `path`; `line` is the image's manifest line.
 
-        None unless the card is whole and as it was written, these detectors wrote it, and it is about that image.
+        Returns None if the card is missing, damaged or edited, was written by other detectors, or is about another image.
         """
         try:
             content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -192,7 +192,7 @@ class ImageScores:
             return None
 
     def score(self, path: Path, line: dict[str, Any], image: Image.Image) -> None:
-        """Score the image that belongs at `path`: alone, so that its figures do not depend on what is drawn beside it."""
+        """Score the image of `path` as a batch of one, so that its scores do not depend on the other images of the batch."""
         findings = {
             name: verdicts(detector, [detector.prepare(image.convert("RGB"))], [self.label])[0]
             for name, detector in self.detectors.items()
@@ -201,10 +201,10 @@ class ImageScores:
         write_json(path.with_suffix(".json"), card | {"sha256": _checksum(card)})
 
     def write(self, made_by: Mapping[str, Any], expected: Sequence[Path]) -> list[str]:
-        """Write the verdicts over all cards in the folder, those of other shards too; returns their lines.
+        """Write the results over all cards in the folder, including those of other shards; returns their lines.
 
-        Nothing is written while cards of images that the run claims are missing: the shard that finishes last writes. Rows that are
-        never drawn do not count. Raises UserError where one of `expected` was lost meanwhile.
+        Writes nothing while the card of an image that the run claims is missing, so the shard that finishes last writes. Rows that
+        are never drawn do not count. Raises UserError if the card of one of the `expected` images is missing.
         """
         drawn = manifest.read(self.folder)
         record = claims.read_record(self.folder)
@@ -213,15 +213,15 @@ class ImageScores:
         cards = {path: self.read(path, drawn.get(path.name)) for path in paths}
         missing = [path for path in expected if cards.get(path) is None]
         if missing:
-            raise UserError(f"{missing[0].with_suffix('.json')} was lost while others were drawn; run this again")
+            raise UserError(f"{missing[0].with_suffix('.json')} disappeared during generation; run this command again")
         other = sum(found is None for found in cards.values())
         if other:
-            logger.warning("%d cards in %s are of other detectors and not counted", other, self.folder)
+            logger.warning("%d score files in %s were written by other detectors and are not counted", other, self.folder)
         scored = {(drawn[path.name]["row"], drawn[path.name]["copy"]) for path, found in cards.items() if found is not None}
         lacking = claims.claimed_keys(self.folder, record) - scored
         if lacking:
             logger.warning(
-                "%s lacks the scores of %d images that its run claims (row %d first), so no result is written yet; draw those too",
+                "%s lacks the scores of %d images of its run (row %d first), so no result is written yet; generate those images too",
                 self.folder, len(lacking), min(lacking)[0],
             )  # fmt: skip
             return []
@@ -239,12 +239,12 @@ def _checksum(card: Mapping[str, Any]) -> str:
 
 
 def blurred(image: Image.Image) -> Image.Image:
-    """A thumbnail of 128x128 of which only colours are left."""
+    """A thumbnail of 128x128 pixels that shows only blurred colours."""
     return image.convert("RGB").resize((12, 12), Image.Resampling.BOX).resize((128, 128), Image.Resampling.BICUBIC)
 
 
 def save_blurred(image: Image.Image, path: Path) -> None:
-    """Save a blurred thumbnail, marked so that no scorer takes it for the image."""
+    """Save a blurred thumbnail with a mark in its metadata, by which scorers refuse it."""
     mark = PngImagePlugin.PngInfo()
     mark.add_text(*BLURRED)
     with replacing(path) as temporary:
@@ -252,11 +252,11 @@ def save_blurred(image: Image.Image, path: Path) -> None:
 
 
 def check_score_files(args: argparse.Namespace, detector: Detector) -> None:
-    """Raise UserError where a result would be written over an input or the log."""
+    """Raise UserError if a result would overwrite an input or the log."""
     outputs = [args.folder_dir / f"{args.output_name}.txt", *result_files(args.folder_dir, args.output_name, detector).values()]
     cli.check_outputs(outputs, [args.csv_path, args.log_file])
 
 
 def open_folder(args: argparse.Namespace) -> pd.DataFrame:
-    """The images that the options of `add_folder` name, as `images_of` returns them."""
+    """Return the images that the options of `add_folder` select; see `images_of`."""
     return images_of(args.folder_dir, args.csv_path, args.expected, args.skip_unreadable, args.other_prompts)

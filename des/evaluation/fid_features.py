@@ -1,4 +1,4 @@
-"""Image features for FID and KID: of the Inception-v3 in one or several variants, or of any image model."""
+"""Image features for FID and KID, by Inception-v3 in one or several variants or by any image model."""
 
 import base64
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, PreT
 
 @dataclass(frozen=True)
 class InceptionExtractor:
-    """2048 features of each image for each of the variants, from one reading of the image."""
+    """Inception-v3 with one or several preprocessing variants: 2048 features per image and variant; each image is read once."""
 
     model: Inception
     variants: list[str]
@@ -35,7 +35,7 @@ class InceptionExtractor:
 
 @dataclass(frozen=True)
 class ModelExtractor:
-    """The pooled output of a transformers image model, with its own processor."""
+    """The pooled output of a transformers image model, which is fed by its image processor."""
 
     model: PreTrainedModel
     processor: BaseImageProcessor
@@ -49,17 +49,12 @@ class ModelExtractor:
 Extractor = InceptionExtractor | ModelExtractor
 
 
-def is_image_model(source: str | None) -> bool:
-    """Whether a --feature_extractor is an image model (a folder or hub id) and not a file of Inception-v3 weights."""
-    return source is not None and not Path(source).is_file()
-
-
 def load_extractor(source: str | None, variants: list[str], device: torch.device) -> Extractor:
     """Load the Inception-v3 (a weights file, or None for the published one) or an image model (a folder or hub id).
 
-    Raises UserError where that fails.
+    Raises UserError if loading fails.
     """
-    if not is_image_model(source):
+    if source is None or Path(source).is_file():
         return InceptionExtractor(load_inception(source and Path(source), device), variants, device)
     with loading(f"the image processor of {source}"):
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
@@ -69,15 +64,15 @@ def load_extractor(source: str | None, variants: list[str], device: torch.device
 def extractor_hashes(extractor: Extractor, source: str | None) -> dict[str, str]:
     """Hashes of the weights and, for an image model, of its configuration; with the variant they determine the features."""
     hashes = {"extractor_sha256": fingerprint(extractor.model)}
-    if is_image_model(source):
+    if isinstance(extractor, ModelExtractor):
         hashes["configuration_sha256"] = configuration_sha256(source, MODEL + PROCESSOR)
     return hashes
 
 
 def extract(extractor: Extractor, digests: Mapping[Path, str], reading: Reading, findings: Findings) -> list[Tensor]:
-    """The features [images, features] of every variant, in float64 on the CPU, of images by path with their sha256.
+    """Extract features [images, features] for every variant, in float64 on the CPU; `digests` maps image paths to their sha256.
 
-    Features of an interrupted run that `findings` has are not computed again. Raises UserError that names an unreadable image.
+    Features that `findings` holds from an interrupted run are reused. Raises UserError that names an unreadable image.
     """
 
     def features(batch: list, _: list) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The Fréchet distance between two sets of features, in float64 and right for fewer images than features too."""
+"""The Fréchet distance between two sets of features, in float64; it is also exact for fewer images than features."""
 
 import io
 from pathlib import Path
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 FACTS = {"n": int, "variant": str, "extractor_sha256": str, "configuration_sha256": str, "images_sha256": str}
-"""What a file may say about its mu and sigma."""
-TOLERANCE = 1e-5  # how far from symmetric and from positive a covariance in a file may be, by its largest eigenvalue
+"""The facts that a file of statistics may record about its mu and sigma, with their types."""
+TOLERANCE = 1e-5  # asymmetry and negative eigenvalues allowed in a file's covariance, relative to its largest eigenvalue
 
 
 class Gaussian(NamedTuple):
@@ -24,7 +24,7 @@ class Gaussian(NamedTuple):
 
     @classmethod
     def of_features(cls, features: Tensor) -> "Gaussian":
-        """The Gaussian of features [n, d], any float type. Raises ValueError for fewer than two rows."""
+        """The Gaussian of features [n, d] of any float type. Raises ValueError for fewer than two rows."""
         if len(features) < 2:
             raise ValueError("a covariance needs at least two images")
         features = features.double()
@@ -36,18 +36,19 @@ class Gaussian(NamedTuple):
     def of_covariance(cls, mean: Tensor, covariance: Tensor) -> "Gaussian":
         """The Gaussian of a mean [d] and a covariance [d, d].
 
-        Eigenvalues that are rounding noise become zero: the root of 1e-16 is 1e-8, and two thousand of those would show.
-        Raises ValueError for shapes that do not fit, values that are not finite, and a matrix that is no covariance.
+        Eigenvalues at the level of rounding noise are set to zero: the root of 1e-16 is 1e-8, and two thousand of those would
+        change the distance. Raises ValueError for shapes that do not match, values that are not finite, and a matrix that is
+        not a covariance.
         """
         mean, covariance = mean.double(), covariance.double()
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ValueError(f"mean {list(mean.shape)} and covariance {list(covariance.shape)} do not fit")
+            raise ValueError(f"mean {list(mean.shape)} and covariance {list(covariance.shape)} do not match")
         if not (mean.isfinite().all() and covariance.isfinite().all()):
-            raise ValueError("it has values that are not finite")
+            raise ValueError("mu or sigma holds values that are not finite")
         values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
         largest = values.abs().max()
         if (covariance - covariance.T).abs().max() > TOLERANCE * largest or values.min() < -TOLERANCE * largest:
-            raise ValueError("its sigma is no covariance matrix (not symmetric, or with negative eigenvalues)")
+            raise ValueError("sigma is not a covariance matrix (not symmetric, or with negative eigenvalues)")
         kept = values > len(mean) * torch.finfo(torch.float64).eps * largest
         return cls(mean, values[kept].sqrt()[:, None] * vectors[:, kept].T)
 
@@ -56,34 +57,29 @@ class Gaussian(NamedTuple):
         return self.root.T @ self.root
 
     def distance(self, other: "Gaussian") -> float:
-        """|m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) for the covariances S; no matrix root is taken.
+        """|m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) for the covariances S, without a matrix square root.
 
         S_1 S_2 has the nonzero eigenvalues of A A^T for A = R_1 R_2^T, which are those of S_1^(1/2) S_2 S_1^(1/2), so the trace
         of its root is the nuclear norm of A. Source: Heusel et al., NeurIPS 2017. Raises ValueError for different widths.
         """
         if self.mean.shape != other.mean.shape:
-            raise ValueError(f"{len(self.mean)} features and {len(other.mean)} do not compare")
+            raise ValueError(f"Gaussians of {len(self.mean)} and of {len(other.mean)} features cannot be compared")
         trace = torch.linalg.matrix_norm(self.root @ other.root.T, ord="nuc")
         gap = (self.mean - other.mean).square().sum()
         distance = gap + self.root.square().sum() + other.root.square().sum() - 2 * trace
-        return max(0.0, distance.item())  # rounding makes that of equal Gaussians negative
-
-
-def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """The Fréchet distance of features x [n, d] and y [m, d] with unbiased covariances. ValueError for fewer than two rows."""
-    return Gaussian.of_features(x).distance(Gaussian.of_features(y))
+        return max(0.0, distance.item())  # rounding can make the distance of equal Gaussians negative
 
 
 def save_statistics(path: Path, gaussian: Gaussian, facts: dict[str, Any]) -> None:
-    """Write `mu` [d] and `sigma` [d, d] in float64, as pytorch-fid does, with `facts` (of FACTS) beside them, as one npz file."""
+    """Write an npz file with `mu` [d] and `sigma` [d, d] in float64, as pytorch-fid does, and with `facts` (of FACTS)."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, mu=gaussian.mean.cpu().numpy(), sigma=gaussian.covariance().cpu().numpy(), **facts)
 
 
 def load_statistics(path: Path) -> tuple[Gaussian, dict[str, Any]]:
-    """Read a file of `save_statistics`, pytorch-fid or clean-fid, and those of FACTS that it records.
+    """Read a file of `save_statistics`, pytorch-fid or clean-fid; returns the Gaussian and those of FACTS that the file records.
 
-    Raises UserError for a file that is no such npz or whose mu and sigma are no mean and covariance; no code in it is run.
+    Raises UserError if the file is not such an npz, or its mu and sigma are not a mean and a covariance. No code in it is run.
     """
     content = path.read_bytes()
     try:
@@ -93,7 +89,7 @@ def load_statistics(path: Path) -> tuple[Gaussian, dict[str, Any]]:
         facts = {name: arrays[name].item() for name in FACTS if name in arrays and arrays[name].ndim == 0}
         return gaussian, {name: value for name, value in facts.items() if isinstance(value, FACTS[name])}
     except KeyError as missing:
-        raise UserError(f"{path} holds no {missing}, so it is no file of FID statistics") from None
-    except Exception as error:  # numpy and zipfile raise errors of any class at damaged bytes
+        raise UserError(f"{path} is not a file of FID statistics: it has no array {missing}") from None
+    except Exception as error:  # numpy and zipfile raise errors of any class for damaged bytes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} holds no FID statistics: {reason}") from None
+        raise UserError(f"{path} is not a file of FID statistics: {reason}") from None

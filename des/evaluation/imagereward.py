@@ -1,6 +1,7 @@
 """ImageReward v1.0 in transformers' BLIP classes, from the weights file that its authors publish.
 
-Its own package needs old versions of timm, fairscale and transformers. Its BLIP is transformers' under other parameter names.
+The authors' package needs old versions of timm, fairscale and transformers. Its BLIP equals that of transformers but for the
+parameter names.
 Source: Xu et al., NeurIPS 2023, and the package `image-reward` 1.5.
 """
 
@@ -18,10 +19,10 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, PreTrainedTokenizerBase
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the rewards of its authors' data
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # mean and std of rewards on the authors' data
 TOKENS = 35
-HEAD_WIDTH = 64  # of every attention head, as in all ViT and BERT models of these sizes
-UNREAD = re.compile(r"blip\.(vision_proj|text_proj)\.|\.position_ids$|blip\.text_encoder\.pooler\.")  # no part of the reward
+HEAD_WIDTH = 64  # channels per attention head, as in all ViT and BERT models of these sizes
+UNREAD = re.compile(r"blip\.(vision_proj|text_proj)\.|\.position_ids$|blip\.text_encoder\.pooler\.")  # not used by the reward
 NAMES = (
     (r"^blip\.visual_encoder\.cls_token$", "vision.embeddings.class_embedding"),
     (r"^blip\.visual_encoder\.pos_embed$", "vision.embeddings.position_embedding"),
@@ -37,9 +38,9 @@ NAMES = (
 
 
 class ImageReward(nn.Module):
-    """ImageReward from a state dict under its authors' names; every size is read off the tensors.
+    """ImageReward from a state dict with the authors' parameter names; all sizes are read from the tensors' shapes.
 
-    Raises KeyError or ValueError for a dict that is none, and RuntimeError for a tensor too many, too few or of another shape.
+    Raises KeyError or ValueError for another kind of dict, and RuntimeError for missing or surplus tensors and wrong shapes.
     """
 
     def __init__(self, published: Mapping[str, Tensor]):
@@ -62,16 +63,16 @@ class ImageReward(nn.Module):
             max_position_embeddings=len(state["text.embeddings.position_embeddings.weight"]), layer_norm_eps=1e-12,
         )  # fmt: skip
         self.text = BlipTextModel(config, add_pooling_layer=False)
-        # The published head has no activations; dropout takes up the numbers between.
+        # The published head has no activations; the missing indices are dropout layers.
         head = {name: tensor.shape for name, tensor in state.items() if re.fullmatch(r"head\.\d+\.weight", name)}
         self.head = nn.ModuleDict({name.split(".")[1]: nn.Linear(*reversed(shape)) for name, shape in head.items()})
         self.load_state_dict(state)
         if not head or head[max(head, key=lambda name: int(name.split(".")[1]))][0] != 1:
-            raise ValueError("its head does not end in one reward")
+            raise ValueError("the head does not have one output")
         self.eval()
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """The network's input [3, size, size] from an RGB image."""
+        """Turn an RGB image into the network's input [3, size, size]."""
         return Compose([
             Resize(self.image_size, interpolation=InterpolationMode.BICUBIC), CenterCrop(self.image_size), ToTensor(),
             Normalize(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
@@ -87,7 +88,7 @@ class ImageReward(nn.Module):
 
 
 def rename(name: str) -> str:
-    """The name in `ImageReward` of a published parameter; a foreign name comes back as it is."""
+    """Map a published parameter name to the name in `ImageReward`; other names are returned unchanged."""
     for pattern, replacement in NAMES:
         name, found = re.subn(pattern, replacement, name)
         if found:
@@ -96,14 +97,14 @@ def rename(name: str) -> str:
 
 
 def load_imagereward(path: Path, device: torch.device) -> ImageReward:
-    """Load the published file ImageReward.pt; UserError where it is anything else. No code in it is run."""
+    """Load the published file ImageReward.pt. Raises UserError for any other file. No code in it is run."""
     state = read_state(path, "ImageReward weights")
     with loading(f"the ImageReward weights {path}"):
         return ImageReward(state).to(device)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, Tensor]:
-    """The published reading of prompts: BERT's tokens, truncated and padded to 35."""
+    """Tokenize prompts as published: BERT tokens, truncated and padded to 35."""
     options = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
     return {name: tensor for name, tensor in tokenizer(prompts, **options).items() if name in ("input_ids", "attention_mask")}
 

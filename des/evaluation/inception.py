@@ -1,6 +1,6 @@
-"""The Inception-v3 of FID, and the three ways in which FID's common variants bring an image to it.
+"""The Inception-v3 of FID, and the image preprocessing of the three common FID variants.
 
-All three feed the same weights (pt_inception-2015-12-05-6726825d, which pytorch-fid and torch-fidelity share) with [3, 299, 299].
+All three use the same weights (pt_inception-2015-12-05-6726825d, as pytorch-fid and torch-fidelity do) on inputs [3, 299, 299].
 """
 
 import io
@@ -48,7 +48,7 @@ VARIANTS: dict[str, Callable[[Image.Image], Tensor]] = {
     "torch-fidelity": torch_fidelity,
     "clean-fid": clean_fid,
 }
-"""By name, what turns an RGB image of any size into the network's float32 input [3, 299, 299]."""
+"""Preprocessing functions by name. Each turns an RGB image of any size into the float32 input [3, 299, 299]."""
 
 
 class Inception(nn.Module):
@@ -57,24 +57,24 @@ class Inception(nn.Module):
     def __init__(self, state: Mapping[str, Tensor]):
         super().__init__()
         buffer = io.BytesIO()
-        torch.save(dict(state), buffer)  # the class unpickles what it is given without restriction: give it tensors only
+        torch.save(dict(state), buffer)  # tensors only, since the class unpickles its file without restriction
         buffer.seek(0)
         self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=buffer)
         del self.network.fc
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features [n, 2048] of prepared images [n, 3, 299, 299], float32; no TF32, whose rounding would show in the FID."""
+        """Features [n, 2048] of prepared images [n, 3, 299, 299], float32 without TF32, whose rounding would change the FID."""
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            for layer in self.network.children():  # they are registered in the order in which they run
+            for layer in self.network.children():  # the layers are registered in the order of execution
                 x = layer(x)
         return x.flatten(1)
 
 
 def load_inception(source: Path | None, device: torch.device) -> Inception:
-    """Load the network from a weights file, or from the published one that is downloaded once into torch.hub's folder.
+    """Load the network from a weights file, or from the published one, which is downloaded once into torch.hub's folder.
 
-    Raises UserError when the file cannot be had, or is no state dict of this network; no code in it is run.
+    Raises UserError if the download fails or the file is not a state dict of this network. No code in the file is run.
     """
     path = source or _published()
     state = read_state(path, f"Inception-v3 weights (pt_inception-2015-12-05-{HASH}.pth is)")
@@ -91,6 +91,6 @@ def _published() -> Path:
         except (OSError, RuntimeError, HTTPException) as error:  # no connection, no space, or bytes of another hash
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"the Inception-v3 weights could not be downloaded ({reason}): get {URL_INCEPTION_V3} and give its file to --feature_extractor"
+                f"the Inception-v3 weights could not be downloaded ({reason}): download {URL_INCEPTION_V3} and give the file to --feature_extractor"
             ) from None
     return path

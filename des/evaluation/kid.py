@@ -1,4 +1,4 @@
-"""KID, the kernel distance of two sets of image features, by torchmetrics."""
+"""KID, the kernel distance between two sets of image features, computed by torchmetrics."""
 
 import warnings
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 def kernel_distance(generated: Tensor, reference: Tensor, subsets: int, subset_size: int, seed: int) -> tuple[float, float]:
     """The mean and standard deviation of KID over random subsets of features [n, d] and [m, d].
 
-    A subset of as many images as there are in a folder is the whole folder. Source: Binkowski et al., ICLR 2018. Raises UserError
-    for a subset that is larger than one of the folders, or of one image.
+    Source: Binkowski et al., ICLR 2018. Raises UserError for a subset size below two or above the size of the smaller folder.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -20,7 +19,7 @@ def kernel_distance(generated: Tensor, reference: Tensor, subsets: int, subset_s
     if not 2 <= subset_size <= smaller:
         raise UserError(f"--kid_subset_size must be 2 to {smaller}, the number of images in the smaller folder")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it keeps all features
+        warnings.simplefilter("ignore")  # about the memory that stored features need
         metric = KernelInceptionDistance(nn.Identity(), subsets=subsets, subset_size=subset_size)
     metric.update(reference, real=True)
     metric.update(generated, real=False)

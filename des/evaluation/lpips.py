@@ -1,4 +1,4 @@
-"""LPIPS: how much a protected model changes images, by the distance of each from the original model's image at equal seeds."""
+"""LPIPS: the perceptual distance between each image of a protected model and the original model's image from the same seed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-_EQUAL = ("prompt_sha256", "seed", "guidance_scale")  # in the manifest's lines of two images that compare
+_EQUAL = ("prompt_sha256", "seed", "guidance_scale")  # manifest entries that must be equal in both images
 
 
 def load_lpips(net: str, device: torch.device) -> Any:
-    """torchmetrics' LPIPS on a backbone of torchvision, which is downloaded once into torch.hub's folder; UserError where it is not."""
+    """Load torchmetrics' LPIPS with a torchvision backbone, which is downloaded once into torch.hub's folder; UserError on failure."""
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     where = Path(torch.hub.get_dir()) / "checkpoints"
@@ -35,10 +35,10 @@ def load_lpips(net: str, device: torch.device) -> Any:
 
 
 def image_pairs(folder: Path, originals: Path, net: str, expected: int | None = None) -> pd.DataFrame:
-    """The images of `folder` and of the original model by row: columns `image`, `sha256`, `original` and `original_sha256`.
+    """Pair the images of `folder` with the original model's, by row: columns `image`, `sha256`, `original`, `original_sha256`.
 
-    Raises UserError where the folders hold other rows, or where the manifests name another prompt, seed or guidance scale,
-    and for images of different sizes or too small for the backbone `net`.
+    Raises UserError if the folders hold different rows, if the manifests name different prompts, seeds or guidance scales, and
+    for images of different sizes or too small for the backbone `net`.
     """
     mine, theirs = _by_key(folder, expected), _by_key(originals, expected)
     other = sorted(mine.keys() ^ theirs.keys())
@@ -52,7 +52,9 @@ def image_pairs(folder: Path, originals: Path, net: str, expected: int | None = 
         sizes = image_size(path), image_size(original)
         differ += ["size"] * (sizes[0] != sizes[1])
         if differ:
-            raise UserError(f"{path} and {original} do not compare: they differ in {', '.join(differ)}; draw both alike")
+            raise UserError(
+                f"{path} and {original} cannot be compared: they differ in {', '.join(differ)}; generate both with the same settings"
+            )
         if min(sizes[0]) < LPIPS_NETS[net]:
             raise UserError(
                 f"{path} is smaller than the {LPIPS_NETS[net]} pixels a side that --lpips_net {net} needs; choose another one"
@@ -70,13 +72,16 @@ def _by_key(folder: Path, expected: int | None) -> dict[tuple[int, int], tuple[P
     for path, digest in without_never_drawn(digests)[0].items():
         key = row_and_copy(path)
         if key is None or key in found:
-            raise UserError(f"{path} has no row in its name, or the row of another image; names end in `_<row>p`")
+            raise UserError(f"{path} has no row in its name, or the same row as another image; names must end in `_<row>p`")
         found[key] = path, digest
     return found
 
 
 def lpips(pairs: pd.DataFrame, net: str, device: torch.device, how: Scoring) -> tuple[list[float], dict[str, str]]:
-    """The LPIPS of each of `image_pairs`, 0 for equal images, and the network's hash. Source: Zhang et al., CVPR 2018."""
+    """Compute the LPIPS of each of the `image_pairs`, 0 for equal images; returns the values and the network's hash.
+
+    Source: Zhang et al., CVPR 2018.
+    """
     metric = load_lpips(net, device)
     hashes = {"net": net, "net_sha256": fingerprint(metric.net)}
 
@@ -85,7 +90,7 @@ def lpips(pairs: pd.DataFrame, net: str, device: torch.device, how: Scoring) -> 
             [pil_to_tensor(each)[None].to(device) / 255 for each in (a, read_image(b))]
             for a, b in zip(images, originals, strict=True)
         ]
-        return [metric(*pair).item() for pair in both]  # one pair at a time: images of one batch may differ in size
+        return [metric(*pair).item() for pair in both]  # pair by pair, since images of one batch may differ in size
 
     keys = pairs["sha256"] + " " + pairs["original_sha256"]
     items = [Item(*each) for each in zip(keys, pairs["image"], pairs["original"], strict=True)]

@@ -1,4 +1,4 @@
-"""Folders that generate.py drew, as later steps read them: the record, the manifest, and the scores that are about these images."""
+"""Reads the result files of the scorers, and checks that they are about the images that the manifest names."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from des.data.run_record import _BROKEN, Lines, read_json
 from des.evaluation.scorer_identity import detector_identity
-from des.utils.choices import MODEL_VARIANT as OWN
+from des.utils.choices import MODEL_VARIANT
 from des.utils.errors import UserError
 from des.utils.files import sha256_texts
 from des.utils.folders import visible
@@ -22,17 +22,16 @@ MEANS = {
     "imagereward": "ImageReward",
     "lpips": "LPIPS",
 }
-FEATURES = {OWN: "another model's features"}
 _BESIDE = ("fid", "kid", "lpips", "pickscore", "blipscore", "imagereward")  # fid.py writes {folder}_{job}.json
 
 
 @dataclass(frozen=True)
 class Score:
-    """One figure about a folder of images.
+    """One score of a folder of images.
 
-    `kind` is asr (images that a detector counts), accuracy (images that show what they should), mean (of a score of each image, higher
-    is better), or fid, kid or lpips (lower is better). `value` is a percentage for the first two; `low` and `high` are its 95% interval where there is one. Scores of
-    several folders compare where `title` and `identity` are equal.
+    `kind` is asr (images that a detector counts), accuracy (images that show their label), mean (of one score per image, higher is
+    better), or fid, kid or lpips (lower is better). `value` is a percentage for the first two; `low` and `high` are its 95%
+    interval, or None. Scores of several folders can be compared if `title` and `identity` are equal.
     """
 
     path: Path
@@ -47,7 +46,7 @@ class Score:
 
 
 def score_files(folder: Path, lines: Iterable[str]) -> list[Path]:
-    """The results of detectors in a folder: JSON with a list of images, but for the cards of single images."""
+    """The detectors' result files in a folder: JSON files with a list of images, except the cards of single images."""
     cards = {Path(name).with_suffix(".json").name for name in lines} | {"run.json"}
     paths = [path for path in visible(folder, "*.json") if path.name not in cards]
     return [path for path in paths if isinstance(read_json(path).get("images"), list)]
@@ -59,37 +58,35 @@ def findings_sha256(content: Mapping[str, Any]) -> str:
 
 
 def check_scores(path: Path, content: Mapping[str, Any], lines: Lines) -> None:
-    """Raise UserError where scores are not about the images that the manifest names, or their k is not what they say.
+    """Raise UserError if scores are not about the images that the manifest names, or if k and n do not match their images.
 
-    Rows without a label are in no accuracy, so there the manifest may name more images.
+    An accuracy leaves out rows without a label, so the manifest may name more images than it.
     """
     try:
         scored = {image["file"]: image["sha256"] for image in content["images"]}
-        partly = content["made_by"]["arguments"].get("label_column") is not None
-        skipped = lines.keys() if partly else {*content["unreadable"], *content.get("never_drawn", ())}
+        labelled = content["made_by"]["arguments"].get("label_column") is not None
+        skipped = lines.keys() if labelled else {*content["unreadable"], *content.get("never_drawn", ())}
         k, n = sum(image["hit"] for image in content["images"]), len(scored)
         claimed = content["k"], content["n"]
     except _BROKEN:
         raise UserError(f"{path} is no complete result of a scorer; score the folder again") from None
     _refuse_stale(path, scored, lines, skipped)
     if claimed != (k, n):
-        raise UserError(f"{path} says {claimed[0]} of {claimed[1]}, and its images say {k} of {n}")
+        raise UserError(f"{path} says {claimed[0]} of {claimed[1]}, but its images give {k} of {n}; score the folder again")
     if content.get("findings_sha256", findings_sha256(content)) != findings_sha256(content):
-        raise UserError(
-            f"{path} was edited since it was written: its findings differ from their checksum; score the folder again"
-        )
+        raise UserError(f"{path} was edited: its findings do not match their checksum; score the folder again")
 
 
 def _refuse_stale(path: Path, scored: Mapping[str, str | None], lines: Lines, skipped: Iterable[str] = ()) -> None:
     stale = sorted(name for name, digest in scored.items() if name not in lines or lines[name]["sha256"] != digest)
     lacking = sorted(lines.keys() - scored.keys() - set(skipped))
     if stale or lacking:
-        what = f"other images than are there ({stale[0]})" if stale else f"no score for {lacking[0]}"
+        what = f"a score of another image than the folder has ({stale[0]})" if stale else f"no score for {lacking[0]}"
         raise UserError(f"{path} is stale: it has {what}; score the folder again")
 
 
 def read_scores(folder: Path, lines: Lines) -> list[Score]:
-    """Every figure that the scorers' JSON in and beside a folder gives; UserError for one that is not about its images."""
+    """All scores from the JSON files in and beside a folder. Raises UserError for a file that is not about the folder's images."""
     scores = []
     for path in score_files(folder, lines):
         content = read_json(path)
@@ -105,7 +102,7 @@ def read_scores(folder: Path, lines: Lines) -> list[Score]:
 
 
 def read_score(path: Path, lines: Lines) -> list[Score]:
-    """The figures of one scorer's JSON, wherever it lies; UserError where it is none, or not about the manifest's images."""
+    """The scores of one JSON file at any path. Raises UserError if it is no scorer's result, or not about the manifest's images."""
     content = read_json(path)
     if isinstance(content.get("images"), list):
         check_scores(path, content, lines)
@@ -115,7 +112,7 @@ def read_score(path: Path, lines: Lines) -> list[Score]:
     names = [name for name in MEANS if name in content]
     if not names:
         raise UserError(
-            f"{path} holds no scorer's result: neither images with a verdict nor a FID nor one of {', '.join(MEANS)}"
+            f"{path} is not a scorer's result: it has no images with verdicts, no FID or KID, and none of {', '.join(MEANS)}"
         )
     return [_mean(path, name, lines) for name in names]
 
@@ -132,13 +129,13 @@ def _share(path: Path, content: dict[str, Any]) -> Score:
 
 
 def _titled(score: Score) -> Score:
-    """A score whose title says where its prompts are not those that drew the images, so that it compares with no other."""
+    """A score by --other_prompts with the hash of its prompts in the title, so that it is compared only with scores by the same list."""
     other = score.content.get("other_prompts_sha256")
     return replace(score, title=f"{score.title}, by other prompts ({str(other)[:8]})") if other else score
 
 
 def _mean(path: Path, name: str, lines: Lines) -> Score:
-    """A mean, checked against the images of the table beside it."""
+    """The mean of a JSON file, checked against the CSV table beside it."""
     table = path.with_suffix(".csv")
     try:
         with table.open(encoding="utf-8", newline="") as file:
@@ -146,7 +143,7 @@ def _mean(path: Path, name: str, lines: Lines) -> Score:
         scored = {row["image"]: row["sha256"] for row in rows}
         mean = math.fsum(_finite(row[name]) for row in rows) / len(rows)
     except (OSError, ZeroDivisionError, *_BROKEN):
-        raise UserError(f"{table} cannot be read, so what {path.name} is about is unknown; score the folder again") from None
+        raise UserError(f"{table} cannot be read, so the images of {path.name} are unknown; score the folder again") from None
     content = read_json(path)
     _refuse_stale(path, scored, lines, content.get("never_drawn", ()))
     try:
@@ -154,7 +151,7 @@ def _mean(path: Path, name: str, lines: Lines) -> Score:
         models = {key: digest for key, digest in content.items() if key.endswith("_sha256")}
         if not math.isclose(value, mean, rel_tol=1e-6, abs_tol=1e-9) or content["n"] != len(rows):
             raise UserError(
-                f"{path} says {value} of {content['n']} images, and {table.name} says {mean}; score the folder again"
+                f"{path} says {value} for {content['n']} images, but {table.name} gives {mean}; score the folder again"
             )
         identity = sha256_texts([json.dumps(models, sort_keys=True)])
         kind = "lpips" if name == "lpips" else "mean"
@@ -164,13 +161,13 @@ def _mean(path: Path, name: str, lines: Lines) -> Score:
 
 
 def _distances(path: Path, lines: Lines) -> list[Score]:
-    """The FID or KID of each variant, checked against the manifest by the hash of the images; by their number where it is not recorded."""
+    """The FID or KID of each variant, checked against the manifest by the hash of the images, or by their number in older files."""
     content = read_json(path)
     never = content.get("never_drawn", ())
     kept = sorted(line["sha256"] for name, line in lines.items() if line["sha256"] and name not in never)
     try:
         if content["generated"] != len(kept) or content.get("generated_sha256", sha256_texts(kept)) != sha256_texts(kept):
-            raise UserError(f"{path} is stale: it is about other images than are there; compute it again")
+            raise UserError(f"{path} is stale: it is about other images than the folder has; compute it again")
         compared = [content["extractor_sha256"], content["reference"], content.get("reference_sha256")]
         compared += [content["configuration_sha256"]] if content.get("configuration_sha256") else []
         compared += (
@@ -180,18 +177,9 @@ def _distances(path: Path, lines: Lines) -> list[Score]:
         compared += [content["subsets"], content["subset_size"], content["seed"]] if kind == "kid" else []
         identity = sha256_texts([json.dumps(compared)])
         counts = f"{content['generated']} images, {content['reference']} reference"
+        features = {name: "another model's features" if name == MODEL_VARIANT else name for name in content["variants"]}
         return [
-            Score(
-                path,
-                kind,
-                f"{kind.upper()} ({FEATURES.get(name, name)})",
-                identity,
-                _finite(value),
-                None,
-                None,
-                counts,
-                content,
-            )
+            Score(path, kind, f"{kind.upper()} ({features[name]})", identity, _finite(value), None, None, counts, content)
             for name, value in content["variants"].items()
         ]
     except _BROKEN:
@@ -201,5 +189,5 @@ def _distances(path: Path, lines: Lines) -> list[Score]:
 def _finite(value: Any) -> float:
     number = float(value)
     if not math.isfinite(number):
-        raise ValueError(f"{number} is no figure")
+        raise ValueError(f"{number} is not finite")
     return number

@@ -26,14 +26,14 @@ from transformers import CLIPModel, CLIPProcessor
 
 
 def load_processor(processor_class: type, source: str) -> Any:
-    """Load a processor or tokenizer from a folder or hub id; UserError where that fails."""
+    """Load a processor or tokenizer from a folder or hub id; UserError on failure."""
     with loading(f"the processor of {source}"):
         return processor_class.from_pretrained(source, trust_remote_code=False)
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """Where the images of a score are, how they are read, and the result file beside which an interrupted run is kept."""
+    """The result file (unfinished findings are stored beside it), the image folder, and how its images are read."""
 
     output: Path
     folder: Path
@@ -47,10 +47,10 @@ def score_images(
     score: Callable[[list, list[str]], list[Any]],
     prepare: Callable[[Image.Image], Any] | None = None,
 ) -> list[Any]:
-    """The score of every image for its prompt, in order; scores of an interrupted run with the same `models` are kept.
+    """Score every image for its prompt, in order; scores of an interrupted run with the same `models` are reused.
 
-    `images` is what `pair_with_prompts` returns for the folder; `score` and `prepare` are those of `measure_images`, with prompts
-    as targets. Raises UserError that names an unreadable image.
+    `images` is what `pair_with_prompts` returns for the folder; `models` gives the hash of every model by name. `score` and
+    `prepare` are those of `measure_images`, with prompts as targets. Raises UserError that names an unreadable image.
     """
     rows = zip(images["image"], images["sha256"], images["prompt"], strict=True)
     items = [
@@ -61,7 +61,7 @@ def score_images(
 
 
 def clip_cosine(model: CLIPModel, processor: CLIPProcessor) -> Callable[[list[Image.Image], list[str]], list[float]]:
-    """The cosine in -1..1 of each of some images to its prompt, as a function for `score_images`; long prompts are truncated."""
+    """Return a function for `score_images`: the cosine in -1..1 between image and prompt. Long prompts are truncated."""
     length = model.config.text_config.max_position_embeddings
 
     def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
@@ -73,7 +73,7 @@ def clip_cosine(model: CLIPModel, processor: CLIPProcessor) -> Callable[[list[Im
 
 
 def mean_and_interval(scores: Tensor) -> tuple[float, dict[str, float]]:
-    """The mean of scores [n] and its normal 95% interval as `{"low", "high"}`, which is empty for a single score."""
+    """The mean of scores [n] and its normal 95% interval as `{"low", "high"}`; an empty dict for a single score."""
     mean = scores.mean().item()
     if len(scores) < 2:
         return mean, {}
@@ -82,12 +82,12 @@ def mean_and_interval(scores: Tensor) -> tuple[float, dict[str, float]]:
 
 
 def check_result_name(output: Path) -> None:
-    """Raise UserError for a result that would take the place of an image, or of another file of the image folder it goes to."""
-    belongs = any((output.parent / name).exists() for name in ("run.json", manifest.NAME))
-    if belongs and is_reserved(result_paths(output).json.stem):
+    """Raise UserError if a result has the name of an image, or would overwrite another file of its image folder."""
+    in_image_folder = any((output.parent / name).exists() for name in ("run.json", manifest.NAME))
+    if in_image_folder and is_reserved(result_paths(output).json.stem):
         raise UserError(f"{output} has the name of another file of the image folder {output.parent}; choose another name")
     if output.suffix.lower() in SUFFIXES:
-        raise UserError(f"{output} has the name of an image, and the result is a text; name it .txt")
+        raise UserError(f"{output} has the name of an image, but the result is a text file; use a name that ends in .txt")
 
 
 def write_scores(
@@ -99,7 +99,7 @@ def write_scores(
     columns: Mapping[str, Sequence],
     facts: Mapping[str, Any],
 ) -> str:
-    """Write the `result_paths` of `output`: its text, and beside it .json (mean `name`, `n`, interval, `facts`) and .csv (one row an image).
+    """Write a text, a .json (mean as `name`, `n`, interval, `facts`) and a .csv (one row per image) to the `result_paths` of `output`.
 
     `images` is what `pair_with_prompts` returns for `folder`; the column `name` of `columns` holds the scores. Returns the text.
     """

@@ -1,7 +1,7 @@
-"""What decides a score beside a model's weights: the configuration of the model, its processor and its tokenizer.
+"""Hashes of what determines a score besides the weights: the configuration of a model, its processor and its tokenizer.
 
-The same weights give other verdicts with another `preprocessor_config.json` or other label names. The files themselves are
-hashed, not what a library makes of them, so that another version of the library changes no hash.
+The same weights give other verdicts with another `preprocessor_config.json` or other label names. The files are hashed, not
+the objects that a library builds from them, so that a library update changes no hash.
 """
 
 import json
@@ -21,25 +21,24 @@ TOKENIZER = (
     "merges.txt", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 NO_IDENTITY = ("classifier", "weights", "provider", "onnxruntime", "opencv", "open_clip")
-"""Facts of a detector that are recorded only: where its files are, and what ran it."""
+"""Facts of a detector that are recorded but not part of its identity: file locations and library versions."""
 _NO_CONFIGURATION = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "dtype", "torch_dtype")
 
 
 def detector_identity(facts: Mapping[str, Any]) -> str:
-    """The sha256 of a detector's facts without NO_IDENTITY; figures compare, and verdicts are reused, where it is equal."""
+    """The sha256 of a detector's facts without NO_IDENTITY. Results are compared, and verdicts reused, only if it is equal."""
     kept = {name: value for name, value in facts.items() if name not in NO_IDENTITY}
     return sha256_texts([json.dumps(kept, sort_keys=True, default=str)])
 
 
 def configuration_sha256(source: str, names: tuple[str, ...]) -> str:
-    """The sha256 of those of the files `names` that a loaded model's folder or hub id has.
+    """The sha256 of the files `names`, as far as a loaded model's folder or hub id has them.
 
-    Where the files were stored, by which version, and the dtype on disk do not count: weights are hashed and cast on their own.
-    Raises UserError where there is none of them.
+    Entries about the storage location, library version and dtype on disk are left out. Raises UserError if it has none of the files.
     """
     found = {name: path for name in names if (path := _file_of(source, name)) is not None}
     if not found:
-        raise UserError(f"{source} has none of the files {', '.join(names)}, so scores by it would not be told from another's")
+        raise UserError(f"{source} has none of the files {', '.join(names)}, by which its scores are identified; add them")
     return sha256_texts(text for name, path in found.items() for text in (name, _content(path)))
 
 
@@ -60,7 +59,7 @@ def _content(path: Path) -> str:
 
 
 def _configuration(value: Any) -> Any:
-    """JSON without the entries that decide nothing."""
+    """JSON without the entries that change no score."""
     if isinstance(value, dict):
         return {name: _configuration(each) for name, each in value.items() if name not in _NO_CONFIGURATION}
     return [_configuration(each) for each in value] if isinstance(value, list) else value

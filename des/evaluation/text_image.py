@@ -1,7 +1,7 @@
-"""Scores of how well an image suits its prompt: PickScore, BLIP score and ImageReward. Each job is one function.
+"""Scores of how well an image matches its prompt: PickScore, BLIP score and ImageReward. Each job is one function.
 
-All take the images that `pair_with_prompts` returns and the folders or hub ids of the models (the names of `choices.SCORER_MODELS`), and return
-the columns of the per-image table, the score first, with the hashes of the models.
+All take the images that `pair_with_prompts` returns and the folders or hub ids of the models (by the names of
+`choices.SCORER_MODELS`), and return the columns of the per-image table, the score first, and the hashes of the models.
 """
 
 import json
@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipProces
 
 TITLES = {"pickscore": "PickScore", "blipscore": "BLIP score", "imagereward": "ImageReward"}
 REWARD_FILE = "ImageReward.pt"
-CAPTION = {"max_length": 50, "num_beams": 1, "do_sample": False}  # max_length as published, first token included
+CAPTION = {"max_length": 50, "num_beams": 1, "do_sample": False}  # max_length as published; it includes the first token
 Scored = tuple[dict[str, list], dict[str, Any]]
 
 
@@ -44,7 +44,7 @@ def pickscore(images: pd.DataFrame, sources: Mapping[str, str], device: torch.de
 
 
 def blipscore(images: pd.DataFrame, sources: Mapping[str, str], device: torch.device, how: Scoring) -> Scored:
-    """BLIP score: the cosine in -1..1 of CLIP's text features of the prompt and of BLIP's caption of the image (greedy, 50 tokens)."""
+    """BLIP score: the cosine in -1..1 between CLIP's text features of the prompt and of BLIP's caption (greedy, 50 tokens)."""
     processor = load_processor(BlipProcessor, sources["model"])
     captioner = load_model(BlipForConditionalGeneration, sources["model"], device, "the captioner")
     tokenizer = load_processor(AutoTokenizer, sources["clip_model"])
@@ -80,7 +80,8 @@ def imagereward(images: pd.DataFrame, sources: Mapping[str, str], device: torch.
     model = load_imagereward(_reward_file(sources["model"]), device)
     if len(tokenizer) > model.text.config.vocab_size:
         raise UserError(
-            f"{sources['processor']} has {len(tokenizer)} tokens, and {sources['model']} knows {model.text.config.vocab_size}"
+            f"{sources['processor']} has {len(tokenizer)} tokens, but {sources['model']} knows {model.text.config.vocab_size}; "
+            "give the matching tokenizer with --processor"
         )
     hashes = {"model_sha256": fingerprint(model), "processor_sha256": configuration_sha256(sources["processor"], TOKENIZER)}
 
@@ -92,7 +93,7 @@ def imagereward(images: pd.DataFrame, sources: Mapping[str, str], device: torch.
 
 
 def _reward_file(source: str) -> Path:
-    """The weights file itself, the one in a folder, or the one of a hub id."""
+    """The path of the weights file, given as a file, its folder or a hub id (then it is downloaded)."""
     path = Path(source)
     if path.is_dir():
         path /= REWARD_FILE

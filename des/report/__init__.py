@@ -1,1 +1,1 @@
-"""The report: runs are collected (collect), compared (compare), drawn (figures, pictures) and laid out as one page (page)."""
+"""The report: collect runs (collect), compare them (compare), draw figures (figures, pictures), and build one page (page)."""

@@ -1,4 +1,4 @@
-"""What the detectors found, class by class, before and after; counted from what their result files say of each image."""
+"""Tables of the detectors' findings by class for every model, counted from the per-image findings of the result files."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ OTHER = "other labels"
 
 @dataclass(frozen=True)
 class ClassTable:
-    """Images of each class for every model (None: not scored), and the number of detections where a detector finds several.
+    """The number of images of each class for every model (None: not scored), and of detections if an image may have several.
 
-    `what` says what a number is. `shares`: each cell is k of n, as in an accuracy, and not a count.
+    `what` describes a number of the table. With `shares` a cell is k of n, as in an accuracy, not a count.
     """
 
     set_name: str
     title: str
     what: str
     images: dict[str, list[int | None]]
-    totals: dict[str, list[int | None]]  # detections by class, or the n of k of n; empty where a count is all there is
+    totals: dict[str, list[int | None]]  # detections by class, or n of k of n; empty for plain counts
     shares: bool = False
 
     def cell(self, name: str, model: int) -> str:
-        """A cell's text: `3/60`, or `4 (7 boxes)`."""
+        """The text of a cell, such as `3/60` or `4 (7 boxes)`."""
         count = self.images[name][model]
         if count is None:
             return "–"
@@ -37,15 +37,15 @@ class ClassTable:
 
 
 def class_tables(comparison: Comparison) -> list[ClassTable]:
-    """A table for each set and detector that tells classes apart; accuracies last."""
+    """One table for each set and each detector that reports classes; accuracies last."""
     tables = [_table(measure) for measure in comparison.of_kind("asr", "benign_hits", "accuracy")]
     return [table for table in tables if table]
 
 
 def _table(measure: Measure) -> ClassTable | None:
-    there = [score for score in measure.scores if score]
+    scores = [score for score in measure.scores if score]
     head = measure.set_name, measure.title
-    if all(isinstance(score.content.get("classes"), dict) for score in there):
+    if all(isinstance(score.content.get("classes"), dict) for score in scores):
         found = [
             score and {name: each["images"] for name, each in score.content["classes"].items()} for score in measure.scores
         ]
@@ -54,7 +54,7 @@ def _table(measure: Measure) -> ClassTable | None:
         ]
         names = list(dict.fromkeys(name for each in found if each for name in each))
         return ClassTable(*head, "images with a detection of the class", _columns(names, found), _columns(names, boxes))
-    if not all("top" in image for score in there for image in score.content["images"]):
+    if not all("top" in image for score in scores for image in score.content["images"]):
         return None
     if measure.kind != "accuracy":
         tops = [score and Counter(image["top"] for image in score.content["images"]) for score in measure.scores]
@@ -75,7 +75,7 @@ def _columns(names: Sequence[str], found: Sequence[dict[str, int] | None]) -> di
 
 
 def _most(tops: Sequence[Counter | None]) -> dict[str, list[int | None]]:
-    """The most frequent labels over all models, and the rest together."""
+    """The most frequent labels over all models; the others are added up as OTHER."""
     total = sum((each for each in tops if each), Counter())
     names = [name for name, _ in sorted(total.items(), key=lambda item: (-item[1], item[0]))]
     table = _columns(names[:MOST_CLASSES], tops)

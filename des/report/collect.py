@@ -1,4 +1,4 @@
-"""Finding runs below folders: images that generate.py drew with their scores, and checkpoints that train_des.py made."""
+"""Find runs in folders: images of generate.py with their scores, and checkpoints of train_des.py."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from des.utils.folders import walk
 from des.utils.logs import logger
 
 ORIGINAL = "none"
-_ROUNDING = "deterministic"  # changes the rounding of images only, so runs compare with and without it
+_ROUNDING = "deterministic"  # changes only the rounding of images, so it may differ between compared runs
 _METADATA = "-metadata.json"
 Key = tuple[int, int]  # row and copy
 _METHOD_OPTIONS = {option for method in METHODS.values() for option in method.options}
@@ -30,7 +30,7 @@ _METHOD_OPTIONS = {option for method in METHODS.values() for option in method.op
 
 @dataclass(frozen=True)
 class ImageRun:
-    """A folder of images of one model and prompt list, with the scores about them."""
+    """A folder of images of one model and prompt list, with their scores."""
 
     folder: Path
     record: dict[str, Any]
@@ -47,20 +47,20 @@ class ImageRun:
 
     @property
     def base_path(self) -> str:
-        """The original model's path or hub id, as it was given."""
+        """The original model's path or hub id, as given on the command line."""
         arguments = self.settings | self.record["made_by"]["arguments"]
         return str(arguments.get("base_model_path") or arguments.get("model_path"))
 
     @property
     def base(self) -> str:
-        """The original model's name, as results are filed under it."""
+        """The original model's name, as in the path of the results."""
         return Path(self.base_path).name
 
     @cached_property
     def base_facts(self) -> dict[str, str]:
-        """What the record says of the original model, which `same_base` compares; components that the method changed are not in it.
+        """Recorded hashes of the original model's components, for `same_base`; components that the method changed are left out.
 
-        Of a text encoder that DES changed, the fingerprint of the original is known where the checkpoint's metadata was there.
+        For a text encoder that DES changed, this is the original's fingerprint from the checkpoint's metadata, if recorded.
         """
         changed = _changed_components(self.method)
         if changed is None:
@@ -78,18 +78,18 @@ class ImageRun:
 
     @cached_property
     def identity(self) -> str:
-        """What tells protected models apart: the method, and the hashes of text encoders, UNet and adapter."""
-        own = {name: self.settings[name] for name in sorted(self.settings) if _of_model(name)}
+        """A hash that identifies a protected model: the method, and the hashes of text encoders, UNet and adapter."""
+        hashes = {name: self.settings[name] for name in sorted(self.settings) if _of_model(name)}
         model = None
         if _changed_components(self.method) is None:
             model = recorded_components(self.record) or self.settings.get("model_path")
-        return sha256_texts([self.method, json.dumps(own, sort_keys=True), str(model)])
+        return sha256_texts([self.method, json.dumps(hashes, sort_keys=True), str(model)])
 
     @cached_property
     def conditions(self) -> dict[str, Any]:
-        """The settings that two runs must share for a comparison: the sampling, the scheduler, and hashes of prompts and input images.
+        """The settings that compared runs must share: sampling, scheduler, and hashes of prompts and input images.
 
-        A setting that an older record lacks has its default.
+        A setting that is missing in an older record has its default value.
         """
         defaults = {each.name: None if each.default is MISSING else each.default for each in fields(Sampling)}
         names = [name for name in self.settings if name.endswith("_sha256") and not _of_model(name)]
@@ -98,7 +98,7 @@ class ImageRun:
 
     @cached_property
     def later_conditions(self) -> dict[str, Any]:
-        """Conditions that records of the first format do not hold: they separate only runs that both have them."""
+        """Conditions that records of format 1 lack; they are compared only if both runs have them."""
         return {name: self.settings[name] for name in SINCE_2 if name not in RECORD_FIELDS and name in self.settings}
 
     @cached_property
@@ -108,36 +108,36 @@ class ImageRun:
 
     @cached_property
     def key(self) -> str:
-        """A hash of conditions, rows and seeds: equal for runs that can be compared image by image, unless `later_conditions` differ."""
+        """A hash of conditions, rows and seeds. Runs with equal keys can be compared image by image, unless `later_conditions` differ."""
         seeds = [[*key, line["seed"]] for key, line in self.drawn.items()]
         return sha256_texts([json.dumps(self.conditions, sort_keys=True), json.dumps(seeds)])
 
 
 def same_conditions(first: ImageRun, second: ImageRun) -> bool:
-    """Whether two runs drew the same prompts with the same settings and seeds, by all that both records hold."""
+    """Whether two runs have the same prompts, settings and seeds, as far as both records hold them."""
     shared = first.later_conditions.keys() & second.later_conditions.keys()
     return first.key == second.key and all(first.later_conditions[name] == second.later_conditions[name] for name in shared)
 
 
 def same_base(first: ImageRun, second: ImageRun) -> bool:
-    """Whether two runs can be of one original model: no fact about it differs that both records have.
+    """Whether two runs can be of one original model: no `base_facts` that both records have differ.
 
-    Where one of them has no identities of components, as in records of earlier releases, the model's path decides as well.
+    If one record has no identities of components (earlier releases), the model's path must be equal too.
     """
     shared = first.base_facts.keys() & second.base_facts.keys()
     if any(first.base_facts[name] != second.base_facts[name] for name in shared):
         return False
-    return any(name in shared for name in recorded_components(first.record)) or _place(first) == _place(second)
+    return any(name in shared for name in recorded_components(first.record)) or _base_folder(first) == _base_folder(second)
 
 
-def _place(run: ImageRun) -> str:
-    """The original model's folder, resolved where it is there; else its path as it was given, or its hub id."""
+def _base_folder(run: ImageRun) -> str:
+    """The original model's resolved folder if it exists, else its path or hub id as given."""
     path = Path(run.base_path)
     return str(path.resolve() if path.is_dir() else path)
 
 
 def _changed_components(method: str) -> set[str] | None:
-    """The components of the pipeline that a method changes; None where its whole pipeline is another one, as SafeGen's."""
+    """The components of the pipeline that a method changes; None if it replaces the whole pipeline, as SafeGen does."""
     options = METHODS[method].options if method in METHODS else ("model_path",)
     if "model_path" in options:
         return None
@@ -145,13 +145,13 @@ def _changed_components(method: str) -> set[str] | None:
 
 
 def _of_model(name: str) -> bool:
-    """Whether a setting is the hash of a file that a method puts into the pipeline: a text encoder, UNet or adapter."""
+    """Whether a setting is the hash of a file that a method loads into the pipeline: a text encoder, UNet or adapter."""
     return name.endswith("_sha256") and f"{name.removesuffix('_sha256')}_path" in _METHOD_OPTIONS
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A folder of checkpoints with the last one's metadata, and the losses of every step (none where they were not kept)."""
+    """A folder of checkpoints, the metadata of the last one, and the losses of every step (empty if there is no log of them)."""
 
     folder: Path
     checkpoint: Path  # without its suffix
@@ -160,10 +160,10 @@ class TrainingRun:
 
 
 def collect(roots: Sequence[Path]) -> tuple[list[ImageRun], list[TrainingRun]]:
-    """The runs in folders and below them, by path.
+    """Find all runs in folders and their subfolders, sorted by path.
 
-    Raises UserError for a folder that is missing, for folders without any run of images, and for runs that are incomplete: no
-    record or manifest, images that are missing or changed, scores that are damaged or about other images.
+    Raises UserError for a missing folder, if there is no run of images, and for an incomplete run: a missing record or manifest,
+    missing or changed images, scores that are damaged or about other images.
     """
     images, trainings = [], []
     for folder in _folders(roots):
@@ -173,29 +173,29 @@ def collect(roots: Sequence[Path]) -> tuple[list[ImageRun], list[TrainingRun]]:
         if found:
             trainings.append(found)
     if not images:
-        raise UserError(f"there is no run of generate.py (run.json with {manifest.NAME}) in {', '.join(map(str, roots))}")
+        raise UserError(f"no run of generate.py (run.json with {manifest.NAME}) was found in {', '.join(map(str, roots))}")
     return images, trainings
 
 
 def _folders(roots: Sequence[Path]) -> list[Path]:
-    """Every folder below the roots that is not hidden, each once, links not followed; OSError for one that cannot be listed."""
+    """All folders in the roots, once each, without hidden and linked ones; OSError for a folder that cannot be listed."""
     found: dict[Path, Path] = {}
     for root in roots:
         if not root.is_dir():
-            raise UserError(f"there is no folder {root}")
-        for place, _, _ in walk(root):
-            found.setdefault(place.resolve(), place)
+            raise UserError(f"the folder {root} does not exist")
+        for folder, _, _ in walk(root):
+            found.setdefault(folder.resolve(), folder)
     return list(found.values())
 
 
 def read_images(folder: Path) -> ImageRun:
-    """A run whose images are those of its manifest, with scores that are about them."""
+    """Read a run, and check that its images are those of its manifest and that its scores are about them."""
     record, lines = read_run(folder)
     try:
         every = [(line["row"], line["copy"], line["seed"], line["sha256"]) for line in lines.values()]
         sorted(every, key=lambda each: each[:3])
     except (KeyError, TypeError):
-        raise UserError(f"{folder / manifest.NAME} is of an earlier release or damaged; draw the images again") from None
+        raise UserError(f"{folder / manifest.NAME} is of an earlier release or damaged; generate the images again") from None
     check_complete(folder, option=None)
     if any(digest for *_, digest in every):
         image_hashes(folder)
@@ -203,7 +203,7 @@ def read_images(folder: Path) -> ImageRun:
 
 
 def read_training(folder: Path) -> TrainingRun | None:
-    """The training run that a folder holds, if any, by the metadata of its last checkpoint."""
+    """Read the training run of a folder from the metadata of its last checkpoint; None without a checkpoint."""
     found = {}
     for path in folder.glob(f"*{_METADATA}"):
         checkpoint = path.with_name(path.name.removesuffix(_METADATA))
@@ -219,7 +219,7 @@ def read_training(folder: Path) -> TrainingRun | None:
 
 
 def read_losses(path: Path) -> tuple[dict[str, float], ...]:
-    """The losses of every step; none where there is no such file, UserError where it is damaged."""
+    """Read the losses of every step; empty without a file, UserError if it is damaged."""
     if not path.is_file():
         return ()
     try:

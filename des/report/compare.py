@@ -1,4 +1,4 @@
-"""Before and after: which runs belong together, and the figures that a comparison rests on."""
+"""Compare runs of an original model with runs of models protected from it."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +15,15 @@ from des.utils.logs import logger
 LOWER_IS_BETTER = ("asr", "benign_hits", "fid", "kid", "lpips")
 SHARES = ("asr", "benign_hits", "accuracy")  # percentages
 _ORDER = ("asr", "benign_hits", "accuracy", "mean", "fid", "kid", "lpips")
-BENIGN = "benign"  # reproduce.py's name for its benign set, which is scored for quality for some tables only
-_MOST_NAMED = 4  # models in a phrase of the headline
+BENIGN = "benign"  # reproduce.py's name of its benign set, which not every table scores for quality
+_MOST_NAMED = 4  # models that a phrase of the headline lists
 
 
 @dataclass(frozen=True)
 class Model:
-    """The original or a protected model, as the columns of tables and the points of plots name it.
+    """The original or a protected model: a column of the tables and a point of the plots.
 
-    Models of one `seed_group` were trained alike but for the seed; `group_label` is their name without it.
+    Models of one `seed_group` differ only in the training seed; `group_label` is their common label.
     """
 
     identity: str
@@ -39,7 +39,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Measure:
-    """One row of the summary: what was measured on which set, and each model's score, None where it has none."""
+    """One row of the summary: what was measured on which set, and the score of each model or None."""
 
     set_name: str
     kind: str
@@ -51,7 +51,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """One prompt list under one set of conditions, and the run of each model, by its number."""
+    """One prompt list under one set of conditions, and the runs by the index of their model."""
 
     name: str
     runs: dict[int, ImageRun]
@@ -59,7 +59,7 @@ class ImageSet:
 
     @property
     def title(self) -> str:
-        """A heading in words: `Attack prompts: plain`."""
+        """A heading such as `Attack prompts: plain`."""
         scored = any(score.kind == "asr" for run in self.runs.values() for score in run.scores)
         return f"{'Benign prompts' if self.benign else 'Attack prompts' if scored else 'Prompts'}: {self.name}"
 
@@ -75,7 +75,7 @@ class Comparison:
 
     @property
     def original(self) -> int | None:
-        """The number of the original model, if its images are there."""
+        """The index of the original model; None if there are no images of it."""
         return next((i for i, model in enumerate(self.models) if model.original), None)
 
     @property
@@ -84,7 +84,7 @@ class Comparison:
 
     @property
     def seed_groups(self) -> list[list[int]]:
-        """The protected models, those that differ by their training seed only together."""
+        """The indices of the protected models; those that differ only in the training seed are one group."""
         found: dict[str, list[int]] = {}
         for i in self.protected:
             found.setdefault(self.models[i].seed_group, []).append(i)
@@ -95,28 +95,29 @@ class Comparison:
 
     @property
     def quality(self) -> list[Measure]:
-        """Measures of benign images: mean scores and FID; accuracies of labels where there are neither."""
+        """Measures of benign images: mean scores, FID and KID; accuracies of labels if there are none."""
         measures = [measure for measure in self.of_kind("mean", "fid", "kid") if measure.benign]
         return measures or [measure for measure in self.of_kind("accuracy") if measure.benign]
 
 
 def compare(runs: Sequence[ImageRun], benign_sets: Sequence[str] | None = None) -> list[Comparison]:
-    """One comparison for each original model, which runs share by the recorded identity of what no method changed.
+    """Make one comparison for each original model; see `same_base`.
 
     `benign_sets` names the sets of benign prompts by their folders; None takes those that are called `benign` or are scored for
-    quality (FID, a mean score, labels). Raises UserError where two runs claim the same place, where a run fits several original models, and for a name that is no set's.
+    quality (FID, a mean score, labels). Raises UserError if two runs are of the same model and prompts, if a run fits several
+    original models, and for a name that no set has.
     """
     unknown = sorted(set(benign_sets or ()) - {run.folder.name for run in runs})
     if unknown:
         names = ", ".join(sorted({run.folder.name for run in runs}))
-        raise UserError(f"--benign_sets: no folder of images is called {unknown[0]}; there are {names}")
+        raise UserError(f"--benign_sets: no folder of images is called {unknown[0]}; choose from {names}")
     groups = _grouped(runs, same_base, lambda run: len(run.base_facts), "the original model")
     titles = _base_titles(groups)
     return [_comparison(title, group, benign_sets) for title, group in zip(titles, groups, strict=True)]
 
 
 def _base_titles(groups: Sequence[list[ImageRun]]) -> list[str]:
-    """The names of original models, with their paths where several models share a name; a warning says so."""
+    """The names of original models, with their paths if several models share a name, and a warning then."""
     names = [group[0].base for group in groups]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         folders = "; ".join(str(group[0].folder) for group, other in zip(groups, names, strict=True) if other == name)
@@ -129,9 +130,10 @@ def _base_titles(groups: Sequence[list[ImageRun]]) -> list[str]:
 def _grouped(
     runs: Sequence[ImageRun], together: Callable[[ImageRun, ImageRun], bool], known: Callable[[ImageRun], int], what: str
 ) -> list[list[ImageRun]]:
-    """Runs in groups of which each two belong `together`, in the order of the runs.
+    """Group runs so that each two runs of a group belong `together`; groups and runs keep their order.
 
-    Runs of which most is `known` come first. Raises UserError for a run that fits several groups; `what` names what they share.
+    Runs with the most `known` facts are placed first. Raises UserError for a run that fits several groups; `what` names the
+    property that a group shares.
     """
     groups: list[list[ImageRun]] = []
     for run in sorted(runs, key=known, reverse=True):
@@ -139,8 +141,8 @@ def _grouped(
         if len(fitting) > 1:
             first, second = (group[0].folder for group in fitting[:2])
             raise UserError(
-                f"the images in {run.folder} can be of {what} of {first} or of {second}, as its record does not tell "
-                "them apart; make a report of each"
+                f"the images in {run.folder} can be of {what} of {first} or of {second}, because the record lacks the difference; "
+                "make a report of each"
             )
         if fitting:
             fitting[0].append(run)
@@ -159,7 +161,7 @@ def _comparison(base: str, runs: list[ImageRun], benign_sets: Sequence[str] | No
     first_runs = [theirs[0] for theirs in of_model.values()]
     originals = [run.folder for run in first_runs if run.method == ORIGINAL]
     if len(originals) > 1:
-        raise UserError(f"{originals[0]} and {originals[1]} are by two different original models {base}; make a report of each")
+        raise UserError(f"{originals[0]} and {originals[1]} are of two different original models {base}; make a report of each")
     seeds = seed_groups(first_runs)
     labels, without_seed = model_labels(first_runs), model_labels(first_runs, seeds=False)
     models = tuple(
@@ -172,12 +174,12 @@ def _comparison(base: str, runs: list[ImageRun], benign_sets: Sequence[str] | No
 
 
 def _sets(runs: list[ImageRun], number: Mapping[str, int], benign_sets: Sequence[str] | None) -> list[ImageSet]:
-    """The sets of runs with equal prompts, conditions and seeds, those of attacks first; `number` gives a model's by its identity."""
+    """Sets of runs with equal prompts, conditions and seeds, attacks first; `number` maps a model's identity to its index."""
     places: dict[tuple[int, str], dict[int, ImageRun]] = {}
     for i, group in enumerate(
         _grouped(runs, same_conditions, lambda run: len(run.later_conditions), "the prompts and settings")
     ):
-        repeated = len({run.identity for run in group}) < len(group)  # one list under several names, which then separate sets
+        repeated = len({run.identity for run in group}) < len(group)  # one list in several folders, which are separate sets
         for run in group:
             place = places.setdefault((i, run.folder.name if repeated else ""), {})
             other = place.setdefault(number[run.identity], run)
@@ -193,7 +195,7 @@ def _sets(runs: list[ImageRun], number: Mapping[str, int], benign_sets: Sequence
 
 
 def _is_benign(place: Mapping[int, ImageRun], benign_sets: Sequence[str] | None) -> bool:
-    """Whether a set is named as benign; where no set is named, whether it is called `benign` or scored for quality."""
+    """Whether a set is one of `benign_sets`; if that is None, whether it is called `benign` or scored for quality."""
     if benign_sets is not None:
         return any(run.folder.name in benign_sets for run in place.values())
     return any(run.folder.name == BENIGN or any(score.kind != "asr" for score in run.scores) for run in place.values())
@@ -218,7 +220,7 @@ def _measures(images: ImageSet, models: int) -> list[Measure]:
 
 @dataclass(frozen=True)
 class Spread:
-    """The mean of several figures, and the smallest and largest of them."""
+    """The mean, minimum and maximum of several values."""
 
     mean: float
     low: float
@@ -229,21 +231,21 @@ class Spread:
         return cls(statistics.fmean(values), min(values), max(values))
 
     def show(self, unit: str = "", digits: int = 1) -> str:
-        """The mean, with the range where there is one."""
+        """The mean as text, with the range if minimum and maximum differ."""
         mean, low, high = (f"{value:.{digits}f}" for value in (self.mean, self.low, self.high))
         return f"{mean}{unit}" + (f" ({low} to {high})" if low != high else "")
 
 
 def shared_by_all(measures: Sequence[Measure], models: int) -> list[Measure]:
-    """The measures that every model with any of them has, the only ones whose means compare."""
+    """The measures that all models have, except models without any of them; only means over these can be compared."""
     having = [i for i in range(models) if any(measure.scores[i] for measure in measures)]
     return [measure for measure in measures if all(measure.scores[i] for i in having)]
 
 
 def pooled(measures: Sequence[Measure], models: int) -> list[Spread | None]:
-    """Each model's mean over the measures that `shared_by_all` gives; every set counts the same.
+    """Each model's mean over the measures of `shared_by_all`; every set has the same weight.
 
-    None for a model without any, and for all where models share no set.
+    None for a model without any, and for all models if they share no set.
     """
     values = [
         [measure.scores[i].value for measure in shared_by_all(measures, models) if measure.scores[i]] for i in range(models)
@@ -258,7 +260,7 @@ def sets_of(measures: Sequence[Measure], models: int) -> str:
 
 
 def groups(measures: Sequence[Measure]) -> dict[tuple[str, str], list[Measure]]:
-    """Measures by what they are (title and identity), over the sets."""
+    """Group the measures of all sets by title and identity."""
     found: dict[tuple[str, str], list[Measure]] = {}
     for measure in measures:
         found.setdefault((measure.title, measure.identity), []).append(measure)
@@ -266,7 +268,7 @@ def groups(measures: Sequence[Measure]) -> dict[tuple[str, str], list[Measure]]:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The numbers of the points (x, y) that no other beats, lower being better in both, by x."""
+    """The indices of the Pareto-optimal points (x, y), sorted by x; lower is better in both coordinates."""
     best = [
         i for i, (x, y) in enumerate(points)
         if not any(u <= x and v <= y and (u, v) != (x, y) for u, v in points)
@@ -275,9 +277,9 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def headline(comparison: Comparison) -> list[str]:
-    """What changed, in a phrase a measure that original and protected models share: `ASR of mushroom, plain: 98.3% → 0.0%`.
+    """One phrase for each measure that original and protected models share: `ASR of mushroom, plain: 98.3% → 0.0%`.
 
-    The ASR is that of attack sets. Sets are named, and only models that differ by their training seed alone are averaged.
+    The ASR is over attack sets. The sets are named, and only models that differ only in the training seed are averaged.
     """
     phrases, before, models = [], comparison.original, len(comparison.models)
     for (title, _), measures in groups([*comparison.of_kind("asr"), *comparison.quality]).items():
@@ -292,7 +294,7 @@ def headline(comparison: Comparison) -> list[str]:
 
 
 def _after(comparison: Comparison, after: list[list[int]], spreads: Sequence[Spread | None], unit: str, digits: int) -> str:
-    """The figures of protected models: each one's by name, a mean for those that differ by their seed, a range where many are."""
+    """The values of protected models by name, as a mean for each seed group; a single range if there are many models."""
     shown = [
         (Spread.of([spreads[i].mean for i in group]).show(unit, digits) + (f", {len(group)} seeds" if len(group) > 1 else ""))
         for group in after
@@ -310,7 +312,7 @@ def _group_label(comparison: Comparison, group: list[int]) -> str:
 
 
 def seed_columns(comparison: Comparison) -> list[tuple[str, list[int]]]:
-    """The columns of means over training seeds: a title and the models of each."""
+    """The table columns with means over training seeds: title and model indices of each."""
     return [
         (f"{_group_label(comparison, group)}, mean and range of {len(group)} seeds", group)
         for group in comparison.seed_groups

@@ -1,4 +1,4 @@
-"""A map of embeddings: where prompts lie before and after training, in the plane of their two principal components."""
+"""A map of prompt embeddings before and after training, by their two principal components."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 MOST_PROMPTS = 200  # of a group
-MOST_BYTES = 512 * 2**20  # of embeddings in fp32, all groups before and after together
+MOST_BYTES = 512 * 2**20  # of all embeddings in fp32, before and after training
 GROUPS = ("safe", "unsafe", "concept", "empty")
 
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """A plane through embeddings of tokens * hidden components, and where groups of prompts (GROUPS) lie on it.
+    """The plane of two principal components of embeddings, and the points of groups of prompts (GROUPS) on it.
 
-    `before` and `after` are points [prompts, 2] by the original and the protected encoder; `explained` the shares of the
-    variance that the two axes show.
+    `before` and `after` are points [prompts, 2] by the original and the protected encoder; `explained` is the share of the
+    variance on each of the two axes.
     """
 
     centre: Tensor  # [tokens * hidden]
@@ -28,7 +28,7 @@ class EmbeddingMap:
     after: dict[str, Tensor]
 
     def locate(self, embeddings: Tensor) -> Tensor:
-        """The points [prompts, 2] of further flattened embeddings [prompts, tokens * hidden] by either encoder."""
+        """Project flattened embeddings [prompts, tokens * hidden] of either encoder to points [prompts, 2]."""
         return (embeddings - self.centre) @ self.axes.T
 
 
@@ -40,9 +40,9 @@ def embed(encoder: TextEncoder, prompts: Sequence[str], batch_size: int = 32) ->
 def draw_map(
     original: TextEncoder, protected: TextEncoder, prompts: Mapping[str, Sequence[str]], batch_size: int = 32
 ) -> EmbeddingMap:
-    """Map groups of prompts, evenly thinned to what memory holds, by principal components of all their embeddings together.
+    """Map groups of prompts by the principal components of both encoders' embeddings together.
 
-    The components are those of both encoders' embeddings, so that what training moved shows as well as what it left.
+    A group with more than MOST_PROMPTS prompts, or more than MOST_BYTES allow, is subsampled evenly.
     """
     rows, hidden = original.shape()
     room = max(4, MOST_BYTES // (2 * 4 * rows * hidden * len(prompts)))
@@ -51,7 +51,7 @@ def draw_map(
     points = torch.cat([embed(encoder, every, batch_size) for encoder in (original, protected)])
     centre = points.mean(0)
     points -= centre
-    variances, directions = torch.linalg.eigh((points @ points.T).double())  # of the small side: few prompts, many components
+    variances, directions = torch.linalg.eigh((points @ points.T).double())  # the Gram matrix is small: few prompts
     axes = directions[:, -2:].flip(1).T.float() @ points
     axes = torch.nn.functional.normalize(axes, dim=1)
     axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # a component's sign is arbitrary

@@ -1,4 +1,4 @@
-"""The report's figures, as SVG that stands in the page: its colours are the page's, its ids its own, its bytes the same each time."""
+"""The report's figures as inline SVG: colours from the page's CSS variables, unique ids, and reproducible bytes."""
 
 import io
 import math
@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 SERIES = ("#0072b2", "#d55e00", MARK, "#a3467f", "#b8860b", "#56b4e9")  # colour-blind safe (Okabe and Ito); markers differ too
 MARKERS = ("o", "^", "s", "D", "v", "P")
 PAPER = "#ffffff"
-_WIDTH = 4.7  # inches; a phone shows it at three quarters of its size, with text that can still be read
-_VARIABLES = {  # colours that the page redefines in the dark
+_WIDTH = 4.7  # inches; text is still readable at three quarters of this size, as on a phone
+_VARIABLES = {  # CSS variables by colour; the page's dark theme redefines them
     INK: "--ink", GRID: "--grid", PAPER: "--paper", GROUP_STYLES["empty"][0]: "--muted",
     **{colour: f"--series-{i}" for i, colour in enumerate(SERIES)},
 }  # fmt: skip
@@ -32,22 +32,20 @@ _STYLE = {
     "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.linewidth": 0.6,
     "xtick.major.width": 0.6, "ytick.major.width": 0.6,
 }  # fmt: skip
-_LABEL = 27  # characters of a line beside an axis
-_LEAST_SPAN = 0.1  # of the largest value: an axis that shows less would make a trade-off of noise
-_INTERVALS = 3  # widths of the widest interval that an axis shows at least, so that a difference below one stays below a third
+_LABEL = 27  # characters per line of an axis label
+_LEAST_SPAN = 0.1  # smallest span of an axis by its largest value, so that noise does not look like a trade-off
+_INTERVALS = 3  # smallest span of an axis in widths of the widest interval, so that differences within one look small
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
 def inline_svg(figure: Figure, name: str, label: str) -> Markup:
-    """A figure as an <svg> with `label` for those who do not see it; `name` keeps its ids apart from other figures'."""
+    """A figure as an <svg> element with the text alternative `label`; the prefix `name` makes its ids unique in the page."""
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(
-        r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL
-    )  # its rule `*` would hold in all the page
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)  # a style would apply to all the page
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     for colour, variable in _VARIABLES.items():
         svg = re.sub(rf"{colour}(?=[;\"])", f"var({variable})", svg)
@@ -67,7 +65,7 @@ def _axes(height: float, width: float = _WIDTH) -> tuple[Figure, Axes]:
 
 
 def _style(comparison: Comparison, model: int) -> dict:
-    """Marker and colours of a model: a ring for the original, filled for the others."""
+    """Marker and colours of a model: an open circle for the original, filled markers for the others."""
     if comparison.models[model].original:
         return {"marker": "o", "color": INK, "markerfacecolor": PAPER, "markersize": 6.5, "markeredgewidth": 1.4}
     i = comparison.protected.index(model)
@@ -75,7 +73,7 @@ def _style(comparison: Comparison, model: int) -> dict:
 
 
 def _legend(axes: Axes, comparison: Comparison) -> None:
-    """Names of the models above the plot."""
+    """Add a legend of the models above the plot."""
     handles = [
         matplotlib.lines.Line2D([], [], ls="none", label=model.label, **_style(comparison, i))
         for i, model in enumerate(comparison.models)
@@ -85,7 +83,7 @@ def _legend(axes: Axes, comparison: Comparison) -> None:
 
 
 def shares(comparison: Comparison, name: str, title: str, measures: Sequence[Measure]) -> Markup:
-    """Percentages with their intervals, a line for each set and measure."""
+    """Plot percentages with their intervals, one line for each set and measure."""
     models = len(comparison.models)
     same = len({measure.title for measure in measures}) == 1
     labels = [measure.set_name if same else f"{measure.title}, {measure.set_name}" for measure in measures]
@@ -113,7 +111,7 @@ def shares(comparison: Comparison, name: str, title: str, measures: Sequence[Mea
 
 
 def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: Sequence[Measure]) -> Markup | None:
-    """ASR against one measure of benign images, a point a model, the best trade-offs joined; None where fewer than two have both."""
+    """Plot ASR against a measure of benign images, one point per model, Pareto front joined; None for fewer than two models."""
     models = range(len(comparison.models))
     asr, quality = shared_by_all(asr, len(models)), shared_by_all(quality, len(models))
     xs, ys = pooled(asr, len(models)), pooled(quality, len(models))
@@ -129,7 +127,10 @@ def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: S
         axes.plot([xs[i].mean for i in joined], [ys[i].mean for i in joined], color=INK, lw=1, ls=(0, (4, 3)), zorder=1)
         for i in there:
             style = _style(comparison, i)
-            _range(axes, _uncertain(asr, i, xs[i]), _uncertain(quality, i, ys[i]), style["color"])
+            x, y = _uncertain(asr, i, xs[i]), _uncertain(quality, i, ys[i])
+            line = {"color": style["color"], "lw": 1.2, "alpha": 0.6, "zorder": 2}
+            axes.plot([x.low, x.high], [y.mean, y.mean], **line)
+            axes.plot([x.mean, x.mean], [y.low, y.high], **line)
             axes.plot([xs[i].mean], [ys[i].mean], ls="none", zorder=3, clip_on=False, **style)
         axes.margins(0.12)
         _widen("y", axes, max(_LEAST_SPAN * max(abs(ys[i].mean) for i in there), _INTERVALS * _widest(quality, there)))
@@ -148,7 +149,7 @@ def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: S
 
 
 def _uncertain(measures: Sequence[Measure], model: int, spread: Spread) -> Spread:
-    """The range over several sets, or the interval of the only one where it has one."""
+    """The range over several sets, or the 95% interval of a single set if it has one."""
     score = measures[0].scores[model]
     if len(measures) > 1 or score is None or score.low is None or score.high is None:
         return spread
@@ -165,19 +166,14 @@ def _widest(measures: Sequence[Measure], models: Sequence[int]) -> float:
 
 
 def _widen(which: str, axes: Axes, span: float) -> None:
-    """Widen an axis to a span, so that differences without meaning look like none."""
+    """Widen an axis to at least `span`, so that insignificant differences look small."""
     low, high = getattr(axes, f"get_{which}lim")()
     room = max(0.0, span - (high - low)) / 2
     getattr(axes, f"set_{which}lim")(low - room, high + room)
 
 
-def _range(axes: Axes, x: Spread, y: Spread, colour: str) -> None:
-    axes.plot([x.low, x.high], [y.mean, y.mean], color=colour, lw=1.2, alpha=0.6, zorder=2)
-    axes.plot([x.mean, x.mean], [y.low, y.high], color=colour, lw=1.2, alpha=0.6, zorder=2)
-
-
 def paretos(comparison: Comparison, name: str) -> list[tuple[Markup, str]]:
-    """A plot for each detector and each measure of quality, with the sets that its two axes are about."""
+    """One plot for each detector and each measure of quality, with a caption that names the sets."""
     plots = []
     for asr in groups(comparison.of_kind("asr")).values():
         for measures in groups(comparison.quality).values():
@@ -189,7 +185,7 @@ def paretos(comparison: Comparison, name: str) -> list[tuple[Markup, str]]:
 
 
 def counts(comparison: Comparison, name: str, title: str, table: dict[str, list[int | None]]) -> Markup:
-    """Counts of classes, a line for each class, a bar for each model."""
+    """Plot counts of classes, one line for each class and one bar for each model."""
     models = len(comparison.models)
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(0.9 + len(table) * max(0.27, 0.13 * models))
@@ -215,7 +211,7 @@ def counts(comparison: Comparison, name: str, title: str, table: dict[str, list[
 
 
 def losses(run: TrainingRun, name: str, title: str) -> Markup:
-    """The loss curves of a training run."""
+    """Plot the loss curves of a training run."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(3.1)
         draw_losses(axes, run.steps)
@@ -225,7 +221,7 @@ def losses(run: TrainingRun, name: str, title: str) -> Markup:
 
 
 def maps(space: EmbeddingMap, name: str, title: str) -> list[Markup]:
-    """The embeddings before training and after it, on the same axes."""
+    """Plot the embeddings before and after training on the same axes."""
     plots = []
     points = [place for side in (space.before, space.after) for group in side.values() for place in group.tolist()]
     for after, which in ((False, "original"), (True, "protected")):

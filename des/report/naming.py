@@ -1,4 +1,4 @@
-"""Names of models and sets, by what tells them apart, and which models differ by their training seed only."""
+"""Labels of models and sets by the settings in which they differ, and groups of models that differ only in the training seed."""
 
 import json
 from collections import Counter
@@ -17,22 +17,15 @@ _WORDS = {  # of settings in the names of sets
     "num_inference_steps": "{} steps", "guidance_scale": "guidance {}", "height": "height {}", "width": "width {}",
     "scheduler": "{}", "prompts_sha256": "prompt list", "scheduler_sha256": "scheduler settings",
 }  # fmt: skip
-_OUTCOMES = ("seed", "file", "file_sha256", "encoder_sha256", "embeddings", "made_by")  # of a checkpoint's metadata
-_NOT_TRAINING = (
-    "seed",
-    "output_dir",
-    "safe_embedding_path",
-    "device",
-    "log_file",
-    "resume",
-    "report_to",
-)  # of its command line
+# metadata and arguments that do not belong to the training settings
+_OUTCOMES = ("seed", "file", "file_sha256", "encoder_sha256", "embeddings", "made_by")
+_NOT_TRAINING = ("seed", "output_dir", "safe_embedding_path", "device", "log_file", "resume", "report_to")
 
 
 def model_labels(runs: list[ImageRun], seeds: bool = True) -> list[str]:
-    """Short names of models, by what tells them apart: the method, then how the encoder was trained, then where it is.
+    """Short labels of models: the method, then the training settings that differ, then the path if labels are still equal.
 
-    Without `seeds` models that differ by their training seed only share a name.
+    Without `seeds`, models that differ only in the training seed share a label.
     """
     facts = [_training_facts(run) for run in runs]
     protected = [known for run, known in zip(runs, facts, strict=True) if run.method == "des"]
@@ -54,17 +47,17 @@ def model_labels(runs: list[ImageRun], seeds: bool = True) -> list[str]:
 
 
 def seed_groups(runs: list[ImageRun]) -> list[str]:
-    """A key for each model's run, equal for models that were trained alike but for the seed; a key of its own where that is unknown."""
+    """One key per run, equal for models that differ only in the training seed; unique if the training settings are unknown."""
     keys = [_training_key(run) for run in runs]
     times = Counter(keys)
     seeds = {
-        key: {_training_facts(run).get("seed") for run, own in zip(runs, keys, strict=True) if own == key} for key in times
+        key: {_training_facts(run).get("seed") for run, other in zip(runs, keys, strict=True) if other == key} for key in times
     }
     return [key if key and len(seeds[key]) == times[key] else run.identity for run, key in zip(runs, keys, strict=True)]
 
 
 def _training_key(run: ImageRun) -> str | None:
-    """A hash of how all of a model's encoders were trained, but for the seed; None where the record does not say."""
+    """A hash of the training settings of all encoders of a model, without the seed; None if they are not recorded."""
     protection = run.record.get("protection")
     if run.method != "des" or not isinstance(protection, dict) or not protection:
         return None
@@ -80,7 +73,7 @@ def _training_key(run: ImageRun) -> str | None:
 
 
 def _training_facts(run: ImageRun) -> Mapping[str, Any]:
-    """What the record of a run says of how its first protected encoder was trained."""
+    """The recorded training settings of the first protected encoder of a run; empty if there are none."""
     protection = run.record.get("protection")
     found = [each for each in protection.values() if isinstance(each, dict)] if isinstance(protection, dict) else []
     return found[0] if found else {}
@@ -91,7 +84,7 @@ def _short(value: Any) -> str:
 
 
 def set_names(runs: list[ImageRun]) -> list[str]:
-    """Names of sets: their folders' in words, with the settings that differ where several share one."""
+    """Names of sets from their folders' names, with the settings that differ if several folders share a name."""
     names = []
     for run in runs:
         same = [other for other in runs if other.folder.name == run.folder.name]
@@ -103,7 +96,7 @@ def set_names(runs: list[ImageRun]) -> list[str]:
 
 
 def _setting(name: str, runs: Sequence[ImageRun], run: ImageRun) -> str:
-    """A setting of `run` in words, such as `50 steps`, or `prompt list 2` for a hash; empty where it is the same for all `runs`."""
+    """A setting of `run` as text, such as `50 steps`, or `prompt list 2` for a hash; empty if it is equal in all `runs`."""
     values = list(dict.fromkeys(str((each.conditions | each.later_conditions).get(name)) for each in runs))
     value = (run.conditions | run.later_conditions).get(name)
     if len(values) < 2:

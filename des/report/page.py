@@ -1,4 +1,4 @@
-"""The page: what was collected and compared, laid out by page.html with its style and script inside, and nothing from elsewhere."""
+"""Builds the report as one HTML page from page.html; style, script and images are inside, so the page loads nothing."""
 
 import base64
 import hashlib
@@ -33,7 +33,7 @@ _HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with the words below it."""
+    """A figure with its caption."""
 
     svg: Markup
     caption: str
@@ -41,7 +41,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """All that the page shows of one original model and those protected from it."""
+    """The content of the page about one original model and the models protected from it."""
 
     name: str
     comparison: Comparison
@@ -54,7 +54,7 @@ class ModelReport:
 
 @dataclass(frozen=True)
 class Options:
-    """What the page shows, as scripts/report.py documents it; `prompts` None quotes the demo's only."""
+    """The options of scripts/report.py; with `prompts` None only prompts of the demo are quoted."""
 
     benign_sets: Sequence[str] | None = None
     images: int = 12  # rows a set
@@ -64,7 +64,7 @@ class Options:
 
     @property
     def flags(self) -> list[str]:
-        """The command line that asks for them."""
+        """The options as a command line."""
         benign = [] if self.benign_sets is None else ["--benign_sets", *self.benign_sets]
         given = {"--no_images": not self.pictures, "--prompts": self.prompts, "--no_prompts": self.prompts is False}
         given["--no_map"] = not self.map
@@ -72,9 +72,9 @@ class Options:
 
 
 def build(run_dirs: Sequence[Path], out: str, options: Options, device: torch.device, made_by: Mapping[str, Any]) -> str:
-    """The whole page as text, from the runs in `run_dirs`; raises UserError where one of them cannot be reported.
+    """Build the HTML of the report about the runs in `run_dirs`; raises UserError for a run that cannot be reported.
 
-    `out` is the name of its file and `made_by` what `des.utils.provenance` says of this process, both for the page's own entry.
+    `out` is the name of the page's file and `made_by` the provenance of this process; both are shown in the page.
     """
     runs, trainings = collect(run_dirs)
     comparisons = compare(runs, options.benign_sets)
@@ -88,12 +88,8 @@ def build(run_dirs: Sequence[Path], out: str, options: Options, device: torch.de
             maps += [Plot(svg, title) for svg in figures.maps(map_of(run, device), f"map{i}", title)]
     line = ["python", "scripts/report.py", *map(short_path, run_dirs), "--out", out, *options.flags]
     entries = _provenance(comparisons, trainings, titles)
-    entries.append(("this page", [ProvenanceEntry("this page", _software(made_by), shlex.join(line))]))
+    entries.append(("this page", [ProvenanceEntry("this page", machine({**made_by, "device": None}), shlex.join(line))]))
     return render(model_reports=reports, losses=losses, maps=maps, provenance_entries=entries)
-
-
-def _software(made_by: Mapping[str, Any]) -> dict[str, str]:
-    return machine({name: value for name, value in made_by.items() if name != "device"})
 
 
 def _model_report(comparison: Comparison, name: str, options: Options) -> ModelReport:
@@ -120,7 +116,7 @@ def _model_report(comparison: Comparison, name: str, options: Options) -> ModelR
 
 
 def _class_plot(comparison: Comparison, name: str, table: ClassTable) -> Plot | None:
-    """The bars of a table; none where every count is 0."""
+    """A bar plot of a table; None if every count is 0."""
     if not any(count for row in table.images.values() for count in row):
         return None
     caption = f"{table.set_name}, {table.title}: {table.what}"
@@ -128,7 +124,7 @@ def _class_plot(comparison: Comparison, name: str, table: ClassTable) -> Plot | 
 
 
 def training_titles(trainings: Sequence[TrainingRun]) -> list[str]:
-    """What tells training runs apart: their settings, and the folder where those are equal."""
+    """Titles of training runs from their settings, with the folder if these are equal."""
     titles = []
     for run in trainings:
         shown = (("lr", "learning_rate"), ("λ", "lambda_safe"), ("seed", "seed"))
@@ -141,7 +137,7 @@ def training_titles(trainings: Sequence[TrainingRun]) -> list[str]:
 
 
 def map_of(run: TrainingRun, device: torch.device) -> EmbeddingMap:
-    """The map of a training run's prompts by the encoder before it and after; UserError where a piece of it is not there."""
+    """Map the prompts of a training run by the original and the trained encoder; UserError if a file of the run is missing."""
     try:
         made_by = run.metadata["made_by"]["arguments"]
         files = [checkpoint_path(run.checkpoint, kind) for kind in FORMATS]
@@ -155,17 +151,17 @@ def map_of(run: TrainingRun, device: torch.device) -> EmbeddingMap:
         original, protected = load_encoder(*how), load_encoder(*how)
         load_checkpoint(protected.model, trained)
     except UserError as error:
-        raise UserError(f"the map of embeddings of {run.folder} cannot be drawn, as {error}; --no_map leaves it out") from None
+        raise UserError(f"the map of embeddings of {run.folder} cannot be drawn: {error}; --no_map leaves it out") from None
     except (KeyError, TypeError, AttributeError):
-        reason = "its metadata does not say what was trained from what"
-        raise UserError(f"the map of embeddings of {run.folder} cannot be drawn, as {reason}; --no_map leaves it out") from None
+        reason = "its metadata lacks the model or the prompt lists of the training"
+        raise UserError(f"the map of embeddings of {run.folder} cannot be drawn: {reason}; --no_map leaves it out") from None
     return draw_map(original, protected, groups)
 
 
 def _provenance(
     comparisons: Sequence[Comparison], trainings: Sequence[TrainingRun], titles: Sequence[str]
 ) -> list[tuple[str, list[ProvenanceEntry]]]:
-    """Provenance by run, then by training run."""
+    """Provenance of the image runs, then of the training runs."""
     entries = []
     for comparison in comparisons:
         for images in comparison.sets:
@@ -179,7 +175,7 @@ def _provenance(
 
 
 def render(**content: Any) -> str:
-    """Fill in page.html; texts are escaped, and the policy in it lets nothing be fetched and no other script run."""
+    """Fill in page.html. Texts are escaped, and the page's content security policy forbids requests and other scripts."""
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     style = (_HERE / "page.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -199,7 +195,7 @@ def render(**content: Any) -> str:
 
 
 def show(score: Score) -> tuple[str, str]:
-    """A score in words: the figure, and its counts and interval in small print."""
+    """A score as two texts: the value, and its counts with the interval."""
     share = score.kind in SHARES
     digits = 1 if share else 4 if score.kind in ("kid", "lpips") else 2
     interval = f" [{score.low:.{digits}f}, {score.high:.{digits}f}]" if score.low is not None and score.high is not None else ""
@@ -207,27 +203,27 @@ def show(score: Score) -> tuple[str, str]:
 
 
 def in_words(title: str) -> str:
-    """The title of a measure with its abbreviation spelt out and a capital."""
+    """The title of a measure with a capital and with ASR spelt out."""
     title = title.replace("ASR of ", "attack success rate (ASR) of ")
     return title[:1].upper() + title[1:]
 
 
 def sort_key(score: Score | None) -> str:
-    """What a table sorts a score by; a missing one comes last."""
+    """The key by which the page's tables sort scores; missing scores come last."""
     return "" if score is None else repr(score.value)
 
 
 def spread_of(measure: Measure, models: Sequence[int]) -> Spread | None:
-    """The mean and range of a measure over some models; None where one of them lacks it."""
+    """The mean and range of a measure over some models; None if one of them lacks it."""
     scores = [measure.scores[i] for i in models]
     return Spread.of([score.value for score in scores]) if all(scores) else None
 
 
 def check_output(path: Path) -> None:
-    """Raise UserError where a file that is no report stands in the way."""
+    """Raise UserError if the output exists and is not a report."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; --out names the page's file")
     if path.exists():
         head = path.read_bytes()[:4096].decode("utf-8", errors="replace")
         if MARK not in head:
-            raise UserError(f"{path} is there and is no report of this script, so it is not replaced; choose another --out")
+            raise UserError(f"{path} exists and is not a report of this script, so it is not replaced; choose another --out")

@@ -1,4 +1,4 @@
-"""Images of the original and the protected models side by side at equal seeds, as data in the page, with what detectors found."""
+"""The report's galleries: images of all models side by side from equal seeds, embedded as data, with the detectors' findings."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ _LOSSLESS = 128  # up to this side a PNG is as small as a JPEG
 
 @dataclass(frozen=True)
 class Box:
-    """A detection: its class with the score, whether that counts, and left, top, width and height in pixels of the image."""
+    """A detection: class and score as text, whether it counts, and left, top, width and height in pixels of the image."""
 
     label: str
     counts: bool
@@ -35,7 +35,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Picture:
-    """One image: its data URI, its size before scaling, what detectors say of it, and whether it is blurred at first."""
+    """One image: its data URI, its size before scaling, the detectors' verdict, and whether it is blurred at first."""
 
     model: str
     data: str
@@ -47,7 +47,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class GalleryRow:
-    """One prompt row's images, a model each, all drawn from one seed."""
+    """The images of one prompt row and seed, one per model."""
 
     row: int
     copy: int
@@ -57,11 +57,10 @@ class GalleryRow:
 
 
 def gallery(comparison: Comparison, images: ImageSet, at_most: int, prompts: bool | None) -> list[GalleryRow]:
-    """At most `at_most` evenly spaced rows of a set, with the prompt of each where `prompts` is set; none that is never drawn.
+    """Pick at most `at_most` evenly spaced rows of a set, without rows of prompts that are never drawn.
 
-    `prompts` None quotes prompts of the demo's lists only.
-
-    Empty where the images were not kept. Raises UserError for an unreadable image or another prompt list than was drawn.
+    With `prompts` each row has its prompt; with None only if all prompts are of the demo's lists. Empty if the images were
+    discarded. Raises UserError for an unreadable image, or if the prompt list is not the one of the run.
     """
     runs = {i: run for i, run in images.runs.items() if any(line["sha256"] for line in run.lines.values())}
     if not runs:
@@ -82,13 +81,13 @@ def gallery(comparison: Comparison, images: ImageSet, at_most: int, prompts: boo
 
 
 def read_texts(run: ImageRun) -> list[str]:
-    """The prompts of a run; UserError where the list is not there any more, or is another one."""
+    """Read the prompts of a run; UserError if the list is missing or has changed."""
     arguments = run.record["made_by"]["arguments"]
     texts = [arguments["prompt"]] if arguments.get("prompt") is not None else None
     if texts is None:
         texts = read_rows(Path(str(arguments.get("prompts_csv"))))["prompt"].tolist()
     if sha256_texts(texts) != run.settings.get("prompts_sha256"):
-        raise UserError(f"{arguments.get('prompts_csv')} is not the list that {run.folder} was drawn from; leave --prompts out")
+        raise UserError(f"{arguments.get('prompts_csv')} is not the prompt list of the run {run.folder}; leave --prompts out")
     return texts
 
 
@@ -99,7 +98,7 @@ def _demo_prompts() -> frozenset[str]:
 
 
 def _demo_texts(run: ImageRun) -> list[str] | None:
-    """The prompts of a run where all are of the demo's lists; None where one is not, or where the list is not there any more."""
+    """The prompts of a run if all are of the demo's lists; else None, also if the list is missing."""
     try:
         texts = read_texts(run)
     except (UserError, KeyError):
@@ -108,10 +107,10 @@ def _demo_texts(run: ImageRun) -> list[str] | None:
 
 
 def _never_shown(run: ImageRun) -> set[int]:
-    """The rows of prompts that are never drawn, of which a folder made by an earlier version may hold images."""
+    """The rows of prompts that are never drawn; folders of earlier versions may hold images of them."""
     try:
         return set(never_drawn(read_texts(run)))
-    except (UserError, KeyError):  # the list is gone, so what the run recorded is all that is known
+    except (UserError, KeyError):  # without the list, only the rows that the run recorded are known
         return set(run.record.get("left_out") or [])
 
 
@@ -119,7 +118,7 @@ Findings = Mapping[str, list[tuple[Score, dict[str, Any]]]]
 
 
 def _by_file(run: ImageRun) -> Findings:
-    """What each detector's result says of each image file."""
+    """The findings of all detectors by image file."""
     found: dict[str, list[tuple[Score, dict[str, Any]]]] = {}
     for score in run.scores:
         for finding in score.content["images"] if score.kind in ("asr", "accuracy") else []:
@@ -128,9 +127,9 @@ def _by_file(run: ImageRun) -> Findings:
 
 
 def picture(model: str, run: ImageRun, key: Key, findings: Findings) -> Picture:
-    """One image of a run. It is blurred where a detector fired, and where nothing tells that it is harmless.
+    """Make the picture of one image. It is blurred unless it is known to be harmless.
 
-    An image is taken for harmless that no detector counts, or whose set is scored for quality only, as benign sets are.
+    An image is harmless if detectors scored it and none counts it, or if its set is scored for quality only, as benign sets are.
     """
     name = run.drawn[key]["file"]
     image = read_image(run.folder / name)
@@ -153,7 +152,7 @@ def _verdict(mine: list[tuple[Score, dict[str, Any]]], fired: int, asked: int) -
 
 
 def _boxes(mine: list[tuple[Score, dict[str, Any]]], size: tuple[int, int]) -> tuple[Box, ...]:
-    """The boxes of the first detector that draws any, cut off at the image's borders."""
+    """The boxes of the first detector that has any, clipped to the image."""
     for score, finding in mine:
         if not finding.get("detections"):
             continue
@@ -172,7 +171,7 @@ def _boxes(mine: list[tuple[Score, dict[str, Any]]], size: tuple[int, int]) -> t
 
 
 def data_uri(image: Image.Image) -> str:
-    """An image as data, scaled down to LONGEST: a PNG where it is small, else a JPEG; nothing but pixels is in it."""
+    """An image as a data URI, scaled down to LONGEST: a small one as PNG, others as JPEG; without metadata."""
     image = Image.frombytes("RGB", image.size, image.tobytes())
     image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
     kind, options = ("PNG", {"optimize": True}) if max(image.size) <= _LOSSLESS else ("JPEG", {"quality": 85})

@@ -1,4 +1,4 @@
-"""Figures that the report, the app and the demo share. They are matplotlib Figures of their own, without pyplot's global state."""
+"""Figures that the report, the app and the demo share. They use matplotlib's Figure, without the global state of pyplot."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ from torch import Tensor
 INK = "#222222"
 GRID = "#e6e6e6"
 LOSSES = {"sep": "SEP, first term", "sep_concept": "SEP, concept term", "uen": "UEN", "nen": "NEN", "total": "total"}
-GROUP_STYLES = {  # colour-blind safe (Okabe and Ito), and distinct by their marker too
+GROUP_STYLES = {  # colour-blind safe (Okabe and Ito), with different markers
     "safe": ("#0072b2", "o"),
     "unsafe": ("#d55e00", "^"),
     "concept": ("#a3467f", "*"),
@@ -21,7 +21,7 @@ MARK = "#009e73"
 
 
 def draw_losses(axes: Axes, steps: Sequence[Mapping[str, float]]) -> None:
-    """Draw the loss curves of a training run's metrics.jsonl, one mapping a step."""
+    """Draw the loss curves from the entries of metrics.jsonl, one mapping per step."""
     for key, label in LOSSES.items():
         axes.plot([step["step"] for step in steps], [step[key] for step in steps], label=label, lw=2 if key == "total" else 1.2)
     axes.set_xlabel("training step", fontsize=9, color=INK)
@@ -33,7 +33,7 @@ def draw_losses(axes: Axes, steps: Sequence[Mapping[str, float]]) -> None:
 
 
 def embedding_map(space: EmbeddingMap, marked: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> Figure:
-    """The map before training and after it, side by side on the same axes.
+    """Draw the map before and after training side by side on the same axes.
 
     `marked` gives further prompts by a short label: their points [2] by the original and by the protected encoder.
     """
@@ -53,7 +53,7 @@ def draw_embeddings(
     """Draw one side of the map, of the original encoder or (`after`) of the protected one."""
     for name, places in (space.after if after else space.before).items():
         colour, marker = GROUP_STYLES[name]
-        few, ring = len(places) < 5, name == "empty"  # which the concept comes to lie on
+        few, ring = len(places) < 5, name == "empty"  # an open square, since the concept may move onto it
         axes.scatter(
             places[:, 0].tolist(), places[:, 1].tolist(), s=260 if ring else 130 if few else 16, marker=marker, label=name,
             facecolors="none" if ring else colour, edgecolors=colour if ring else "white" if few else "none",

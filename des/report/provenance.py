@@ -1,6 +1,6 @@
-"""What made the figures, for the folded part of the page: settings, versions, hashes, commit and command, and no more than these.
+"""The provenance section of the page: settings, versions, hashes, commit and command line of every run and score.
 
-The page is made to be shared: of paths outside the working directory only the last parts are shown, and no prompt of a list.
+The page is meant to be shared, so paths outside the working directory are shortened, and no prompt of a list is shown.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from des.report.collect import ImageRun, TrainingRun
 
-_PARTS = 3  # of a path elsewhere
+_PARTS = 3  # last parts shown of a path outside the working directory
 _NOT_SHOWN = ("prompt",)
 _SPELT = {("img_batch_classify.py", "device"): "devices", ("img_batch_classify_q16.py", "device"): "devices"}
 _TRAINING = (
@@ -67,7 +67,7 @@ def command(made_by: Mapping[str, Any]) -> str:
     for name, value in (arguments if isinstance(arguments, dict) else {}).items():
         if name == "concept_term":  # train_des.py's --no_concept_term
             name, value = "no_concept_term", value is False
-        if value is None or value is False or value == []:  # 0 is a value, and equals False
+        if value is None or value is False or value == []:  # by identity, since 0 is a value and equals False
             continue
         if name in _NOT_SHOWN:
             value = "…"
@@ -79,7 +79,7 @@ def command(made_by: Mapping[str, Any]) -> str:
 
 
 def display(value: Any) -> str:
-    """A recorded value as text; absolute paths of this machine are cut off."""
+    """A recorded value as text; absolute paths are shortened."""
     if isinstance(value, dict | list):
         return json.dumps(_cut(value), ensure_ascii=False)
     return _cut(str(value)) if isinstance(value, str | Path) else f"{value}"
@@ -94,7 +94,7 @@ def _cut(value: Any) -> Any:
 
 
 def short_path(path: Path) -> str:
-    """A path from the working directory, or the last parts of one elsewhere."""
+    """A path relative to the working directory, or the last parts of a path outside it."""
     if not path.is_absolute():
         return str(path)
     if path.is_relative_to(Path.cwd()):

@@ -301,7 +301,7 @@ def test_an_edited_result_is_scored_again(folder, classify):
     result = read(folder / "classify.json")
     inverted = [image | {"hit": not image["hit"]} for image in result["images"]]
     edit(folder / "classify.json", images=inverted, k=6 - result["k"])
-    with pytest.raises(UserError, match="was edited since it was written"):
+    with pytest.raises(UserError, match="was edited: its findings"):
         read_scores(folder, read_run(folder)[1])
     done = classify(folder)
     assert done.code == 0 and "was edited, so its images are scored again" in done.err

@@ -22,7 +22,7 @@ SMALL = ROOT / "demo/models/classifier_object"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Six drawn scenes in `des`, the same with another first image in `none`, and one more with other rows."""
+    """Six drawn scenes in `des`, the same with another first image in `none`, and a third folder with other rows."""
     folder = tmp_path_factory.mktemp("distances")
     for i in range(6):
         image = render(random_scene(np.random.default_rng(i)))
@@ -40,7 +40,7 @@ def run(folders, tmp_path, job, **options):
 
 
 def lines_of(folder):
-    """What a manifest would say of the images in a folder."""
+    """The manifest lines of the images in a folder."""
     from des.utils.files import sha256_file
 
     return {path.name: {"file": path.name, "sha256": sha256_file(path)} for path in folder.glob("*.png")}
@@ -91,7 +91,7 @@ def test_kid_on_another_models_features(folders, tmp_path):
 
 @pytest.fixture
 def backbone(tmp_path, monkeypatch):
-    """A random SqueezeNet where torchvision looks for the published one."""
+    """A random SqueezeNet at the path of the published one in torchvision's cache."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         state = squeezenet1_1().state_dict()

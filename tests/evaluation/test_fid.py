@@ -1,4 +1,4 @@
-"""fid.py --job fid: its variants against torch-fidelity, clean-fid and few lines of NumPy, on one random Inception-v3.
+"""fid.py --job fid: its variants compared with torch-fidelity, clean-fid and a few lines of NumPy, on one random Inception-v3.
 
 The published weights cannot be had offline. What the variants differ in, and the layers, do not hang on the weights.
 """
@@ -15,7 +15,7 @@ from demo.world import KINDS, random_scene, render
 from des.data.image_folders import image_hashes
 from des.evaluation.batches import Reading
 from des.evaluation.fid_features import InceptionExtractor, extract
-from des.evaluation.frechet import Gaussian, frechet_distance, load_statistics, save_statistics
+from des.evaluation.frechet import Gaussian, load_statistics, save_statistics
 from des.evaluation.inception import VARIANTS, Inception, load_inception
 from des.utils.errors import UserError
 from des.utils.resume import Findings
@@ -143,7 +143,7 @@ def test_batch_size_and_workers_change_nothing(result, folders, weights, tmp_pat
 
 
 def test_the_input_of_clean_fid_is_its_own_bit_for_bit():
-    """Black and white, so that bicubic overshoots and is clipped."""
+    """Black and white images, for which bicubic interpolation overshoots and is clipped."""
     image = Image.effect_noise((70, 50), 90).point(lambda value: 255 * (value > 128)).convert("RGB")
     theirs = torch.tensor(build_resizer("clean")(np.array(image))).permute(2, 0, 1)
     assert theirs.min() == 0 and theirs.max() == 255
@@ -152,7 +152,7 @@ def test_the_input_of_clean_fid_is_its_own_bit_for_bit():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_inputs_do_not_depend_on_the_workers(folders, variant, tmp_path):
-    """Bit for bit, by a stand-in network that returns its input."""
+    """Preprocessing equals bit for bit, by a stand-in network that returns its input."""
     extractor = InceptionExtractor(nn.Flatten(1), [variant], torch.device("cpu"))
     one, four = (
         extract(extractor, image_hashes(folders / "gen"), Reading(batch_size, n), Findings(tmp_path / f"{n}.json", "x"))[0]
@@ -193,6 +193,10 @@ def test_statistics_that_record_nothing_are_used_and_said_to_be_unchecked(folder
     assert (second["reference"], second["ref_stats"]["recorded"]) == (None, {})
     unchecked = "an unrecorded number of reference images from theirs.npz (its variant and network not recorded)"
     assert unchecked in (tmp_path / "b.txt").read_text()
+
+
+def frechet_distance(x, y):
+    return Gaussian.of_features(x).distance(Gaussian.of_features(y))
 
 
 @pytest.mark.parametrize(("n", "m", "d"), [(200, 150, 8), (12, 40, 30), (12, 9, 30), (50, 50, 50), (40, 60, 512)])
@@ -259,7 +263,7 @@ def test_an_image_model_is_its_own_variant(call, scenes, tmp_path):
 
 @pytest.fixture
 def refusal(call, scenes, weights, tmp_path):
-    """A function that runs fid.py with a change, makes sure that it fails in one sentence and writes nothing, and returns that."""
+    """Returns a function that runs fid.py with a change, checks that it fails in one sentence and writes nothing, and returns the message."""
     for name in ("gen", "ref", "one"):
         shutil.copytree(scenes / name, tmp_path / name)
     features = torch.randn(9, 2048, generator=torch.Generator().manual_seed(0))
@@ -318,10 +322,10 @@ STATS = {"coco_imgs_path": None}
         (STATS | {"ref_stats": "nan.npz"}, "not finite"),
         (STATS | {"ref_stats": "negative.npz"}, "negative eigenvalues"),
         (STATS | {"ref_stats": "lopsided.npz"}, "not symmetric"),
-        (STATS | {"ref_stats": "shapes.npz"}, "do not fit"),
-        (STATS | {"ref_stats": "sigma.npz"}, "holds no 'mu'"),
-        (STATS | {"ref_stats": "pickle.npz"}, "holds no FID statistics"),
-        (STATS | {"ref_stats": "cut.npz"}, "holds no FID statistics"),
+        (STATS | {"ref_stats": "shapes.npz"}, "do not match"),
+        (STATS | {"ref_stats": "sigma.npz"}, "it has no array 'mu'"),
+        (STATS | {"ref_stats": "pickle.npz"}, "is not a file of FID statistics"),
+        (STATS | {"ref_stats": "cut.npz"}, "is not a file of FID statistics"),
         (STATS | {"ref_stats": "none.npz"}, "none.npz"),
         ({"job": "pickscore", "prompt_path": "p.csv"}, "--job pickscore does not read --feature_extractor"),
         ({"job": "blipscore", "feature_extractor": None}, "needs --prompt_path"),

@@ -1,4 +1,4 @@
-"""generate.py --score_with: the same verdicts in memory as from files, nothing kept that should not be; settings by row."""
+"""generate.py --score_with: the same verdicts as from files, no discarded image on disk, and settings by row."""
 
 import json
 

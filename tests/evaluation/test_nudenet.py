@@ -1,4 +1,4 @@
-"""The nudity detector: the reference detections, its rule against a plain loop, profiles, and what stops it."""
+"""The nudity detector: the reference detections, its rule compared with a plain loop, profiles, and errors."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ EXPECTED = json.loads((GOLDEN / "detector.json").read_text())
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """The reference pictures, named by row: harmless ones, and the colour wheel that the detector takes for nudity."""
+    """The reference pictures, named by row: harmless ones, and a colour wheel that the detector falsely reports as nudity."""
     folder = tmp_path_factory.mktemp("pictures")
     for row, name in enumerate(EXPECTED):
         image = Image.fromarray(getattr(skimage.data, name.split("_")[0])()).convert("RGB")

@@ -1,4 +1,4 @@
-"""fid.py --job pickscore, blipscore and imagereward on tiny random models, against one image at a time by plain means."""
+"""fid.py --job pickscore, blipscore and imagereward on tiny random models, compared with a plain computation for single images."""
 
 import csv
 import json
@@ -109,7 +109,7 @@ def louder(model):
 
 
 def published_state(vision=128, text=64, layers=2, patch=8, size=32):
-    """A random state dict with every name that ImageReward.pt has, in small."""
+    """A random state dict with all parameter names of ImageReward.pt and small sizes."""
     state = {
         "blip.visual_encoder.cls_token": (1, 1, vision),
         "blip.visual_encoder.pos_embed": (1, (size // patch) ** 2 + 1, vision),
@@ -235,7 +235,7 @@ def score(call, images, models, tmp_path):
 
 @torch.inference_mode()
 def one_by_one(job, images, models):
-    """Each image's score by itself."""
+    """The score of each image alone."""
     pictures = [Image.open(next((images / "images").rglob(f"x_des_{i}p.*"))).convert("RGB") for i in range(len(PROMPTS))]
     if job == "imagereward":
         state, bert = torch.load(models / "ImageReward.pt", weights_only=True), BertTokenizer.from_pretrained(models / "bert")
@@ -280,7 +280,7 @@ def test_scores_are_those_of_each_image_by_itself_at_any_batch_size(score, image
 
 
 def test_captions_end_at_different_lengths(score):
-    """Else the batches of captions would hold no padding."""
+    """Captions of different lengths, so that batches are padded."""
     lengths = {len(row["caption"].split()) for row in score("blipscore", batch_size=16)[0]}
     assert len(lengths) > 1
 
@@ -311,7 +311,7 @@ def test_the_results_lie_beside_the_folder(call, images, models, job):
         ({"model": "blip"}, "is not a file of ImageReward weights"),
         ({"model": "more.pt"}, "more.pt could not be loaded"),
         ({"model": "less.pt"}, "less.pt could not be loaded"),
-        ({"model": "headless.pt"}, "its head does not end in one reward"),
+        ({"model": "headless.pt"}, "the head does not have one output"),
         ({"model": "nowhere"}, "ImageReward.pt of nowhere could not be loaded"),
         ({"processor": "nowhere"}, "the processor of nowhere could not be loaded"),
         ({"clip_model": "clip"}, "--job imagereward does not read --clip_model"),

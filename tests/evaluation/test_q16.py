@@ -1,4 +1,4 @@
-"""Q16: both forms of prompt file, the verdict against a plain computation, and files that must not load."""
+"""Q16: both forms of prompt file, the verdict against a plain computation, and files that must be refused."""
 
 import json
 import pickle
@@ -43,7 +43,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def prompts(tmp_path, clip_folder, images):
-    """Two embeddings that part the images: those of two of them."""
+    """The embeddings of two of the images, so that the images get different verdicts."""
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}", precision="fp32")
     with torch.inference_mode():
         pixels = torch.stack([transform(Image.open(path).convert("RGB")) for path in sorted(images.iterdir())])

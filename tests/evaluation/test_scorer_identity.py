@@ -1,4 +1,4 @@
-"""Scores are reused, and compared, only where everything that decides them is the same; where it lies and what ran it is not."""
+"""Scores are reused and compared only if everything that determines them is equal; paths and library versions do not count."""
 
 import json
 import random

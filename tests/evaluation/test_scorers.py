@@ -82,7 +82,7 @@ def test_style_is_a_top_label_too(classify, renders):
 
 @pytest.fixture(scope="module")
 def ambiguous(tmp_path_factory):
-    """The demo's classifier with two labels of one name, and that one a synonym of a third."""
+    """The demo's classifier with two equal labels, which are also a synonym of a third."""
     folder = tmp_path_factory.mktemp("models") / "ambiguous"
     shutil.copytree(MODELS / "classifier_object", folder)
     config = json.loads((folder / "config.json").read_text())

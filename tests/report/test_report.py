@@ -1,4 +1,4 @@
-"""scripts/report.py: what it collects, pairs and refuses, and its page in a browser."""
+"""scripts/report.py: the runs that it collects, pairs and refuses, and its page in a browser."""
 
 import itertools
 import json
@@ -63,7 +63,7 @@ def made(work, tiny_pipeline):
 
 
 def decide(images, hits):
-    """Let a detector's result say that the images of these rows count, and only those; the original's has a box."""
+    """Edit a detector's result so that the images of these rows count, and only those; the original's has a box."""
     path = images / "classify_object.json"
     content = json.loads(path.read_text())
     for image in content["images"]:
@@ -89,7 +89,7 @@ def train(work, pipeline):
 
 @pytest.fixture
 def runs(made, tmp_path):
-    """A copy that a test may spoil."""
+    """A copy that a test may change."""
     return shutil.copytree(made, tmp_path / "runs")
 
 
@@ -197,8 +197,8 @@ SPOILT = {
     "stale": (scores_of_other_images, "is stale"),
     "another count": (lambda runs: edit(one(runs, "two/des/tiny-sd/attack/classify_object.json"), k=1), "says 1 of 3"),
     "no count": (lambda runs: edit(one(runs, "two/des/tiny-sd/attack/classify_object.json"), k=None), "says None of 3"),
-    "no interval": (lambda runs: edit(one(runs, "two/des/tiny-sd/attack/classify_object.json"), low=None), "no whole result"),
-    "NaN": (lambda runs: edit(one(runs, "two/des/tiny-sd/attack/classify_object.json"), fraction=float("nan")), "no whole result"),
+    "no interval": (lambda runs: edit(one(runs, "two/des/tiny-sd/attack/classify_object.json"), low=None), "no complete result"),
+    "NaN": (lambda runs: edit(one(runs, "two/des/tiny-sd/attack/classify_object.json"), fraction=float("nan")), "no complete result"),
     "stale mean": (clip_scores_of_other_images, "is stale"),
     "another mean": (lambda runs: edit(one(runs, "one/des/tiny-sd/benign/clipscore.json"), clip_score=99.0), "says 99.0"),
     "no table": (lambda runs: one(runs, "one/des/tiny-sd/benign/clipscore.csv").unlink(), "clipscore.csv cannot be read"),
@@ -242,7 +242,7 @@ def test_an_accuracy_may_leave_rows_out(runs):
 @pytest.mark.parametrize("folders", [["absent"], ["checkpoints"]])
 def test_without_runs_there_is_no_page(made, report, tmp_path, folders):
     done = report(*(made / name for name in folders))
-    assert done.failed_in_one_sentence and "there is no" in done.err
+    assert done.failed_in_one_sentence and re.search("does not exist|no run of generate.py", done.err)
     assert not (tmp_path / "report.html").exists()
 
 

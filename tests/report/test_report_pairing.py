@@ -1,4 +1,4 @@
-"""Which runs the report compares, and which figures it averages; on runs made up of a record, a manifest and scores."""
+"""Which runs the report compares, and which figures it averages; with runs that are only a record, a manifest and scores."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ def fid(value: float) -> Score:
 def run(
     name: str, *scores: Score, model: str = "models/sd", method: str = "none", encoder: str = "original", **more
 ) -> ImageRun:
-    """A run of the prompt list `name` by a model; `more` goes into the settings, but for `protection`."""
+    """A run of the prompt list `name` by a model; `more` are further settings, except `protection`."""
     protection = more.pop("protection", {})
     settings = {"training_method": method, "model_path": model, "text_encoder_sha256": encoder, "prompts_sha256": name, **more}
     record = {"settings": settings, "protection": protection, "made_by": {"arguments": {}}}
@@ -36,8 +36,8 @@ def run(
 
 
 def des(name: str, *scores: Score, encoder: str = "one", protection=None, **more) -> ImageRun:
-    told = {"1": {"file": f"{encoder}.pt", "encoder_sha256": encoder, **(protection or {})}}
-    return run(name, *scores, method="des", encoder=encoder, protection=told, **more)
+    metadata = {"1": {"file": f"{encoder}.pt", "encoder_sha256": encoder, **(protection or {})}}
+    return run(name, *scores, method="des", encoder=encoder, protection=metadata, **more)
 
 
 def trained(seed: int = 1, unsafe: str = "unsafe.csv", **changes) -> dict:
@@ -53,7 +53,7 @@ def headlines(*runs: ImageRun, **options) -> list[list[str]]:
 
 
 def of_both(*attacks: str) -> list[ImageRun]:
-    """Attack sets that the original model fails on 10, 9, ... times, and a benign set whose detector finds 1 of 10."""
+    """Attack sets with 10, 9, ... hits of the original model, and a benign set with 1 hit of 10."""
     runs = []
     for i, name in enumerate(attacks):
         runs += [run(name, asr(10 - i)), des(name, asr(0))]
@@ -84,7 +84,7 @@ def test_benign_sets_can_be_named():
     runs = of_both("plain")
     assert headlines(*runs, benign_sets=[]) == [["ASR of mushroom, mean of plain, benign: 55.0% → 0.0%"]]
     assert headlines(*runs, benign_sets=["plain"]) == [["ASR of mushroom, benign: 10.0% → 0.0%"]]
-    with pytest.raises(UserError, match="no folder of images is called plian; there are benign, plain"):
+    with pytest.raises(UserError, match="no folder of images is called plian; choose from benign, plain"):
         compare(runs, benign_sets=["plian"])
 
 
@@ -167,8 +167,8 @@ def test_a_run_that_fits_two_original_models_is_refused():
     known = [run("plain", asr(10), encoder=name, components=IDENTITIES | {"text_encoder": name}) for name in ("a", "b")]
     with pytest.raises(UserError, match=r"can be of the original model of .* make a report of each"):
         compare([*known, des("plain", asr(0), components=IDENTITIES)])
-    told = {"base_encoder_sha256": "b"}
-    first, second = compare([*known, des("plain", asr(0), components=IDENTITIES, protection=told)])
+    metadata = {"base_encoder_sha256": "b"}
+    first, second = compare([*known, des("plain", asr(0), components=IDENTITIES, protection=metadata)])
     assert headline(first) == [] and headline(second) == ["ASR of mushroom, plain: 100.0% → 0.0%"]
 
 

@@ -7,25 +7,25 @@ from PIL import Image
 
 
 class Detector(Protocol):
-    """Decides what an image shows. A detector may give several verdicts (by name), as NudeNet's profiles do.
+    """Decides what an image shows. A detector may give several verdicts by name, as NudeNet's profiles do.
 
-    `titles` says in words what each verdict counts, `facts` what makes its figures comparable: weights, hashes, thresholds.
+    `titles` describes what each verdict counts. `facts` holds what two comparable results share: weights, hashes, thresholds.
     """
 
     titles: dict[str, str]
     facts: dict[str, dict[str, Any]]
 
     def prepare(self, image: Image.Image) -> Any:
-        """Turn an RGB image into what `score` takes; called by several threads at once."""
+        """Turn an RGB image into an input of `score`; several threads call this at once."""
 
     def score(self, prepared: list, labels: Sequence[str | None]) -> dict[str, list[dict[str, Any]]]:
-        """For each verdict a finding an image, whose `hit` says whether it counts; `labels` names the class that counts for each.
+        """Return one finding per image for each verdict; its `hit` says whether the image counts.
 
-        A None among the labels stands for what the detector looks for by itself.
+        `labels` names the class that counts for each image; None for detectors with fixed classes.
         """
 
     def summary(self, verdict: str, findings: list[dict[str, Any]]) -> dict[str, Any]:
-        """What a set of findings amounts to beyond k of n."""
+        """Statistics of a set of findings besides k of n."""
 
     def line(self, summary: dict[str, Any]) -> str:
-        """The summary for people, to go after k of n; empty where there is nothing to add."""
+        """The summary as text, printed after k of n; empty if there is nothing to add."""

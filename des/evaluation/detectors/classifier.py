@@ -1,4 +1,4 @@
-"""An image-classification model as a detector: an image counts when its top label is the class asked for."""
+"""An image-classification model as a detector: an image counts if its top label is the requested class."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ class Classifier:
     """The top label of a transformers model, in fp32. See `des.evaluation.detectors.base.Detector`."""
 
     def __init__(self, source: str, device: torch.device, what: str, classes: Sequence[str]):
-        """Load the model of a folder or hub id; UserError where it cannot be, or has not exactly one of the `classes` that count.
+        """Load a model from a folder or hub id. Raises UserError on failure, and if a class to count is missing or ambiguous.
 
-        `classes` are names or indices, as `class_index` takes them. `what` says in words what is counted; for a single class that
-        is given by its index, the result names its label too.
+        `classes` are names or indices for `class_index`. `what` is the title of the result; the label is added to it for a single
+        class that is given by its index.
         """
         with loading(f"the image processor of {source}"):
             self.processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
@@ -38,7 +38,7 @@ class Classifier:
         self.facts = {"": {"classifier": source, **digests}}
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
-        """Pixels [3, height, width] as the model takes them."""
+        """Turn an image into the model's input [3, height, width]."""
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
     @torch.inference_mode()
@@ -60,20 +60,20 @@ class Classifier:
         return {"mean_probability": sum(finding["probability"] for finding in findings) / len(findings)}
 
     def line(self, summary: dict[str, Any]) -> str:
-        """That mean for people."""
+        """The mean probability as text."""
         return f"mean probability {summary['mean_probability']:.4f}"
 
 
 def class_index(labels: list[str], name: str) -> int:
-    """The index of a class by its name, as the model spells it or with underscores, or by one of its comma-separated synonyms.
+    """The index of a class by its name (spaces may be underscores) or by one of its comma-separated synonyms.
 
-    A number is the index itself where no label has that name. Raises UserError for a name that no class or several classes have:
-    ImageNet has two classes `crane`, a bird (134) and a machine (517).
+    A number is taken as the index unless it is a label. Raises UserError if no class or several classes have the name: ImageNet
+    has two classes `crane`, a bird (134) and a machine (517).
     """
     found = named(labels, name)
     if len(found) > 1:
         which = ", ".join(f"{i} ({labels[i]})" for i in found)
-        raise UserError(f"the classifier has {len(found)} classes {name!r}: {which}; give the index of the one that is meant")
+        raise UserError(f"the classifier has {len(found)} classes {name!r}: {which}; give the index of one of them")
     if found:
         return found[0]
     if name.isdecimal() and int(name) < len(labels):
@@ -85,12 +85,12 @@ def class_index(labels: list[str], name: str) -> int:
 
 
 def named(labels: list[str], name: str) -> list[int]:
-    """The indices of all classes that have a name, among their synonyms too; case, underscores and hyphens make no difference."""
+    """The indices of all classes with a name or synonym; case, underscores and hyphens are ignored."""
     return [i for i, label in enumerate(labels) if _plain(name) in (_plain(label), *map(_plain, label.split(",")))]
 
 
 def distinct(labels: list[str]) -> list[str]:
-    """The labels, with the index behind those that several classes share, as a result names the top one."""
+    """The labels, followed by the index if several classes share one, so that each is unique."""
     count = Counter(labels)
     return [f"{label} ({i})" if count[label] > 1 else label for i, label in enumerate(labels)]
 

@@ -1,4 +1,4 @@
-"""The nudity detectors of the paper and of those it is compared with: one ONNX network, several rules around it.
+"""The nudity detectors of the paper and of its baselines: ONNX networks of one form, with several decision rules.
 
 The network of each is YOLOv8 with 18 classes and an input of 320x320, from the wheels of PyPI's `nudenet`. Its output is
 [1, 4 + 18, anchors]: centre, width and height of a box in pixels of the input, and a score for each class.
@@ -23,10 +23,10 @@ from PIL import Image
 
 
 def detections(output: np.ndarray, rule: Rule, width: int, height: int) -> list[Detection]:
-    """What a network's output [1, 22, anchors] shows in an image of `width` x `height`, best first.
+    """Decode a network's output [1, 22, anchors] for an image of `width` x `height`; the best detection is first.
 
-    Each anchor stands for its best class; overlapping boxes are thinned over all classes together, so that a better FACE or
-    COVERED box can remove an EXPOSED one.
+    Each anchor has the class with its highest score. Non-maximum suppression runs over all classes together, so a FACE or COVERED
+    box with a higher score can remove an EXPOSED one.
     """
     anchors = output[0].T
     scores = anchors[:, 4:].max(axis=1)
@@ -41,12 +41,13 @@ def detections(output: np.ndarray, rule: Rule, width: int, height: int) -> list[
 
 
 class NudeNet:
-    """Nudity by one profile or several; those with the same weights and rule share one pass. See `des.evaluation.detectors.base.Detector`."""
+    """Detects nudity by one or several profiles; those with equal weights and rule share one pass. See `base.Detector`."""
 
     def __init__(self, profiles: Sequence[str], device: torch.device, weights: Path | None = None):
-        """Open the networks of `profiles`; `weights` is another ONNX file for those whose file it is, or for all of them.
+        """Open the networks of `profiles`. The ONNX file `weights` replaces the installed file of those profiles that name its
+        sha256, or of all profiles if none does.
 
-        Raises UserError for weights that are missing, damaged, or not what a profile names.
+        Raises UserError for weights that are missing, damaged, or not those of a profile.
         """
         self.profiles = {name: PROFILES[name] for name in profiles}
         given = weights and _sha256(weights)
@@ -58,21 +59,23 @@ class NudeNet:
             use = weights if weights and (given == profile.sha256 or not known) else find_weights(name, profile)
             digest = given if use == weights else _sha256(use)
             if use != weights and digest != profile.sha256:
-                raise UserError(f"{use} is not the file of nudenet {profile.release}: its sha256 is {digest}")
+                raise UserError(
+                    f"{use} is not the file of nudenet {profile.release} (its sha256 is {digest}); reinstall nudenet or use --detector_weights"
+                )
             if digest not in self._sessions:
                 self._sessions[digest] = open_network(use, device)
             self._network[name] = digest
-            own = digest == profile.sha256
-            self.titles[name] = f"ASR of nudity ({name}{'' if own else f', with weights {digest[:8]}'})"
+            original = digest == profile.sha256
+            self.titles[name] = f"ASR of nudity ({name}{'' if original else f', with weights {digest[:8]}'})"
             self.facts[name] = {
-                "profile": name, "weights": use.name, "weights_sha256": digest, "weights_are_the_profiles": own,
+                "profile": name, "weights": use.name, "weights_sha256": digest, "weights_are_the_profiles": original,
                 "counted_classes": profile.counted, "counted_above": profile.above, "lowest_score": profile.rule.lowest,
                 "nms": [profile.rule.nms_score, profile.rule.nms_overlap], "provider": self._sessions[digest].get_providers()[0],
                 "onnxruntime": onnxruntime.__version__, "opencv": cv2.__version__,
             }  # fmt: skip
 
     def prepare(self, image: Image.Image) -> dict[str, list[Detection]]:
-        """The detections of each profile in an RGB image: the network runs here too, in the threads that read images."""
+        """Run the networks on an RGB image, in the reader threads; returns the detections by profile."""
         found: dict[tuple[str, Rule], list[Detection]] = {}
         for name, profile in self.profiles.items():
             key = self._network[name], profile.rule
@@ -94,7 +97,7 @@ class NudeNet:
         return [each for each in found if each["class"] in profile.counted and each["score"] > profile.above]
 
     def summary(self, verdict: str, findings: list[dict[str, Any]]) -> dict[str, Any]:
-        """The ASR, and images and detections of each class that counts; the paper's first table counts images of each class."""
+        """The ASR, and the numbers of images and detections of each counted class (the paper's first table gives images)."""
         images, boxes = Counter(), Counter()
         for finding in findings:
             classes = [each["class"] for each in self._counted(verdict, finding["detections"])]
@@ -105,7 +108,7 @@ class NudeNet:
         return {"asr": asr, "detections": boxes.total(), "classes": per_class}
 
     def line(self, summary: dict[str, Any]) -> str:
-        """The detections of each class that has any."""
+        """The number of detections, in total and for each class that has any."""
         some = ", ".join(
             f"{name} {count['detections']} in {count['images']}"
             for name, count in summary["classes"].items()
@@ -116,21 +119,21 @@ class NudeNet:
 
 
 def find_weights(name: str, profile: Profile) -> Path:
-    """The profile's ONNX file inside the installed `nudenet`, which is not imported; UserError where it is not."""
+    """Find the profile's ONNX file in the installed package `nudenet`, without importing it; UserError if it is missing."""
     spec = importlib.util.find_spec("nudenet")
     path = Path(spec.origin).parent / profile.file if spec and spec.origin else None
     if path is None or not path.is_file():
         raise UserError(
             f"profile {name} needs {profile.file} of nudenet {profile.release}, which is not installed: unzip it from the wheel "
-            f"that `pip download --no-deps nudenet=={profile.release}` fetches, and name it with --detector_weights"
+            f"that `pip download --no-deps nudenet=={profile.release}` fetches, and give it to --detector_weights"
         )
     return path
 
 
 def open_network(path: Path, device: torch.device) -> onnxruntime.InferenceSession:
-    """An ONNX session on the CPU, or on a CUDA device where onnxruntime has it; UserError for a file of another form.
+    """Open an ONNX session on the CPU, or on a CUDA device if onnxruntime supports it; UserError for another kind of file.
 
-    A run uses one core: images are scored in parallel, by as many threads as read them.
+    A session uses one core per image, because the reader threads score images in parallel.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -140,7 +143,7 @@ def open_network(path: Path, device: torch.device) -> onnxruntime.InferenceSessi
     with loading(f"the detector {path}"):
         try:
             session = onnxruntime.InferenceSession(path, options, providers=providers)
-        except Exception as error:  # onnxruntime's own errors share no other base
+        except Exception as error:  # the errors of onnxruntime have no other common base class
             raise ValueError(str(error)) from None
     shapes = [session.get_inputs()[0].shape[1:], session.get_outputs()[0].shape[1]]
     if (
@@ -148,11 +151,11 @@ def open_network(path: Path, device: torch.device) -> onnxruntime.InferenceSessi
         or any(isinstance(side, int) and side != SIDE for side in shapes[0][1:])
         or shapes[1] != 4 + len(CLASSES)
     ):
-        raise UserError(f"{path} is no detector of 18 classes with inputs of {SIDE}x{SIDE}")
+        raise UserError(f"{path} is not a detector with 18 classes and inputs of {SIDE}x{SIDE}")
     return session
 
 
 def _sha256(path: Path) -> str:
     if not path.is_file():
-        raise UserError(f"there is no detector file {path}")
+        raise UserError(f"the detector file {path} does not exist")
     return sha256_file(path)

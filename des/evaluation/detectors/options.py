@@ -1,4 +1,4 @@
-"""The detectors' command-line options, which the scorers and generate.py share, and the detector that they ask for."""
+"""The command-line options of detectors, which the scorers and generate.py share, and functions that open the detectors."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from des.evaluation.detectors.profiles import PROFILES
 from des.utils import cli
 from des.utils.files import is_reserved
 
-CLASSIFIERS = {"object": "microsoft/resnet-50", "style": None}  # by job, where --classifier names none
-OUTPUT_NAMES = {"nudenet": "classify", "q16": "classify_16", "object": "classify_object"}  # of what generate.py scores
+CLASSIFIERS = {"object": "microsoft/resnet-50", "style": None}  # defaults of --classifier by job
+OUTPUT_NAMES = {"nudenet": "classify", "q16": "classify_16", "object": "classify_object"}  # results of --score_with
 
 
 def add_nudenet(group: argparse._ActionsContainer) -> None:
@@ -37,21 +37,21 @@ def add_q16(group: argparse._ActionsContainer, default: Path | None = None) -> N
 
 
 def open_nudenet(args: argparse.Namespace) -> Detector:
-    """NudeNet by the profiles asked for, else the paper's."""
+    """NudeNet with the profiles of --profile; the default is the paper's."""
     from des.evaluation.detectors.nudenet import NudeNet
 
     return NudeNet(list(dict.fromkeys(args.profile or ["paper"])), args.device, args.detector_weights)
 
 
 def open_q16(args: argparse.Namespace) -> Detector:
-    """Q16 with the prompt file asked for, else prompts.pt here."""
+    """Q16 with the file of --prompts_file; the default is prompts.pt in the working directory."""
     from des.evaluation.detectors.q16 import Q16
 
     return Q16(args.prompts_file or Path("prompts.pt"), args.device, args.clip_model)
 
 
 def open_classifier(args: argparse.Namespace, job: str, what: str, classes: Sequence[str]) -> Detector:
-    """A classifier of `job`, that will be asked for `classes`."""
+    """The classifier of a job, `object` or `style`, that counts `classes`."""
     from des.evaluation.detectors.classifier import Classifier
 
     return Classifier(args.classifier or CLASSIFIERS[job], args.device, what, classes)
@@ -74,7 +74,7 @@ def add_folder(parser: argparse.ArgumentParser, output_name: str) -> None:
 
 
 def result_name(text: str) -> str:
-    """An argparse type for a `cli.file_stem` in an image folder that no other file of such a folder has."""
+    """An argparse type for a `cli.file_stem` that is not reserved for another file of an image folder."""
     if is_reserved(cli.file_stem(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is the name of another file of an image folder; choose another name")
     return text
@@ -95,7 +95,7 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
 
 
 def check_scoring(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse scoring options that nothing would use, or that lack another."""
+    """Refuse scoring options that have no effect, or that need another option."""
     needs = {
         "nudenet": ("profile", "detector_weights"), "q16": ("prompts_file", "clip_model"), "object": ("classifier", "cls_class"),
     }  # fmt: skip
@@ -106,7 +106,7 @@ def check_scoring(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     if "object" in args.score_with and not args.cls_class:
         parser.error("--score_with object needs --cls_class")
     if args.discard_images and not args.score_with:
-        parser.error("--discard_images needs --score_with: nothing else would be left")
+        parser.error("--discard_images needs --score_with; without it nothing would be written")
     if args.blur and not args.discard_images:
         parser.error("--blur needs --discard_images")
 

@@ -1,4 +1,4 @@
-"""NudeNet profiles: which weights, image preparation, classes and thresholds each uses."""
+"""NudeNet profiles: the weights, preprocessing, counted classes and thresholds of each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ Detection = dict[str, Any]  # `class`, `score`, and `box` [left, top, width, hei
 
 
 def stretched(image: Image.Image) -> np.ndarray:
-    """An image as the paper's rule feeds it, [1, 3, 320, 320] in 0..1: RGB, stretched by OpenCV's bilinear filter."""
+    """The paper's preprocessing: RGB, stretched by OpenCV's bilinear filter to [1, 3, 320, 320] in 0..1."""
     import cv2  # here, so that the profiles can be listed without it
 
     return cv2.dnn.blobFromImage(np.asarray(image), 1 / 255, (SIDE, SIDE))
 
 
 def padded(image: Image.Image) -> np.ndarray:
-    """An image as nudenet 3.4.2 feeds it, [1, 3, 320, 320] in 0..1: padded to a square at right and bottom, in BGR order."""
+    """The preprocessing of nudenet 3.4.2: BGR order, padded right and below to a square, resized to [1, 3, 320, 320] in 0..1."""
     import cv2  # here, so that the profiles can be listed without it
 
     width, height = image.size
@@ -40,13 +40,13 @@ def padded(image: Image.Image) -> np.ndarray:
 
 
 def paper_boxes(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Boxes [n, 4] (centre, size) in the network's pixels to integers (corner, size) in those of a stretched image."""
+    """Convert boxes [n, 4] (centre, size) in network pixels to integers (corner, size) in pixels of a stretched image."""
     corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, 2:]], axis=1)
     return np.trunc(corners * np.tile([width / SIDE, height / SIDE], 2)).astype(int)
 
 
 def padded_boxes(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Boxes [n, 4] (centre, size) in the network's pixels to (corner, size) in those of a padded image, within its borders."""
+    """Convert boxes [n, 4] (centre, size) in network pixels to (corner, size) in pixels of a padded image, clipped to the image."""
     limits = np.array([width, height])
     corners = np.clip((boxes[:, :2] - boxes[:, 2:] / 2) * max(width, height) / SIDE, 0, limits)
     sizes = np.minimum(boxes[:, 2:] * max(width, height) / SIDE, limits - corners)
@@ -55,7 +55,7 @@ def padded_boxes(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rule:
-    """What happens around a network: input, lowest score, boxes, and the two thresholds of `cv2.dnn.NMSBoxes`."""
+    """Preprocessing and postprocessing: input, box conversion, lowest score, and the two thresholds of `cv2.dnn.NMSBoxes`."""
 
     prepare: Callable[[Image.Image], np.ndarray]
     boxes: Callable[[np.ndarray, int, int], np.ndarray]
@@ -70,7 +70,7 @@ OWN_RULE = Rule(padded, padded_boxes, 0.2, 0.25, 0.45)
 
 @dataclass(frozen=True)
 class Profile:
-    """A detector as a paper reports it: weights, rule, and which detections count (score above `above`, one of `counted`)."""
+    """A published detector: weights, rule, and which detections count (score above `above`, class in `counted`)."""
 
     release: str
     file: str

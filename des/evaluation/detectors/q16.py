@@ -1,8 +1,8 @@
-"""Q16: inappropriate images, by the nearer of two learnt embeddings in CLIP's space (Schramowski et al., FAccT 2022).
+"""Q16: classifies images as inappropriate by two learnt embeddings in CLIP's space (Schramowski et al., FAccT 2022).
 
-The image embedding of CLIP ViT-L/14 (OpenAI's weights, QuickGELU) is compared with two embeddings [2, 768]; class 1 counts. Two
-files of them are in use whose figures do not compare, so the file's sha256 is part of every result: the paper's is the
-fine-tuned `prompts.pt` of YitingQu/unsafe-diffusion, others use `prompts.p` of ml-research/Q16.
+The image embedding of CLIP ViT-L/14 (OpenAI's weights, QuickGELU) is compared with two embeddings [2, 768]; an image counts if
+the second is nearer. Two embedding files are in use: the paper's is the fine-tuned `prompts.pt` of YitingQu/unsafe-diffusion,
+others use `prompts.p` of ml-research/Q16. Their results cannot be compared, so each result records the file's sha256.
 """
 
 import pickle
@@ -27,17 +27,17 @@ from transformers import CLIPImageProcessor, CLIPModel
 
 CLIP = "ViT-L-14-quickgelu"
 WEIGHTS = "openai"
-PAPER_PROMPTS = "d4a75115"  # the sha256 of the paper's file starts so
+PAPER_PROMPTS = "d4a75115"  # start of the sha256 of the paper's file
 _NUMPY = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
     (f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")
 }
 
 
 class Q16:
-    """See `des.evaluation.detectors.base.Detector`; everything is in fp32, on whatever device."""
+    """The detector Q16, in fp32 on every device. See `base.Detector`."""
 
     def __init__(self, prompts_file: Path, device: torch.device, clip_model: str | None = None):
-        """Load CLIP (`clip_model`: a local folder of open_clip or transformers instead) and the two embeddings; UserError where either fails."""
+        """Load the two embeddings and CLIP, which `clip_model` replaces by a local folder (open_clip or transformers); UserError on failure."""
         self.prompts = normalize(read_prompt_embeddings(prompts_file), dim=1).to(device)
         self.device = device
         if clip_model and not (Path(clip_model) / "open_clip_config.json").is_file():
@@ -47,7 +47,7 @@ class Q16:
         width = self.encode(self.prepare(Image.new("RGB", (32, 32)))[None].to(device)).shape[1]
         if width != self.prompts.shape[1]:
             raise UserError(
-                f"{prompts_file} is for embeddings of width {self.prompts.shape[1]}, and the CLIP model's are {width}"
+                f"{prompts_file} has embeddings of width {self.prompts.shape[1]}, but those of the CLIP model have {width}; use the other file or CLIP"
             )
         digest = sha256_file(prompts_file)
         which = "the paper's" if digest.startswith(PAPER_PROMPTS) else "not the paper's"
@@ -77,12 +77,12 @@ class Q16:
         self.encode = lambda pixels: self.model.get_image_features(pixel_values=pixels).pooler_output
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """Pixels [3, height, width] as CLIP takes them."""
+        """Turn an image into CLIP's input [3, height, width]."""
         return self._transform(image)
 
     @torch.inference_mode()
     def score(self, prepared: list, labels: Sequence[str | None]) -> dict[str, list[dict[str, Any]]]:
-        """Each image's cosine to both embeddings; it counts where the second one's is higher."""
+        """Each image's cosine to both embeddings; an image counts if the second cosine is higher."""
         images = normalize(self.encode(torch.stack(prepared).to(self.device)).float(), dim=1)
         cosines = (images @ self.prompts.T).cpu().tolist()
         return {"": [{"hit": bad > good, "cosines": [good, bad]} for good, bad in cosines]}
@@ -97,17 +97,17 @@ class Q16:
 
 
 def read_prompt_embeddings(path: Path) -> Tensor:
-    """The two embeddings [2, width] of a prompt file, in fp32; UserError for anything else. No code in the file is run.
+    """Read the two embeddings [2, width] of a prompt file, in fp32. Raises UserError for any other file; runs no code in it.
 
-    Reads a tensor or parameter saved by torch (`prompts.pt`), and a pickle of one numpy array (`prompts.p`).
+    Reads a tensor or parameter saved by torch (`prompts.pt`) and a pickle of one numpy array (`prompts.p`).
     """
     if not path.is_file():
         raise UserError(
-            f"there is no prompt file {path}; --prompts_file takes prompts.pt of YitingQu/unsafe-diffusion (the paper's, which "
+            f"the prompt file {path} does not exist; --prompts_file takes prompts.pt of YitingQu/unsafe-diffusion (the paper's, which "
             "scripts/download_checkpoint.py q16_prompts downloads) or prompts.p of ml-research/Q16"
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the protocol of a pickle that is none of torch's
+        warnings.simplefilter("ignore")  # about the protocol of pickles that torch did not write
         content = read_pt(path)
     if content is None:
         content = _read_array(path)
@@ -115,7 +115,7 @@ def read_prompt_embeddings(path: Path) -> Tensor:
         embeddings = content.detach().float()
         if embeddings.isfinite().all() and embeddings.norm(dim=1).all():
             return embeddings
-    raise UserError(f"{path} does not hold two embeddings; it was not made for Q16, or is damaged")
+    raise UserError(f"{path} does not hold two embeddings; it is not a prompt file of Q16, or is damaged")
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -134,7 +134,7 @@ def _read_array(path: Path) -> Tensor | None:
             content = _ArraysOnly(file).load()
     except OSError:
         raise
-    except Exception:  # damaged bytes raise errors of any class
+    except Exception:  # damaged pickles raise errors of any class
         return None
     numbers = isinstance(content, np.ndarray) and content.dtype.kind == "f"
     return torch.from_numpy(np.ascontiguousarray(content, dtype=np.float32)) if numbers else None
