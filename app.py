@@ -21,8 +21,10 @@ import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))  # before a `tasks` of anyone else's
-os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")  # read when they are imported
+sys.path.insert(0, str(ROOT))  # first, so that no other package named `tasks` is imported
+os.environ.update(
+    GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1"
+)  # gradio and huggingface_hub read these on import
 
 from demo.evaluation import CLASSIFIERS, PIPELINE
 from demo.world import CONCEPT
@@ -38,7 +40,7 @@ DEMO = {
     "safe_csv_path": ROOT / "datasets/demo_safe_train.csv",
     "unsafe_csv_path": ROOT / "datasets/demo_unsafe_train.csv",
     "concept_prompt": [CONCEPT],
-}  # where the command line leaves it open
+}  # defaults for the demo's model
 MAP_OPTIONS = ("safe_csv_path", "unsafe_csv_path", "concept_prompt")
 
 
@@ -76,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in what the demo decides, and refuse what nothing would use or what lacks another option."""
+    """Fill in the demo's defaults, and refuse options that have no effect or need another one."""
     is_demo = args.model_path is None or Path(args.model_path).resolve() == PIPELINE
     if is_demo:
         args.model_path = str(PIPELINE)
@@ -135,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the app needs gradio, which is not installed: pip install -r requirements-app.txt")
     for end in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(end, lambda *_: sys.exit(0))  # which leaves the folder of uploads removed
+        signal.signal(end, lambda *_: sys.exit(0))  # an exit removes the folder of uploads
     logs.setup_logging()
     pipes = open_pair(args)
     detector = open_detector(args)
@@ -147,10 +149,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def serve(args: argparse.Namespace, session: Session, defaults: Sampling) -> None:
-    """Serve the page, in threads of their own."""
+    """Serve the page in background threads."""
     direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), args.host, "localhost"]
-    os.environ["no_proxy"] = ",".join(filter(None, direct))  # at its start the server asks itself for a page
-    from des.app import page as app_page  # here, after the environment that gradio reads
+    os.environ["no_proxy"] = ",".join(filter(None, direct))  # at its start, gradio's server requests a page from itself
+    from des.app import page as app_page  # late: gradio reads the environment on import
 
     page = app_page.Page(
         about=about(args),
@@ -168,9 +170,10 @@ def serve(args: argparse.Namespace, session: Session, defaults: Sampling) -> Non
 
 
 def open_pair(args: argparse.Namespace) -> dict[str, DiffusionPipeline]:
-    """The original and the protected pipeline, on their device; they share all but the protected text encoders.
+    """The original and the protected pipeline on their device, which share everything but the protected text encoders.
 
-    Fills in the sampling that the family decides, and `doubts`: why a checkpoint may not protect. Raises UserError where a checkpoint is missing, or does not fit.
+    Fills in the family's sampling defaults, and `args.doubts`: why a checkpoint may not protect. Raises UserError if a checkpoint is
+    missing or does not fit.
     """
     if args.is_demo and not open_encoders(args):
         if not QUICKSTART.is_file():
@@ -192,7 +195,7 @@ def open_pair(args: argparse.Namespace) -> dict[str, DiffusionPipeline]:
 
 
 def open_detector(args: argparse.Namespace) -> Detector | None:
-    """The detector of --detector, or None for none."""
+    """The detector that --detector names, or None."""
     if args.detector == "none":
         return None
     if args.detector == "nudenet":
@@ -201,7 +204,7 @@ def open_detector(args: argparse.Namespace) -> Detector | None:
 
 
 def open_map(args: argparse.Namespace, pipes: dict[str, DiffusionPipeline]) -> PromptMap | str:
-    """The map by the first protected text encoder, or a sentence on what it needs."""
+    """The map of the first protected text encoder, or a sentence that says which options it needs."""
     if args.safe_csv_path is None:
         return (
             "The map needs the prompts of the training: start the app with `--safe_csv_path`, `--unsafe_csv_path` and "
@@ -214,7 +217,7 @@ def open_map(args: argparse.Namespace, pipes: dict[str, DiffusionPipeline]) -> P
         "empty": [""],
     }
     index = min(open_encoders(args))
-    reader = load_encoder(args.model_path, index, "meta")  # how it is read; the weights are those that draw
+    reader = load_encoder(args.model_path, index, "meta")  # without weights: those of the pipelines are used
 
     def of(side: str) -> TextEncoder:
         return dataclasses.replace(reader, model=encoder_modules(pipes[side])[index])
@@ -223,7 +226,7 @@ def open_map(args: argparse.Namespace, pipes: dict[str, DiffusionPipeline]) -> P
 
 
 def about(args: argparse.Namespace) -> list[str]:
-    """What the page is about, in lines of HTML."""
+    """The lines of HTML at the top of the page: model, protected text encoders and detector."""
     files = ", ".join(f"text encoder {i}, by <code>{html.escape(path.name)}</code>" for i, path in open_encoders(args).items())
     model = "the demo's tiny Stable Diffusion" if args.is_demo else f"<code>{html.escape(args.model_path)}</code>"
     judge = {"none": "none", "nudenet": "NudeNet", "object": f"a classifier, asked for {args.cls_class}"}[args.detector]

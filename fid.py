@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_files(args: argparse.Namespace) -> None:
-    """Refuse output files that would take the place of an input, of a folder, or of a file that belongs to the images."""
+    """Refuse output files that would overwrite an input, a folder, or another file of the image folder."""
     check_result_name(args.output_file)
     inputs = [args.prompt_path, args.ref_stats, args.log_file]
     inputs += [Path(source) for source in (args.feature_extractor, args.model, args.processor, args.clip_model) if source]
@@ -152,7 +152,7 @@ def check_files(args: argparse.Namespace) -> None:
 
 
 def score_prompts(args: argparse.Namespace) -> str:
-    """Score how well each image suits its prompt, write the results and return their text."""
+    """Score how well each image matches its prompt, write the results and return their text."""
     images = pair_with_prompts(args.gen_imgs_path, args.prompt_path, args.expected, other_prompts=args.other_prompts)
     sources = {name: getattr(args, name) for name in choices.SCORER_MODELS[args.job]}
     columns, hashes = JOBS[args.job](images, sources, args.device, scoring(args, TITLES[args.job]))
@@ -170,7 +170,7 @@ def score_lpips(args: argparse.Namespace) -> str:
 
 
 def scoring(args: argparse.Namespace, title: str) -> Scoring:
-    """Where the images of a score are, and how they are read."""
+    """The paths of a score's images and results, and how the images are read."""
     return Scoring(args.output_file, args.gen_imgs_path, Reading(args.batch_size, args.num_workers, title))
 
 
@@ -270,7 +270,7 @@ def gaussians(
 
 
 def describe_reference(args: argparse.Namespace, count: int | None, recorded: dict[str, Any]) -> str:
-    """What the images were compared with, and whether its variant and network could be checked."""
+    """The reference in words, and which of its variant and network could not be checked."""
     if not args.ref_stats:
         return f"{count} reference images"
     images = "an unrecorded number of" if count is None else str(count)
@@ -283,9 +283,10 @@ def describe_reference(args: argparse.Namespace, count: int | None, recorded: di
 
 
 def at_least_two(folder: Path, expected: int | None, name: str) -> tuple[dict[Path, str], list[Path]]:
-    """The images of a folder with their sha256, and those that are not scored because their prompts are never drawn.
+    """The images of a folder with their sha256, and the images left out because their prompts are never drawn.
 
-    Raises UserError for another number than expected or than the folder's run claims, and for one image, which has no covariance.
+    Raises UserError if their number is not the expected one or that of the folder's run, or if there is only one image, which has no
+    covariance.
     """
     digests = image_hashes(folder, expected)
     if expected is None:
@@ -297,7 +298,7 @@ def at_least_two(folder: Path, expected: int | None, name: str) -> tuple[dict[Pa
 
 
 def check_statistics(args: argparse.Namespace, recorded: dict[str, Any], hashes: dict[str, str]) -> None:
-    """Refuse statistics that record another variant, network or preprocessing, or fewer than two images."""
+    """Raise UserError for statistics of another variant, network or preprocessing, or of fewer than two images."""
     if recorded.get("variant", args.variant[0]) != args.variant[0]:
         raise UserError(
             f"{args.ref_stats} holds statistics of variant {recorded['variant']}, not of {args.variant[0]}; make it again with --save_stats"

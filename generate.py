@@ -198,16 +198,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make(run: RunFolder, sampler: Sampler, cards: ImageScores, processes: Processes, log_prompts: bool) -> tuple[int, float]:
-    """Draw and score this process's share of what is not done yet.
+    """Draw and score this process's share of the images that are missing.
 
-    Returns how many images were drawn, and the seconds that the model took for them.
+    Returns the number of images drawn, and the seconds that the model took for them.
     """
     mine = processes.share(list(run.names))
     found = manifest.read(run.folder)
     todo = [key for key in mine if not run.is_done(key, found, cards)]
     part = " (the first one's share)" if processes.count > 1 else ""
-    told = "%d images to draw into %s, %d found done, by %s%s"
-    logger.info(told, len(todo), run.folder, len(mine) - len(todo), processes, part)
+    message = "%d images to draw into %s, %d found done, by %s%s"
+    logger.info(message, len(todo), run.folder, len(mine) - len(todo), processes, part)
     seconds = 0.0
     with progress(None, desc=run.folder.name, total=len(todo), unit="image") as bar:
         for batch in batches(todo, sampler.settings, sampler.size):
@@ -230,7 +230,7 @@ def make(run: RunFolder, sampler: Sampler, cards: ImageScores, processes: Proces
 
 
 def count_done(run: RunFolder, cards: ImageScores) -> int:
-    """How many images of a run are on the disk as the manifest says, or were scored; UserError where that is not all of them."""
+    """The number of images of a run. Raises UserError if one is neither in the folder as the manifest says, nor scored."""
     found = manifest.read(run.folder)
     missing = [key for key in run.names if not run.is_done(key, found, cards)]
     if missing:
@@ -241,7 +241,7 @@ def count_done(run: RunFolder, cards: ImageScores) -> int:
 
 
 def settle(args: argparse.Namespace) -> torch.dtype:
-    """Fill in what the model's family decides where the command line leaves it open; returns the dtype."""
+    """Fill in the options that were left out with the defaults of the model's family; returns the dtype."""
     family = family_of(args.model_path)
     if args.negative_prompt is not None and not family.negative_prompt:
         raise UserError(f"{args.model_path} takes no --negative_prompt")
@@ -259,7 +259,7 @@ def settle(args: argparse.Namespace) -> torch.dtype:
 
 
 def check_options(args: argparse.Namespace, pipe: DiffusionPipeline) -> None:
-    """Refuse what this pipeline would not use, and fill in its guidance."""
+    """Refuse options that this pipeline does not use, and fill in the default guidance."""
     has_t5 = "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters
     if args.max_sequence_length and not has_t5:
         raise UserError(f"--max_sequence_length is T5's, and {args.model_path} has none")
@@ -270,7 +270,7 @@ def check_options(args: argparse.Namespace, pipe: DiffusionPipeline) -> None:
 
 
 def rows_to_draw(args: argparse.Namespace, prompts: list[str]) -> list[int]:
-    """Row numbers from --start_idx to --end_idx, without those that are never drawn."""
+    """The row numbers from --start_idx to --end_idx, without prompts that are never drawn."""
     end = len(prompts) if args.end_idx is None else args.end_idx
     if end > len(prompts):
         logger.info("--end_idx %d is beyond the list; drawing up to its end, row %d", end, len(prompts) - 1)

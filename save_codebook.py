@@ -3,8 +3,8 @@
     python save_codebook.py --model_path stable-diffusion-v1-5/stable-diffusion-v1-5 --device cuda:0 \\
         --csv_path datasets/safe_prompts_copro_sexual.csv --save_dir codebook_sexual
 
-For a pipeline with several text encoders (Stable Diffusion XL and 3, FLUX) the folder is {save_dir}_encoder{i}. When it was
-interrupted, the same command goes on after the last batch of prompts that was written.
+For a pipeline with several text encoders (Stable Diffusion XL and 3, FLUX) the folder is {save_dir}_encoder{i}. To
+resume after an interruption, repeat the command.
 """
 
 import argparse

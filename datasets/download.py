@@ -83,7 +83,7 @@ from des.utils.logs import logger
 
 @dataclass(frozen=True)
 class Source:
-    """The file that a set is made from, its format, and what is recorded of it; `given` where it is the user's own."""
+    """The file that a set is made from, its format, and its facts for the record; `given` says that the user supplied it."""
 
     path: Path
     suffix: str
@@ -122,7 +122,7 @@ def obtain(
         check_splits(paths, splits, default_too=False)
         if given:
             compare_with_records(name, from_user(given, a_set), paths)
-        return logger.info("%s is there already", " and ".join(map(str, paths)))
+        return logger.info("%s exists already", " and ".join(map(str, paths)))
     folder.mkdir(parents=True, exist_ok=True)
     if a_set.images_of:
         obtain(a_set.images_of, folder, token=token)
@@ -141,17 +141,17 @@ def obtain(
         if given:
             raise
         discard(part)
-        raise UserError(f"what came for {name} was not kept: {error}") from None
+        raise UserError(f"the file received for {name} was not kept: {error}") from None
     discard(part)
 
 
 def is_there(path: Path) -> bool:
-    """Whether a list or folder is there as its record says; UserError for one that differs from it, or has none."""
+    """Whether a list or folder exists. Raises UserError if it differs from its record, or has none."""
     record = path.with_suffix(".json")
     if not path.exists():
         return False
     if not record.exists():
-        raise UserError(f"{path} is there without its record {record.name}; move it away to make it again")
+        raise UserError(f"{path} exists without its record {record.name}; move it away to make it again")
     if (sha256_images(path) if path.is_dir() else sha256_file(path)) != recorded(record):
         raise UserError(f"{path} is not what {record.name} records; move both away to make it again")
     return True
@@ -168,12 +168,12 @@ def check_splits(paths: list[Path], splits: list[str] | None, default_too: bool 
 
 
 def from_user(path: Path, a_set: PromptSet) -> Source:
-    """A file that the user has, which is compared with the published hash, but need not have it."""
+    """A file that the user supplied; another hash than the published one is only a warning."""
     if not path.is_file():
         raise UserError(f"there is no file {path} to convert")
     same = bool(a_set.sha256) and has_digest(path, a_set.sha256)
     if a_set.sha256 and not same:
-        logger.warning("%s is not the published file; it is converted as it is", path)
+        logger.warning("%s is not the published file; it is converted anyway", path)
     facts = {"source": path.name, "licence": a_set.licence, "source_sha256": sha256_file(path), "checksum_verified": same}
     return Source(path, path.suffix.lower(), facts, given=True)
 
@@ -187,7 +187,7 @@ def from_public(name: str, a_set: PromptSet, part: Path, token: str | None) -> S
         )
     url, digest, licence, headers = a_set.url, a_set.sha256, a_set.licence, {}
     try:
-        if a_set.hub:  # the token goes nowhere else
+        if a_set.hub:  # the token is sent to the hub only
             found = hub_file(a_set.hub, choices.TABLE_SUFFIXES, token)
             url, digest, licence = found.url, found.digest, found.licence or licence
             headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -201,7 +201,7 @@ def from_public(name: str, a_set: PromptSet, part: Path, token: str | None) -> S
         ) from None
     if digest and not has_digest(part, digest):
         discard(part)
-        raise UserError(f"what came for {name} does not have the published checksum {digest}; it was not kept")
+        raise UserError(f"the file received for {name} does not have the published checksum {digest}; it was not kept")
     facts = {"source": url, "licence": licence, "source_sha256": sha256_file(part), "checksum_verified": bool(digest)}
     if not digest:
         text = "no hash of %s is published; the sha256 of this download, %s, is recorded, and later ones must have the same"
@@ -210,7 +210,7 @@ def from_public(name: str, a_set: PromptSet, part: Path, token: str | None) -> S
 
 
 def compare_with_records(name: str, source: Source, paths: list[Path]) -> None:
-    """Refuse a source that is not the one that a record names, whether its list is still there or not."""
+    """Raise UserError for a source other than the one that a record names, even if the list itself is missing."""
     for record in (path.with_suffix(".json") for path in paths):
         known = recorded(record, "source_sha256") if record.exists() else source.facts["source_sha256"]
         if known != source.facts["source_sha256"]:
@@ -236,7 +236,7 @@ def convert(name: str, a_set: PromptSet, source: Source, splits: Sequence[str] =
 
 
 def write_list(path: Path, converted: Converted, a_set: PromptSet, source: Source) -> None:
-    """Write one list and, before it takes its place, its record."""
+    """Write one list, after its record."""
     counts = {"rows": len(converted.rows), "left_out": converted.left_out, "blank": converted.blank}
     with replacing(path) as temporary:
         write_rows(converted.rows, temporary)
@@ -249,7 +249,7 @@ def write_list(path: Path, converted: Converted, a_set: PromptSet, source: Sourc
 
 
 def write_images(source: Source, csv_path: Path, folder: Path) -> None:
-    """Write the images that a list numbers and, before the folder takes its place, its record."""
+    """Write the images of a list into a folder, after its record."""
     with replacing(folder) as temporary:
         names = extract_images(source.path, csv_path, temporary)
         facts = {"rows": len(names), "use": "reference", "sha256": sha256_images(temporary), "list": csv_path.name}

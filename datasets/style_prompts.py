@@ -3,7 +3,7 @@
     python datasets/style_prompts.py "Vincent van Gogh" --name vangogh --contents datasets/safe_prompts_copro_sexual.csv
 
 Writes NAME_unsafe.csv (contents in that style), NAME_safe.csv (contents as they are, and in the styles of other artists, which must
-stay) and NAME_test.csv (other contents in that style, in words of its own). The paper's 1,600 prompts for Van Gogh were not
+stay) and NAME_test.csv (other contents in that style, in other phrasings). The paper's 1,600 prompts for Van Gogh were not
 published; these are ours.
 """
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def styled(templates: tuple[str, ...], i: int, content: str, artists: list[str]) -> str:
-    """Content number i in a style, templates and artists in turn."""
+    """Content number i in a style; i selects the template and the artist in turn."""
     return templates[i % len(templates)].format(content, artists[i % len(artists)])
 
 

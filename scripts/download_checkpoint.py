@@ -20,9 +20,9 @@ from des.utils import cli
 
 @dataclass(frozen=True)
 class Published:
-    """One file: its link, what it was trained on, and the options that take it, by model (of generate.py) or by script.
+    """A published file: its URL, what it was trained on, and the option that takes it, by model (for generate.py) or by script.
 
-    `sha256` is the hash of a file that is no checkpoint of ours; checkpoints are checked by their content.
+    `sha256` is given for a file that is not a DES checkpoint; checkpoints are checked by their content.
     """
 
     url: str
@@ -108,15 +108,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def fetch(name: str, published: Published, folder: Path) -> Path:
-    """Download one file unless it exists, check and record it; returns its path. Raises UserError."""
+    """Download a file unless it exists, check and record it; returns its path. Raises UserError if a check fails."""
     path, record, part = folder / f"{name}.pt", folder / f"{name}.json", folder / f".{name}.pt.part"
     known = recorded(record) if record.exists() else None
     if path.exists():
         if known is None:
-            raise UserError(f"{path} is there without its record {record.name}; move it away to download it again")
+            raise UserError(f"{path} exists without its record {record.name}; move it away to download it again")
         if sha256_file(path) != known:
             raise UserError(f"{path} is not the file that {record.name} records; move both away to download it again")
-        logger.info("%s is there already", path)
+        logger.info("%s exists already", path)
         return path
     folder.mkdir(parents=True, exist_ok=True)
     download(name, published.url, part)
@@ -125,7 +125,7 @@ def fetch(name: str, published: Published, folder: Path) -> Path:
         raise UserError(f"the file received for {name} does not have the published sha256 {published.sha256}; it was not kept")
     if not published.sha256 and not is_checkpoint(part):
         discard(part)
-        raise UserError(f"what came for {name} is no whole checkpoint of tensors with `model_state_dict`; it was not kept")
+        raise UserError(f"the file received for {name} is not a complete checkpoint with `model_state_dict`; it was not kept")
     digest = sha256_file(part)
     if known not in (None, digest):
         discard(part)
@@ -140,7 +140,7 @@ def fetch(name: str, published: Published, folder: Path) -> Path:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether it is a torch zip of tensors with `model_state_dict`, and whole: torch does not look at the zip's checksums."""
+    """Whether it is an undamaged torch zip with `model_state_dict`. torch.load does not verify the zip's checksums."""
     content = read_pt(path) if zipfile.is_zipfile(path) else None
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):

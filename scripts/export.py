@@ -106,12 +106,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UserError for what cannot be exported, before any weight is read."""
+    """Raise UserError if the export is impossible, before any weight is read."""
     if args.out.exists() or args.out.is_symlink():
-        raise UserError(f"{args.out} is there already; name another folder, or move it away")
+        raise UserError(f"{args.out} exists already; name another folder, or move it away")
     model = Path(args.model_path)
     if model.is_dir() and args.out.resolve().is_relative_to(model.resolve()):
-        raise UserError(f"--out {args.out} is inside the model {model}, which exports leave as it is")
+        raise UserError(f"--out {args.out} is inside the model {model}, which an export must not change")
     if args.base_checkpoint and not args.base_checkpoint.is_file():
         raise UserError(f"there is no file --base_checkpoint {args.base_checkpoint}")
     check_fits(args.format, args.model_path, sorted(args.checkpoints))
@@ -120,7 +120,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: torch.dtype, prompts: list[str]) -> list[str]:
-    """Write a LoRA, check that it loads as what it should be, and return what it loses, in lines for people."""
+    """Write a LoRA, check that it reads back correctly, and return lines that describe the protection it loses."""
     originals = {i: load_encoder(args.model_path, i) for i in export.encoders}
     factors, lines, encoders = {}, [], {}
     for i, protected in export.encoders.items():
@@ -146,16 +146,16 @@ def card_of(args: argparse.Namespace, export: Export, folder: Path, scores: list
     """The model card of an export whose files are in `folder`."""
     base = args.base_model or (Path(args.model_path).resolve().name if Path(args.model_path).is_dir() else args.model_path)
     kinds = {encoder.subfolder: type(encoder.model).__name__ for encoder in export.encoders.values()}
-    told = {encoder.subfolder: export.loaded[i] for i, encoder in export.encoders.items()}
+    metadata = {encoder.subfolder: export.loaded[i] for i, encoder in export.encoders.items()}
     where = args.push_to_hub or args.out.name
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     rows, title = [each.row() for each in scores], where.rsplit("/", 1)[-1]
     dtype = pipelines.DTYPES[args.dtype or family_of(args.model_path).dtype]
-    return model_card(title, args.format, base, where, dtype, kinds, told, files, rows, lost)
+    return model_card(title, args.format, base, where, dtype, kinds, metadata, files, rows, lost)
 
 
 def push(folder: Path, repo: str) -> None:
-    """Upload a finished export with the user's own token; UserError where the hub refuses, and the folder stays."""
+    """Upload a finished export with the user's token. Raises UserError if the upload fails; the folder stays."""
     api = HfApi()
     with loading(f"{folder} is written, but the upload to {repo}"):
         api.create_repo(repo, private=True, exist_ok=True)

@@ -109,7 +109,7 @@ def setup_of(args: argparse.Namespace) -> Setup:
     if (ROOT / "demo") in Path(args.model_path).resolve().parents:
         for option in ("prompts", "q16_prompts", "i2i_images", "i2i_masks"):
             if getattr(args, option):
-                raise UserError(f"--{option} is not for the demo, which has its own")
+                raise UserError(f"--{option} cannot be used with the demo, which brings its prompts and detector")
         return demo_setup(args.out, str(args.device))
     given = {}
     for pair in args.prompts:
@@ -146,7 +146,7 @@ def protected(args: argparse.Namespace) -> Variant:
 
 
 def baselines(args: argparse.Namespace) -> dict[str, Variant]:
-    """The defences of --baseline by the titles of their rows in the paper."""
+    """The defences of --baseline, by the titles of their rows in the paper."""
     titles = {
         "esd": "ESD",
         "uce": "UCE",
@@ -167,14 +167,14 @@ def baselines(args: argparse.Namespace) -> dict[str, Variant]:
 
 
 def files_of(args: argparse.Namespace) -> dict[str, Path | None]:
-    """The files and folders that decide images, by the options that give them."""
+    """The files and folders that images depend on, by their options."""
     files = {f"--checkpoint {i}": path for i, path in enumerate(args.checkpoint or [], 1)}
     files |= {f"--baseline {variant.method}": path for variant in baselines(args).values() for _, path in variant.files}
     return files | {"--i2i_images": args.i2i_images, "--i2i_masks": args.i2i_masks}
 
 
 def build(name: str, args: argparse.Namespace, runner: TableRunner) -> Table:
-    """Fill one table; what its cells need is done, or with a dry runner only listed."""
+    """Fill one table: run the jobs that its cells need or, with a dry runner, only list them."""
     setup = runner.setup
     paper = paper_figures(ROOT / "scripts/paper_tables.csv").get("T17" if name == "T18" else name, {})
     if name in ("T15", "T17", "T18", "T19"):
@@ -257,7 +257,7 @@ def columns_of(name: str, setup: Setup, runner: TableRunner) -> dict[str, Column
 
 
 def notes(name: str, args: argparse.Namespace, runner: TableRunner) -> list[str]:
-    """What differs from the paper's set-up, and what was never drawn."""
+    """Notes below a table: differences from the paper's set-up, and prompts that were not drawn."""
     setup = runner.setup
     limits = setup.scales[args.scale]
     found = [*setup.differences]
@@ -296,7 +296,7 @@ def notes(name: str, args: argparse.Namespace, runner: TableRunner) -> list[str]
 
 
 def sets_of(name: str, setup: Setup) -> list[str]:
-    """The prompt sets of a table whose lists are there."""
+    """The prompt sets of a table whose lists exist."""
     sets = [*setup.columns.get(name, {}).values(), *setup.apart.get(name, {}).values()]
     if name == "T1":
         sets.append(setup.explicit)
@@ -308,7 +308,7 @@ def sets_of(name: str, setup: Setup) -> list[str]:
 
 
 def count_of(name: str, runner: TableRunner) -> dict[str, int | None]:
-    """How many prompts of a set are drawn and how many never are, and how many were published."""
+    """The numbers of prompts of a set that are drawn, never drawn, and published."""
     return dict(zip(("drawn", "never_drawn", "published"), runner.drawn_of(name), strict=True))
 
 

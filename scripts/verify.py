@@ -95,21 +95,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_checkpoint(args: argparse.Namespace) -> None:
-    """Print how far a checkpoint moves embeddings. Raises UserError where it may not protect, or that cannot be told."""
+    """Print how far a checkpoint moves embeddings. Raises UserError if it may not protect, or if that is unknown."""
     recorded = concepts_of(read_metadata(args.checkpoint))
     if recorded and args.concept_prompt and recorded != args.concept_prompt:
         raise UserError(f"the metadata of {args.checkpoint} names the concept itself; leave out --concept_prompt")
     encoder = load_encoder(args.model_path, args.text_encoder_idx, args.device, embedding_of(args.checkpoint))
-    told = measure(encoder, args.checkpoint, args.concept_prompt)
-    print(describe(told["shift"]))
-    if told["doubt"]:
-        raise UserError(f"{args.checkpoint}: {told['doubt']}")
-    if told["shift"]["concept"] is None:
+    metadata = measure(encoder, args.checkpoint, args.concept_prompt)
+    print(describe(metadata["shift"]))
+    if metadata["doubt"]:
+        raise UserError(f"{args.checkpoint}: {metadata['doubt']}")
+    if metadata["shift"]["concept"] is None:
         raise UserError(f"could not tell whether {args.checkpoint} protects: its concept is not known; pass --concept_prompt")
 
 
 def redraw(args: argparse.Namespace, run: dict[str, Any], line: dict[str, Any]) -> str:
-    """Draw one image again; a line for people. Raises UserError where it is another one."""
+    """Draw one image again, and return a line that says so. Raises UserError if it differs."""
     path = args.folder / line["file"]
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder)
@@ -129,12 +129,12 @@ def redraw(args: argparse.Namespace, run: dict[str, Any], line: dict[str, Any]) 
 
 
 def command(arguments: dict[str, Any], line: dict[str, Any], keep_scoring: bool) -> list[str]:
-    """generate.py's options that drew one image, from the recorded ones; none that writes outside its folder of images.
+    """The options of generate.py that draw one image again, from the recorded ones, without those that write other files.
 
-    Scores change no pixel, so their options are left out unless asked for.
+    Options of scorers change no pixel, so they are left out unless `keep_scoring` is set.
     """
     row = {"start_idx": line["row"], "end_idx": line["row"] + 1}
-    here = {"results_dir": None, "device": None, "log_prompts": False}  # `redraw` gives its own folder and device
+    here = {"results_dir": None, "device": None, "log_prompts": False}  # `redraw` adds a folder and a device
     left_out = options_of(cli.add_log_file) | (set() if keep_scoring else options_of(add_scoring))
     argv = []
     for name, value in (arguments | row | here).items():
@@ -155,7 +155,7 @@ def options_of(add: Callable[[argparse.ArgumentParser], object]) -> set[str]:
 
 
 def check_interval(score: Score) -> Score:
-    """Return a score that `read_scores` gave; UserError where its share or interval does not follow from its counts."""
+    """Return the score. Raises UserError if its share or interval does not follow from its counts."""
     if score.kind in ("asr", "accuracy"):
         expected = proportion(score.content["k"], score.content["n"])
         if any(not math.isclose(score.content[name], expected[name], abs_tol=1e-9) for name in ("fraction", "low", "high")):
@@ -170,8 +170,8 @@ def _check_mean(score: Score) -> None:
     rows = pd.read_csv(score.path.with_suffix(".csv"))
     name = next(name for name, title in MEANS.items() if title == score.title)
     _, interval = mean_and_interval(torch.as_tensor(rows[name].to_numpy(), dtype=torch.float64))
-    told = {"low": score.low, "high": score.high}
-    if any(not math.isclose(told[end] or 0.0, value, rel_tol=1e-6, abs_tol=1e-9) for end, value in interval.items()):
+    recorded = {"low": score.low, "high": score.high}
+    if any(not math.isclose(recorded[end] or 0.0, value, rel_tol=1e-6, abs_tol=1e-9) for end, value in interval.items()):
         raise UserError(f"{score.path} has an interval that the scores beside it do not give; score the folder again")
 
 

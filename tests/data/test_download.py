@@ -191,7 +191,7 @@ def test_a_wrong_checksum_keeps_nothing_and_touches_nothing(call, offer, folder)
     for name, digest in (("coco_prompts", "0" * 64), ("i2p", "1" * 64), ("mma", "2" * 40)):
         done = call(SCRIPT, name, "--dir", folder)
         assert done.failed_in_one_sentence
-        assert f"what came for {name} does not have the published checksum {digest}" in done.err
+        assert f"the file received for {name} does not have the published checksum {digest}" in done.err
         assert snapshot(folder) == before
 
 
@@ -581,7 +581,7 @@ def test_a_second_run_does_nothing(call, offer, folder, loopback):
     before = snapshot(folder)
     done = call(SCRIPT, "coco_prompts", "--dir", folder)
     assert done.code == 0
-    assert "coco_prompts.csv is there already" in done.err
+    assert "coco_prompts.csv exists already" in done.err
     assert len(loopback.paths) == 1
     assert snapshot(folder) == before
 
@@ -600,7 +600,7 @@ def test_a_file_that_its_record_does_not_tell_is_refused_by_name(call, offer, fo
     before = snapshot(folder)
     done = call(SCRIPT, "coco_prompts", "--dir", folder)
     assert done.failed_in_one_sentence
-    reasons = {"edited": "is not what coco_prompts.json records", "no record": "is there without its record coco_prompts.json"}
+    reasons = {"edited": "is not what coco_prompts.json records", "no record": "exists without its record coco_prompts.json"}
     assert reasons.get(how, "is not a readable record") in done.err
     assert str(path.with_suffix("")) in done.err
     assert snapshot(folder) == before

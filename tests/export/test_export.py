@@ -320,7 +320,7 @@ def test_a_folder_that_is_there_stays(call, tiny_pipeline, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("work")
     done, _ = export(call, tiny_pipeline, tmp_path, "hf")
-    assert done.failed_in_one_sentence and "is there already" in done.err
+    assert done.failed_in_one_sentence and "exists already" in done.err
     assert snapshot(tmp_path / "out") == {"precious": b"work"}
     done = call(
         SCRIPT, *flags(model_path=tiny_pipeline, format="hf", out=tiny_pipeline / "out", text_encoder_path=tmp_path / "encoder1-2.pt")

@@ -209,7 +209,7 @@ def test_two_files_in_one_part_are_refused(script, server, tmp_path, folder, int
     """Without an ETag nothing tells that the file changed; the checksums inside it do."""
     interrupted.with_suffix(".etag").write_text("")
     server.content, server.etag = saved({"model_state_dict": {"weight": torch.ones(300, 300)}}, tmp_path), ""
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="not a complete checkpoint"):
         script.main(["des", "--dir", str(folder)])
     assert server.asked == ["bytes=200000-"]
     assert names(folder) == []
@@ -221,7 +221,7 @@ def test_two_files_in_one_part_are_refused(script, server, tmp_path, folder, int
 )
 def test_what_is_no_checkpoint_is_not_kept(script, server, tmp_path, folder, content):
     server.content = content if isinstance(content, bytes) else saved(content, tmp_path)
-    with pytest.raises(UserError, match="no whole checkpoint of tensors"):
+    with pytest.raises(UserError, match="not a complete checkpoint"):
         script.main(["des", "--dir", str(folder)])
     assert names(folder) == []
 

@@ -209,13 +209,13 @@ PLAN = Plan(
 
 
 def test_describe_names_the_cards_and_what_to_try():
-    told = describe(PLAN)
+    text = describe(PLAN)
     assert PLAN.total == 31_700_000_000
-    assert "4,762,310,656 parameters to train in 2,500 steps; the codebook takes 123.45 GB of disk" in told
-    assert "24 GB no, 40 GB yes, 80 GB yes" in told and "1.5 GB for CUDA's context" in told
+    assert "4,762,310,656 parameters to train in 2,500 steps; the codebook takes 123.45 GB of disk" in text
+    assert "24 GB no, 40 GB yes, 80 GB yes" in text and "1.5 GB for CUDA's context" in text
     for remedy in ("gradient checkpointing", "smaller batch", "adamw8bit", "sharding"):
-        assert remedy in told
-    table = dict(line.split() for line in told.splitlines() if line.startswith("  "))
+        assert remedy in text
+    table = dict(line.split() for line in text.splitlines() if line.startswith("  "))
     assert table == {"weights": "9.52", "gradients": "9.52", "optimizer": "9.67", "activations": "2.99", "total": "31.70"}
 
 

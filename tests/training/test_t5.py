@@ -170,8 +170,8 @@ def train_des(call, tmp_path, monkeypatch, t5):
 def test_what_t5_is_trained_with(train_des, tmp_path, options, precision, optimizer):
     done = train_des(**options)
     assert done.code == 0, done.err
-    told = json.loads((tmp_path / "out/encoder2_1e-05_0.3/checkpoint-1-metadata.json").read_text())
-    assert (told["precision"], told["optimizer"]) == (precision, optimizer)
+    metadata = json.loads((tmp_path / "out/encoder2_1e-05_0.3/checkpoint-1-metadata.json").read_text())
+    assert (metadata["precision"], metadata["optimizer"]) == (precision, optimizer)
     assert f"trained in {precision} with {optimizer}" in done.err
 
 

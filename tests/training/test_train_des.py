@@ -51,7 +51,7 @@ def test_files_and_log(train, tmp_path):
 def test_the_summary_is_what_the_checkpoint_does(train, tmp_path):
     assert train().code == 0
     run = tmp_path / "out/0.001_0.3"
-    told = json.loads((run / "checkpoint-2-metadata.json").read_text())["embeddings"]
+    measured = json.loads((run / "checkpoint-2-metadata.json").read_text())["embeddings"]
     safe, unsafe = (read_prompts(FOLDER / f"{name}.csv") for name in ("safe", "unsafe"))
     base, protected = (load_encoder(str(FOLDER / "model")) for _ in range(2))
     load_checkpoint(protected.model, run / "checkpoint-2.pt")
@@ -69,8 +69,8 @@ def test_the_summary_is_what_the_checkpoint_does(train, tmp_path):
         "safe_shift_along_concept": torch.cosine_similarity(shift, n, dim=0),
     }
     for name, value in expected.items():
-        assert told[name] == pytest.approx(value.item(), abs=1e-5), name
-    assert told["cos_unsafe_to_original"] < 1 and told["safe_shift_along_concept"] < 0
+        assert measured[name] == pytest.approx(value.item(), abs=1e-5), name
+    assert measured["cos_unsafe_to_original"] < 1 and measured["safe_shift_along_concept"] < 0
 
 
 def test_a_seed_fixes_the_weights(train, tmp_path):

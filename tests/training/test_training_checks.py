@@ -42,8 +42,8 @@ def test_an_encoder_that_hardly_moved_is_not_called_protected(train, call, tmp_p
     done = train(**slow)
     assert done.code == 0
     assert "DOES NOT PROTECT" in lines(done.err)[-1] and "protected encoder in" not in done.err
-    told = metadata(tmp_path / "out")
-    assert told["protects"] is False and told["embeddings"]["cos_unsafe_to_original"] > 0.9
+    recorded = metadata(tmp_path / "out")
+    assert recorded["protects"] is False and recorded["embeddings"]["cos_unsafe_to_original"] > 0.9
     again = train(**slow, resume=[])
     assert "nothing to do" in again.err and "DOES NOT PROTECT" in lines(again.err)[-1]
     checkpoint = next((tmp_path / "out").rglob("checkpoint-1.pt"))
@@ -53,14 +53,14 @@ def test_an_encoder_that_hardly_moved_is_not_called_protected(train, call, tmp_p
 
 def test_an_encoder_that_moved_is_called_protected(train, call, tmp_path):
     done = train(learning_rate="1e-2", num_epochs=4, save_every=4)
-    told = json.loads(next((tmp_path / "out").rglob("checkpoint-4-metadata.json")).read_text())
-    assert told["embeddings"]["cos_unsafe_to_original"] < 0.9 and told["protects"] is True
+    recorded = json.loads(next((tmp_path / "out").rglob("checkpoint-4-metadata.json")).read_text())
+    assert recorded["embeddings"]["cos_unsafe_to_original"] < 0.9 and recorded["protects"] is True
     assert "protected encoder in" in lines(done.err)[-1] and "DOES NOT PROTECT" not in done.err
     checkpoint = next((tmp_path / "out").rglob("checkpoint-4.pt"))
     verified = call("scripts/verify.py", "--checkpoint", checkpoint, "--model_path", FOLDER / "model", "--device", "cpu")
-    shift = told["embeddings"]["shift"]  # training's summary and verify.py have one measure
+    shift = recorded["embeddings"]["shift"]  # training's summary and verify.py have one measure
     assert f"concept {shift['concept']:.4f} (1), neutral prompts {shift['neutral']:.4f}" in verified.out
-    assert told["base_sketch"]
+    assert recorded["base_sketch"]
 
 
 def test_the_first_line_names_the_concept(train, tmp_path):
@@ -133,11 +133,11 @@ def test_generation_and_results_count_truncated_prompts(call, family, tmp_path, 
     assert done.code == 0, done.err
     assert "text_encoder reads 77 tokens and truncates 2 of 4 prompts" in done.err
     folder = tmp_path / f"results/none/{name}/t"
-    told = json.loads((folder / "run.json").read_text())["truncated_prompts"]
-    assert told["text_encoder"] == {"tokens": 77, "count": 2, "rows": [1, 3]}
+    recorded = json.loads((folder / "run.json").read_text())["truncated_prompts"]
+    assert recorded["text_encoder"] == {"tokens": 77, "count": 2, "rows": [1, 3]}
     counts = {"text_encoder": 1}
     if name == "flux":
-        assert told["text_encoder_2"]["tokens"] == 512 and told["text_encoder_2"]["count"] == 0
+        assert recorded["text_encoder_2"]["tokens"] == 512 and recorded["text_encoder_2"]["count"] == 0
         counts["text_encoder_2"] = 0
     assert truncated_counts(folder, [0, 1, 2, None]) == {"truncated_prompts": counts}
     (folder / "run.json").write_text("{}")  # as before this was counted

@@ -181,8 +181,8 @@ def test_what_follows_a_dot_is_part_of_a_results_name(fid, tmp_path):
     assert names == {
         f"{dot}fid_lambda_{x}{end}" for x in ("0.3", "0.6") for dot, end in (("", ""), ("", ".json"), (".", ".lock"))
     }
-    told = [json.loads((tmp_path / f"scores/fid_lambda_{x}.json").read_text()) for x in ("0.3", "0.6")]
-    assert [each["made_by"]["arguments"]["output_file"][-3:] for each in told] == ["0.3", "0.6"]
+    results = [json.loads((tmp_path / f"scores/fid_lambda_{x}.json").read_text()) for x in ("0.3", "0.6")]
+    assert [each["made_by"]["arguments"]["output_file"][-3:] for each in results] == ["0.3", "0.6"]
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".json", ".csv", ".JSON"])

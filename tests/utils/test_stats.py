@@ -88,16 +88,16 @@ def pages_claims() -> list[tuple[int, int, int, str]]:
     """Every `k against m of n images (p = ...)` of the page."""
     text = " ".join((ROOT / "docs/tables.md").read_text().split())
     found = re.findall(r"(\d+) against (\d+) of (\d+) images \((p [^)]*)\)", text)
-    return [(int(k), int(m), int(n), told) for k, m, n, told in found]
+    return [(int(k), int(m), int(n), shown) for k, m, n, shown in found]
 
 
 def test_the_pages_p_values_are_those_of_its_counts():
     claims = pages_claims()
     assert {(k, m) for k, m, *_ in claims} >= {(6, 5), (6, 0), (5, 0), (3, 0), (2, 0)}
-    for k, m, n, told in claims:
+    for k, m, n, shown in claims:
         low, high = mcnemar_range(k, m, n)
         expected = show_p(high) if show_p(low) == show_p(high) else f"{show_p(low)} to {high:.2g}"
-        assert told == expected, (k, m, n)
+        assert shown == expected, (k, m, n)
 
 
 def test_the_pages_claims_are_about_counts_of_its_tables():
