@@ -352,8 +352,8 @@ def test_other_floats_are_converted(tmp_path, encoder, state, dtype):
 
 ODD_TENSORS = {
     "int64": (lambda tensor: tensor.long(), "int64, but weights must be floating-point"),
-    "uint8": (lambda tensor: tensor.to(torch.uint8), "uint8, and weights"),
-    "bool": (lambda tensor: tensor > 0, "bool, and weights"),
+    "uint8": (lambda tensor: tensor.to(torch.uint8), "uint8, but weights"),
+    "bool": (lambda tensor: tensor > 0, "bool, but weights"),
     "complex": (lambda tensor: tensor.to(torch.complex64), "not a dense tensor"),
     "quantized": (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "not a dense tensor"),
     "nested": (lambda tensor: torch.nested.nested_tensor([tensor[0], tensor[1, :3]]), "not a dense tensor"),
