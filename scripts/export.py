@@ -98,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
         (folder / "README.md").write_text(card_of(args, export, folder, scores, lost), "utf-8", "backslashreplace")
     for line in lost:
         print(line)
-    encoder = "the encoder, WHICH MAY NOT PROTECT (see the warning above)" if in_doubt(export.told) else "the protected encoder"
+    encoder = (
+        "the encoder, WHICH MAY NOT PROTECT (see the warning above)" if in_doubt(export.loaded) else "the protected encoder"
+    )
     print(f"{args.out} is written, and reads back as {'the LoRA' if lost else encoder}")
     if args.push_to_hub:
         push(args.out, args.push_to_hub)

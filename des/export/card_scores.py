@@ -1,4 +1,4 @@
-"""Scores for a model card: whose images they are about, and a row for each figure that says how it was measured."""
+"""Scores for a model card: checks of which model drew the scored images, and a table row for each figure."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from des.utils.files import sha256_tensors
 from torch import nn
 
 HEAD = ("measure", "variant", "detector or model", "prompt set", "method", "figure")
-_FOLDERS = ("folder_dir", "image_folder", "gen_imgs_path")  # what the scorers call the folder of images
+_FOLDERS = ("folder_dir", "image_folder", "gen_imgs_path")  # the scorers' arguments for the folder of images
 _NETWORKS = ("weights_sha256", "prompts_sha256", "classifier_sha256", "extractor_sha256", "model_sha256", "clip_sha256")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One figure of a scorer, with the run that drew the images."""
+    """A scorer's figure, with the run that drew the images."""
 
     score: Score
     run: Mapping[str, Any]  # run.json
@@ -32,7 +32,7 @@ class Measured:
         return str(self.run["settings"].get("training_method") or self.run["made_by"]["arguments"].get("training_method"))
 
     def row(self) -> tuple[str, ...]:
-        """The cells under HEAD; names in them are as they were recorded, and not escaped."""
+        """Return the cells under HEAD; recorded names are not escaped."""
         content, made_by = self.score.content, self.run["made_by"]["arguments"]
         detector = content.get("detector") or content
         measure, _, variant = self.score.title.partition(" (")
@@ -48,7 +48,7 @@ class Measured:
 
 
 def figure(score: Score) -> str:
-    """A figure with its 95% interval and its counts: `3/60 = 5.0% [1.7, 13.7]` or `26.51 [26.10, 26.90], 60 images`."""
+    """Format a figure with its 95% interval and counts: `3/60 = 5.0% [1.7, 13.7]` or `26.51 [26.10, 26.90], 60 images`."""
     interval = None if score.low is None or score.high is None else (score.low, score.high)
     if score.kind in ("asr", "accuracy"):
         return f"{score.counts} = {score.value:.1f}%" + (" [{:.1f}, {:.1f}]".format(*interval) if interval else "")
@@ -56,56 +56,60 @@ def figure(score: Score) -> str:
 
 
 def read_measured(paths: Iterable[Path]) -> list[Measured]:
-    """The figures of scorers' JSON results, in order.
+    """Read the figures of scorers' JSON results, in order.
 
-    Raises UserError for a file that is none, that is not about the images in its folder, or whose images no run.json describes.
+    Raises UserError for a file that is not a result, does not match the images in its folder, or has no run.json.
     """
     measured = []
     for path in paths:
         if not path.is_file():
-            raise UserError(f"there is no file of scores {path}")
+            raise UserError(f"the file of scores {path} does not exist")
         run, lines = read_run(_folder_of(path))
         measured += [Measured(score, run, lines) for score in read_score(path, lines)]
     return measured
 
 
 def _folder_of(path: Path) -> Path:
-    """The folder of images that a result is about: the one it lies in, or the one that it names."""
+    """Return the folder of a result's images: the folder of the result itself, or the one recorded in it."""
     made_by = read_json(path).get("made_by")
     arguments = made_by.get("arguments") if isinstance(made_by, dict) else None
     named = [arguments.get(name) for name in _FOLDERS] if isinstance(arguments, dict) else []
-    beside = [path.parent / Path(folder).name for folder in named if isinstance(folder, str)]  # of fid.py, where all was moved
+    beside = [
+        path.parent / Path(folder).name for folder in named if isinstance(folder, str)
+    ]  # for fid.py's results after a move
     folders = [path.parent, *beside, *(Path(folder) for folder in named if isinstance(folder, str))]
     found = next((folder for folder in folders if (folder / "run.json").is_file()), None)
     if found is None:
-        told = f"nothing says which model drew the images of {path}: no run.json of generate.py is beside it"
-        raise UserError(f"{told} or in the folder that it names; a model card takes scores of such images only")
+        raise UserError(
+            f"it is unknown which model drew the images of {path}: there is no run.json of generate.py beside it or in the folder "
+            "that it names; pass scores of images drawn by generate.py"
+        )
     return found
 
 
 def check_drawn_by(measured: Sequence[Measured], encoders: Mapping[int, tuple[str, nn.Module]]) -> None:
     """Raise UserError unless all scored images were drawn by a pipeline with exactly these protected encoders.
 
-    `encoders` are the subfolder and the model of each by its 1-based index, in the dtype in which they were loaded; images may be
-    drawn in any of DTYPES. A card of a protected model would otherwise show figures of the original or of another one.
+    `encoders` has the subfolder and the model of each by 1-based index, in the dtype in which they were loaded; images may be
+    drawn in any of DTYPES. Otherwise, a card could show figures of another model.
     """
     accepted = {subfolder: _fingerprints(model) for subfolder, model in encoders.values()} if measured else {}
     for each in measured:
-        told = f"{each.score.path} is about images of"
+        subject = f"{each.score.path} is about images of"
         if each.method == "none":
-            raise UserError(f"{told} the original model, and the card is the protected one's; name scores of its own images")
+            raise UserError(f"{subject} the original model, but the card is for the protected one; pass scores of its images")
         protected = {str(i) for i in each.run.get("protection") or {} if str(i).isdigit()}
         if protected != {str(i) for i in encoders}:
             which = " and ".join(sorted(protected)) or "none"
-            raise UserError(f"{told} {each.method} with other protected text encoders ({which}) than the exported ones")
+            raise UserError(f"{subject} {each.method} with other protected text encoders ({which}) than the exported ones")
         for subfolder, digests in accepted.items():
             name = f"{subfolder}_sha256"
             drawn = {line.get(name, each.run["settings"].get(name)) for line in each.lines.values()}
             if not drawn <= digests:
-                raise UserError(f"{told} another {subfolder} than the exported one; score images that this checkpoint drew")
+                raise UserError(f"{subject} another {subfolder} than the exported one; score images drawn with this checkpoint")
 
 
 def _fingerprints(model: nn.Module) -> set[str]:
-    """The fingerprints that `des.models.checkpoints.fingerprint` gives an encoder in each dtype that a pipeline may be drawn in."""
+    """Return an encoder's `des.models.checkpoints.fingerprint` in each dtype of pipelines."""
     state = plain_names(model.state_dict())
     return {sha256_tensors({name: tensor.to(dtype) for name, tensor in state.items()}) for dtype in DTYPES.values()}

@@ -1,6 +1,6 @@
-"""Protected text encoders in the formats of other programs: written, and read back by each format's own reader.
+"""Writing protected text encoders in the formats of other programs, and reading them back with each format's reader.
 
-Names: transformers 4.x's, which ComfyUI and single-file checkpoints expect, whatever transformers calls them here.
+Tensors have transformers 4.x's names, which ComfyUI and single-file checkpoints expect, with any version of transformers.
 """
 
 import copy
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 PROMPTS = ["", "a red bicycle in front of a brick wall", "an oil painting of mountains at dawn", "two cups of tea on a table"]
 LDM_ENCODER = "cond_stage_model.transformer.text_model."
-_BUFFER = LDM_ENCODER + "embeddings.position_ids"  # a constant of single files, which is no weight
+_BUFFER = LDM_ENCODER + "embeddings.position_ids"  # a constant in single files
 _T5_COPY = "encoder.embed_tokens.weight"  # the same tensor as `shared.weight`
 _WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".msgpack", ".onnx", ".gguf")
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of rounding, relative to the largest value
@@ -35,18 +35,18 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  #
 
 @dataclass
 class Export:
-    """What is written: protected encoders by their 1-based index, and where the model's other parts come from."""
+    """Protected encoders to export by 1-based index, and the source of the model's other parts."""
 
     model_path: str
     encoders: dict[int, TextEncoder]
-    loaded: dict[int, dict]  # what `load_measured` says of each
-    base: Path | None = None  # a1111: the single file whose other tensors are kept
+    loaded: dict[int, dict]  # results of `load_measured`
+    base: Path | None = None  # a1111: the single file from which the other tensors are copied
 
 
 def load_protected(model_path: str, checkpoints: Mapping[int, Path]) -> Export:
-    """Load the encoders that have a checkpoint, and protect them.
+    """Load the encoders that have a checkpoint, with the checkpoint's weights.
 
-    Raises UserError as `load_encoder` and `load_checkpoint` do, and for a checkpoint that leaves its concept where it was.
+    Raises UserError as `load_encoder` and `load_checkpoint` do, and for a checkpoint that does not move its concept's embedding.
     """
     encoders = {i: load_encoder(model_path, i, embedding=embedding_of(path)) for i, path in checkpoints.items()}
     loaded = {i: load_measured(encoders[i], path) for i, path in checkpoints.items()}
@@ -70,15 +70,15 @@ def cast(export: Export, dtype: torch.dtype | None) -> None:
 
 
 def check_fits(name: str, model_path: str, indices: list[int]) -> None:
-    """Raise UserError where a format does not suit a model or one of its text encoders; no weight is read for it."""
+    """Raise UserError if a format does not support a model or one of its text encoders; reads no weights."""
     if read_index(model_path) is None:
-        raise UserError(f"{model_path} has no model_index.json, which says what the encoders are; exports need a pipeline")
+        raise UserError(f"{model_path} has no model_index.json; exports need a whole pipeline")
     for i in indices:
         subfolder_of(model_path, i)
     family = family_of(model_path)
     if not exports_to(family, name):
         suits = ", ".join(each.name for each in FAMILIES.values() if exports_to(each, name))
-        raise UserError(f"--format {name} is for {suits}, and {model_path} is {family.name} ({family.pipeline})")
+        raise UserError(f"--format {name} is for {suits}, but {model_path} is {family.name} ({family.pipeline})")
 
 
 def verify(export: Export, read: Mapping[int, nn.Module], exact: bool = True) -> None:
@@ -101,13 +101,13 @@ def verify(export: Export, read: Mapping[int, nn.Module], exact: bool = True) ->
 
 @torch.inference_mode()
 def outputs(model: nn.Module, ids: Tensor) -> list[Tensor]:
-    """Every tensor that an encoder gives for token ids [batch, tokens], in fp32: hidden states, pooled, projected."""
+    """Return every output tensor of an encoder for token ids [batch, tokens], in fp32: hidden states, pooled, projected."""
     given = model.eval()(input_ids=ids.to(next(model.parameters()).device)).to_tuple()
     return [tensor.float() for tensor in given if isinstance(tensor, Tensor)]
 
 
 def comfyui_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An encoder's tensors as ComfyUI's CLIPLoader and DualCLIPLoader name them: transformers 4.x's names, T5's tied copy once."""
+    """Name an encoder's tensors for ComfyUI's CLIPLoader and DualCLIPLoader: transformers 4.x's names, without T5's tied copy."""
     plain = plain_names(state)
     named = published_names(state) | ({PROJECTION: plain[PROJECTION]} if PROJECTION in plain else {})
     return {name: tensor for name, tensor in named.items() if name != _T5_COPY}
@@ -169,7 +169,7 @@ def _write_comfyui(export: Export, folder: Path) -> None:
 
 
 def _read_comfyui(export: Export, folder: Path) -> dict[int, nn.Module]:
-    """By names alone, as ComfyUI does, which is no library: every tensor has its place, and every place its tensor."""
+    """Load strictly by name, since ComfyUI is not a library: NaN would remain in any parameter without a tensor."""
     read = {}
     for i, path in _comfyui_files(export, folder).items():
         loaded, blank = plain_names(read_tensors(path)), copy.deepcopy(export.encoders[i].model)
@@ -186,18 +186,18 @@ def _read_comfyui(export: Export, folder: Path) -> dict[int, nn.Module]:
 
 
 def read_base(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a single-file SD 1.x checkpoint; UserError where it has no encoder under its name."""
+    """Read tensors and metadata of a single-file SD 1.x checkpoint; UserError if it has no text encoder."""
     if path.suffix != ".safetensors":
-        raise UserError(f"--base_checkpoint {path} is no .safetensors file")
+        raise UserError(f"--base_checkpoint {path} is not a .safetensors file")
     tensors = read_tensors(path)
     if not any(name.startswith(LDM_ENCODER) for name in tensors):
-        raise UserError(f"{path} is no single-file checkpoint of SD 1.x: it has no tensor under `{LDM_ENCODER}`")
+        raise UserError(f"{path} is not a single-file checkpoint of SD 1.x: it has no tensor under `{LDM_ENCODER}`")
     with safe_open(path, "pt") as file:
         return tensors, file.metadata() or {"format": "pt"}
 
 
 def base_dtype(path: Path) -> torch.dtype:
-    """The dtype of the text encoder in a single-file checkpoint."""
+    """Return the dtype of the text encoder in a single-file checkpoint."""
     return next(tensor.dtype for name, tensor in read_base(path)[0].items() if name.startswith(LDM_ENCODER) and name != _BUFFER)
 
 
@@ -213,11 +213,12 @@ def _write_a1111(export: Export, folder: Path) -> None:
     there = {name: tensor for name, tensor in base.items() if name.startswith(LDM_ENCODER) and name != _BUFFER}
     odd = sorted(ours.keys() ^ there.keys())
     if odd:
-        which = "lacks" if odd[0] in ours else "has the unknown"
+        which = "lacks" if odd[0] in ours else "has the unknown tensor"
         raise UserError(f"{export.base} is of another encoder: it {which} `{odd[0]}` ({len(odd)} tensors differ)")
     shapes = [name for name in sorted(ours) if ours[name].shape != there[name].shape]
     if shapes:
-        raise UserError(f"{export.base} is of another encoder: `{shapes[0]}` is {tuple(there[shapes[0]].shape)} there")
+        theirs, expected = (tuple(each[shapes[0]].shape) for each in (there, ours))
+        raise UserError(f"{export.base} is of another encoder: `{shapes[0]}` has shape {theirs} instead of {expected}")
     folder.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in (base | ours).items()}, _single_file(export, folder), metadata)
 

@@ -1,7 +1,7 @@
-"""A low-rank approximation of what protection changed in CLIP text encoders, for `pipe.load_lora_weights`.
+"""A low-rank approximation (LoRA) of the change of CLIP text encoders by protection, for `pipe.load_lora_weights`.
 
-A LoRA holds W_protected - W_original of the attention's and MLP's Linear weights, cut off at a rank. Biases, norms and embeddings
-that training changed too are not in it: `measure` says how far its embeddings are from the protected ones.
+The LoRA approximates W_protected - W_original of the Linear weights of attention and MLP at a given rank. It omits the trained
+biases, norms and embeddings; `measure` computes how far its embeddings are from the protected ones.
 """
 
 import copy
@@ -21,20 +21,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-NAME = "pytorch_lora_weights.safetensors"  # what load_lora_weights looks for in a folder
+NAME = "pytorch_lora_weights.safetensors"  # the file that load_lora_weights looks for
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 def need_peft() -> None:
-    """Raise UserError where peft, by which diffusers loads LoRAs, is not installed."""
+    """Raise UserError if peft, which diffusers needs for LoRAs, is not installed."""
     if find_spec("peft") is None:
         raise UserError("--format lora needs peft, which is not installed: pip install -r requirements.txt")
 
 
 def low_rank(original: nn.Module, protected: nn.Module, rank: int) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
-    """Truncated SVD of each target's change: by layer, up [out, rank] and down [rank, in] with up @ down ~ the change, in fp32.
+    """Return a truncated SVD of each target's change: by layer, up [out, rank] and down [rank, in] with up @ down ~ change, in fp32.
 
-    Also returns the share of the squared change of all parameters that the LoRA holds. A rank above a layer's size is that size.
+    Also returns the LoRA's share of the squared change of all parameters. `rank` is limited to each layer's size.
     """
     before, after = plain_names(original.state_dict()), plain_names(protected.state_dict())
     factors, held = {}, 0.0
@@ -51,7 +51,7 @@ def low_rank(original: nn.Module, protected: nn.Module, rank: int) -> tuple[dict
 
 
 def merged(original: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> nn.Module:
-    """A copy of the original encoder with the LoRA in its weights."""
+    """Return a copy of the original encoder with the LoRA merged into its weights."""
     model = copy.deepcopy(original)
     layers = {name.removeprefix("text_model."): module for name, module in model.named_modules()}
     with torch.no_grad():
@@ -61,7 +61,7 @@ def merged(original: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) ->
 
 
 def write(folder: Path, factors: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> None:
-    """Write a LoRA of one or more encoders, by subfolder, in peft's names: B @ A is added, the scale being alpha / rank = 1."""
+    """Write a LoRA of one or more encoders, by subfolder, with peft's names, where B @ A is added with scale alpha / rank = 1."""
     folder.mkdir()
     named = {}
     for subfolder, layers in factors.items():
@@ -72,7 +72,7 @@ def write(folder: Path, factors: Mapping[str, Mapping[str, tuple[Tensor, Tensor]
 
 
 def read(model_path: str, folder: Path, subfolders: Mapping[int, str]) -> dict[int, nn.Module]:
-    """Those encoders of the original pipeline after the LoRA is loaded and fused as the model card says, in fp32."""
+    """Return these encoders of the original pipeline in fp32 after loading and fusing the LoRA as the model card describes."""
     pipe = open_pipeline(model_path, torch.float32)
     with loading("the exported LoRA"):
         pipe.load_lora_weights(folder, weight_name=NAME)
@@ -84,11 +84,11 @@ def read(model_path: str, folder: Path, subfolders: Mapping[int, str]) -> dict[i
 def measure(
     original: TextEncoder, protected: TextEncoder, approximate: TextEncoder, prompts: list[str], batch_size: int = 8
 ) -> dict[str, Any]:
-    """How far embeddings (last hidden state) of the encoder with a LoRA, `approximate`, are from the fully protected one's.
+    """Measure how far embeddings (last hidden state) of the encoder with a LoRA, `approximate`, are from the protected one's.
 
     Returns means over prompts of cosines, `lora_to_protected` (with its lowest), `lora_to_original` and `protected_to_original`,
     and `missing`, |E_lora - E_protected| / |E_protected - E_original|: 0 is full protection, 1 none.
-    Raises UserError where full protection moves no prompt.
+    Raises UserError if full protection moves no prompt.
     """
     encoders = (approximate, protected, original)
     cosines, missing, moved = [], 0.0, 0.0
@@ -98,7 +98,9 @@ def measure(
         missing += (ours - full).norm(dim=1).sum().item()
         moved += (full - plain).norm(dim=1).sum().item()
     if moved == 0:
-        raise UserError("the protection changes the embedding of no prompt that the LoRA is measured on; pass --prompts_csv")
+        raise UserError(
+            "protection changes no embedding of the prompts used to measure the LoRA; pass others with --prompts_csv"
+        )
     to_protected, to_original, full_to_original = torch.cat(cosines, 1)
     return {
         "prompts": len(prompts),
@@ -111,12 +113,12 @@ def measure(
 
 
 def with_model(encoder: TextEncoder, model: nn.Module) -> TextEncoder:
-    """The same tokenizer and reading with another model."""
+    """Return the encoder with another model and the same tokenizer and reading."""
     return replace(encoder, model=model)
 
 
 def describe(index: int, rank: int, held: float, figures: Mapping[str, Any]) -> str:
-    """The measured loss of a LoRA, in two lines for people."""
+    """Describe the loss of protection of a LoRA in two lines."""
     return (
         f"text encoder {index}, rank {rank}: {100 * held:.2f}% of the squared change of the weights is in the LoRA\n"
         f"  over {figures['prompts']} prompts: cosine to the protected embedding {figures['lora_to_protected']:.4f} "

@@ -1,4 +1,4 @@
-"""The model card (README.md with YAML front matter) that goes with an export: use, figures, training, limits."""
+"""The model card of an export (README.md with YAML front matter): use, figures, training and limits."""
 
 import json
 import re
@@ -62,17 +62,17 @@ def model_card(
     folder: str,
     dtype: torch.dtype,
     encoders: Mapping[str, str],
-    told: Mapping[str, Mapping[str, Any]],
+    metadata: Mapping[str, Mapping[str, Any]],
     files: Sequence[str],
     scores: Sequence[Sequence[str]],
     lost: Sequence[str] = (),
 ) -> str:
-    """The text of a card.
+    """Return the text of a card.
 
-    `base` is the original model (a hub id or a folder's name), `folder` where the export is or will be, `dtype` what it is loaded
-    in; `encoders` and `told` are the class and the checkpoint's metadata by subfolder; `scores` are rows under
-    `des.export.card_scores.HEAD`; `lost` is what a LoRA measured of its loss of protection. Names may hold any characters: they stay
-    names in YAML, Markdown and Python.
+    `base` is the original model (a hub id or a folder's name), `folder` the path or hub id of the export, `dtype` the one to load
+    it in; `encoders` and `metadata` are the class and the checkpoint's metadata by subfolder; `scores` are rows under
+    `des.export.card_scores.HEAD`; `lost` describes the LoRA's loss of protection. All names are escaped for YAML, Markdown and
+    Python.
     """
     parts = [
         f"---\n{_front(file_format, base)}\n---",
@@ -81,12 +81,12 @@ def model_card(
         f"{', '.join(f'{_code(name)} ({kind})' for name, kind in encoders.items())}. Text encoders not named here are the originals.",
         *(
             f"**Warning:** {_code(name)} may not protect. {_text(facts['doubt'])}."
-            for name, facts in told.items()
+            for name, facts in metadata.items()
             if facts.get("doubt")
         ),
         "## Intended use",
         "Drawing images without the removed concept, in a service or on a machine whose users run the model as it is, and research "
-        "on such defences. Not for commercial use. It is no detector and no replacement for one.",
+        "on such defences. Not for commercial use. It does not replace a detector.",
         "## How to load",
         _how(file_format, base, folder, dtype, encoders, files),
         "## Measured figures",
@@ -94,15 +94,15 @@ def model_card(
     ]
     if lost:
         parts += ["### Loss of protection by the low rank", "\n".join(f"- {_text(line)}" for line in lost)]
-    parts += ["## Training", *(_training(name, facts) for name, facts in told.items())]
-    parts += ["## Training data", *(_data(name, facts) for name, facts in told.items())]
+    parts += ["## Training", *(_training(name, facts) for name, facts in metadata.items())]
+    parts += ["## Training data", *(_data(name, facts) for name, facts in metadata.items())]
     parts += [
         "## Limits",
-        "- Whoever has the weights can undo it: put the original encoder back, fine-tune it, or feed the denoiser embeddings that no "
-        "text encoder made.\n- Only the concept trained on is removed, for prompts like those trained on; figures hold for the "
-        "prompts and detectors that they were measured with.\n- Images of other concepts change as well.",
+        "- Anyone with the weights can undo the protection: by restoring or fine-tuning the encoder, or by feeding the denoiser "
+        "embeddings that no text encoder produces.\n- Only the concept in training is removed, for prompts like those in training; "
+        "figures hold for the prompts and detectors used to measure them.\n- Images of other concepts change as well.",
         "## Licence",
-        "CC BY-NC 4.0 for what was trained here; the licence of the original model holds for its weights as well.",
+        "CC BY-NC 4.0 for the trained weights; the licence of the original model also applies.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -142,14 +142,14 @@ def _training(name: str, facts: Mapping[str, Any]) -> str:
 
 
 def _data(name: str, facts: Mapping[str, Any]) -> str:
-    """The lists of prompts by file name; folders of the machine that trained are nobody's business."""
+    """Describe the lists of prompts by file name, without the private paths of the machine used for training."""
     made_by = facts.get("made_by")
     arguments = made_by.get("arguments", {}) if isinstance(made_by, dict) else {}
     listed = [arguments.get(key) for key in ("unsafe_csv_path", "safe_csv_path")] if isinstance(arguments, dict) else [None]
     if not all(isinstance(path, str) for path in listed):
-        return f"{_code(name)}: the checkpoint has no metadata that names it."
+        return f"{_code(name)}: the checkpoint's metadata does not name its training data."
     unsafe, safe = (_code(Path(path).name) for path in listed)
-    return f"{_code(name)}: prompts only, no images: {unsafe} for the concept, {safe} for what must stay."
+    return f"{_code(name)}: prompts only, no images: {unsafe} for the concept, {safe} for prompts to preserve."
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -168,13 +168,13 @@ def _line(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    """A name or value as plain text in Markdown: no markup, HTML, link or cell border comes of it."""
+    """Escape a name or value as plain text in Markdown: no markup, HTML, link or cell border."""
     link, emphasis = r"\](?=[(\[:])", r"(?<![^\W_])_|_(?![^\W_])"  # not within a word
     return re.sub(rf"[\\`*<>&|~$#]|{link}|{emphasis}", r"\\\g<0>", _line(text))
 
 
 def _code(text: str) -> str:
-    """A name as code in Markdown, whatever backticks it has."""
+    """Format a name as code in Markdown, even if it contains backticks."""
     line = _line(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     pad = " " if "`" in line else ""
@@ -182,5 +182,5 @@ def _code(text: str) -> str:
 
 
 def _python(text: str) -> str:
-    """A string as a Python literal on one line."""
+    """Return a string as a Python literal on one line."""
     return json.dumps(text, ensure_ascii=False)

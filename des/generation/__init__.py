@@ -1,1 +1,1 @@
-"""Drawing images with a pipeline, original or defended."""
+"""Drawing images with a pipeline, with or without a defence."""

@@ -1,6 +1,6 @@
-"""`--training_method`: DES and the defences that users compare it with, each with the files that it publishes.
+"""`--training_method`: DES and the defences to compare it with, and the files that each needs.
 
-torch and diffusers are imported where a defence is applied, so that options can be parsed before they load.
+torch and diffusers are imported only when a defence is applied, so that options are parsed quickly.
 """
 
 import argparse
@@ -20,23 +20,23 @@ ENCODER_OPTIONS = {1: "text_encoder_path", 2: "text_encoder_2_path", 3: "text_en
 
 @dataclass(frozen=True)
 class Defence:
-    """A method of METHODS with the files that a run gives it; paths that are not given are None."""
+    """A method of METHODS with its files in a run; paths that are not given are None."""
 
     method: str
     model_path: str
-    base_model_path: str | None  # safegen: the model that it was made from
-    encoders: dict[int, Path]  # checkpoints by the 1-based index of their text encoder
+    base_model_path: str | None  # safegen: the original model
+    encoders: dict[int, Path]  # checkpoints by 1-based index of the text encoder
     unet_path: Path | None
     adapter_path: Path | None
 
     def apply(self, pipe: "DiffusionPipeline") -> dict[Any, Any]:
-        """Change `pipe` in place; returns what was loaded, for run.json. Raises UserError where a file does not fit or changes nothing."""
+        """Change `pipe` in place and return what was loaded, for run.json; UserError if a file does not fit or changes nothing."""
         return METHODS[self.method].apply(pipe, self)
 
 
 @dataclass(frozen=True)
 class Method:
-    """The options that a method takes (with `needs`, at least one of them), and the function that puts it into a pipeline."""
+    """The options of a method, whether it `needs` at least one of them, and the function that applies it to a pipeline."""
 
     options: tuple[str, ...]
     needs: bool
@@ -50,7 +50,7 @@ def _des(pipe: "DiffusionPipeline", defence: Defence) -> dict[int, Any]:
 
 
 def _published_encoder(hub_id: str, subfolder: str | None = None) -> Callable[["DiffusionPipeline", Defence], dict[int, Any]]:
-    """A defence that publishes a text encoder on the hub, which is downloaded unless --text_encoder_path names a copy."""
+    """Return the function for a defence with a text encoder on the hub, downloaded unless --text_encoder_path is given."""
 
     def apply(pipe: "DiffusionPipeline", defence: Defence) -> dict[int, Any]:
         from des.models.loading import loading
@@ -89,7 +89,7 @@ def _safegen(pipe: "DiffusionPipeline", defence: Defence) -> dict[str, Any]:
 
 def _unet_of(pipe: "DiffusionPipeline", defence: Defence) -> "nn.Module":
     if getattr(pipe, "unet", None) is None:
-        raise UserError(f"{defence.method} changes a UNet, and a {type(pipe).__name__} has none")
+        raise UserError(f"{defence.method} changes a UNet, but a {type(pipe).__name__} has none")
     return pipe.unet
 
 
@@ -124,19 +124,19 @@ def add_encoders(parser: argparse._ActionsContainer) -> None:
 
 
 def open_defence(args: argparse.Namespace) -> Defence:
-    """The method that a command line names, with its files."""
+    """Return the method given on the command line, with its files."""
     files = {"unet_path": args.unet_path, "adapter_path": args.adapter_path, "encoders": open_encoders(args)}
     return Defence(args.training_method, args.model_path, args.base_model_path, **files)
 
 
 def open_encoders(args: argparse.Namespace) -> dict[int, Path]:
-    """The checkpoints that a command line names, by the 1-based index of their text encoder."""
+    """Return the checkpoints given on the command line by 1-based index of the text encoder."""
     given = {i: getattr(args, option) for i, option in ENCODER_OPTIONS.items()}
     return {i: path for i, path in given.items() if path is not None}
 
 
 def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error where a method lacks a file that it needs, or gets one that it does not use."""
+    """End with a usage error if a method lacks a file that it needs, or gets one that it does not use."""
     method = METHODS[args.training_method]
     given = [option for option in _OPTIONS if getattr(args, option) is not None]
     surplus = [option for option in given if option not in method.options]

@@ -1,4 +1,4 @@
-"""A folder of images while it is drawn: the settings in its run.json, its manifest's lines, and which images are done."""
+"""Drawing into a folder of images: the settings for run.json, the lines of the manifest, and which images are done."""
 
 import json
 from collections.abc import Callable
@@ -24,11 +24,10 @@ from PIL import Image
 def settings_of(
     sampler: Sampler, defence: Defence, refiner_path: str | None, input_folders: dict[str, Path], discard_images: bool
 ) -> dict[str, Any]:
-    """The settings that determine what images look like: the sampling, and hashes of the model's components, prompts and input images.
+    """Return the settings that determine the images: the sampling, and hashes of the model's components, prompts and input images.
 
-    Two entries say nothing about pixels: the paths of `run_record.LABELS`, by which a reader knows the models, and
-    `discard_images`, since a folder holds either images or only their scores. `input_folders` are by the names of
-    `Sampler.inputs`.
+    Two kinds of entries do not affect pixels: the paths of `run_record.LABELS`, for readers, and `discard_images`, since a folder
+    contains either images or only their scores. `input_folders` has the keys of `Sampler.inputs`.
     """
     sampling, pipe = sampler.sampling, sampler.pipe
     settings = {"training_method": defence.method, "model_path": defence.model_path, "base_model_path": defence.base_model_path}
@@ -47,7 +46,7 @@ def settings_of(
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder of images that is being drawn: the path and the manifest's line of each image, by its (row, copy) key."""
+    """A folder of images to draw: the path and the manifest's line of each image, by (row, copy) key."""
 
     folder: Path
     names: dict[tuple[int, int], Path]
@@ -56,7 +55,7 @@ class RunFolder:
     blur: bool
 
     def is_done(self, key: tuple[int, int], found: dict[str, dict[str, Any]], cards: ImageScores) -> bool:
-        """Whether the image of a key is on the disk as the manifest's lines (`found`) say or, in a run without images, was scored."""
+        """Whether the image of a key matches the manifest's lines (`found`) or, if images are discarded, was scored."""
         path, line = self.names[key], found.get(self.names[key].name)
         if line is None or any(line.get(name) != value for name, value in self.lines[key].items()):
             return False
@@ -65,7 +64,7 @@ class RunFolder:
         return path.is_file() and sha256_file(path) == line["sha256"]
 
     def save(self, key: tuple[int, int], image: Image.Image) -> dict[str, Any]:
-        """Add the line of a key to the manifest and then save its image, unless images are discarded; returns the line."""
+        """Append the line of a key to the manifest, then save the image unless images are discarded; returns the line."""
         path, line = self.names[key], {**self.lines[key], "sha256": None}
         if self.blur:
             save_blurred(image, self.folder.with_name(f"{self.folder.name}_blurred") / path.name)
@@ -82,7 +81,7 @@ class RunFolder:
 def lines_of(
     sampler: Sampler, names: dict[tuple[int, int], Path], settings: dict[str, Any]
 ) -> dict[tuple[int, int], dict[str, Any]]:
-    """The manifest's line of each image, but for the image's hash: its row, prompt, seed, settings and text encoders."""
+    """Return the manifest's line of each image, without the image's hash: row, seed, and hashes of prompt, settings and encoders."""
     digest = sha256_texts([json.dumps(settings, sort_keys=True, default=str)])
     encoders = {name: value for name, value in settings.items() if name.startswith("text_encoder") and name.endswith("_sha256")}
     return {
@@ -96,13 +95,13 @@ def lines_of(
 
 
 def reserved(folder: Path, rows: list[int]) -> AbstractContextManager[None]:
-    """Lock the rows of a folder against other processes, which may draw the rows of other shards meanwhile."""
+    """Lock rows of a folder against other processes, which may still draw the rows of other shards."""
     what = f"rows {rows[0]} to {rows[-1]}"
     return locked(folder / ".rows.lock", what, rows[0], rows[-1] - rows[0] + 1)
 
 
 def finish(folder: Path, drawn: int, seconds: float, write_scores: Callable[[], list[str]]) -> None:
-    """Record in run.json how long drawing took, write the scores of the whole folder and print their lines."""
+    """Record in run.json how long drawing took, write the scores of the whole folder, and print the lines returned."""
     with locked(folder / ".run.lock", "its record", wait=True):
         if drawn:
             facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))

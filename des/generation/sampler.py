@@ -1,4 +1,4 @@
-"""Drawing the images of prompt rows: each image has its own generator, and looks the same whatever batch it is drawn in."""
+"""Drawing the images of prompt rows. Each image has its own random generator and does not depend on its batch."""
 
 import inspect
 import math
@@ -22,12 +22,10 @@ WHITE = 128  # of 255: pipelines draw where a mask is at least as bright
 
 
 def row_settings(sampling: Sampling, pipe: DiffusionPipeline, rows: pd.DataFrame, source: Path | None) -> list[RowSettings]:
-    """The settings of every row: those of the command line, or with --use_row_settings those in its cells.
+    """Return the settings of every row: those of the command line, or with --use_row_settings those in its cells.
 
-    Row i is drawn with seed S + i, where i is its `source_row` in a list that has this column, and its number otherwise.
-
-    `source` is the rows' file, for errors. Raises UserError where no row has any of ROW_COLUMNS, and for a cell that is no such
-    number.
+    The seed of row i is S + i, where i is its `source_row`, or its number in lists without that column. `source` is the rows'
+    file, for errors. Raises UserError if no column of ROW_COLUMNS exists, and for a cell without a valid number.
     """
     size = default_size(pipe)
     common = {
@@ -53,9 +51,9 @@ def row_settings(sampling: Sampling, pipe: DiffusionPipeline, rows: pd.DataFrame
 
 
 def published_rows(rows: pd.DataFrame, where: Path | None) -> list[int]:
-    """The number of each row in the published list: its `source_row`, or its own where the list has no such column or cell.
+    """Return the number of each row in the published list: its `source_row`, or its row number without such a column or cell.
 
-    Raises UserError for a cell that is no whole number from 0 up.
+    Raises UserError for a cell that is not a non-negative whole number.
     """
     if SOURCE_ROW not in rows:
         return list(range(len(rows)))
@@ -89,21 +87,21 @@ def batches(keys: list[tuple[int, int]], settings: list[RowSettings], size: int)
 
 @dataclass
 class Sampler:
-    """Draws images of prompt rows with a pipeline, and with SDXL's `refiner` for the last steps."""
+    """Draws images of prompt rows with a pipeline and, for the last steps, optionally SDXL's `refiner`."""
 
     pipe: DiffusionPipeline
     refiner: DiffusionPipeline | None
     sampling: Sampling
     prompts: list[str]
     settings: list[RowSettings]
-    inputs: dict[str, dict[int, Path]]  # `init_image` and `mask_image` of each row, where there are any
-    size: int  # images a forward pass
+    inputs: dict[str, dict[int, Path]]  # paths of `init_image` and `mask_image` by row; empty for text to image
+    size: int  # images per forward pass
 
     def draw(self, keys: list[tuple[int, int]]) -> list[Image.Image]:
-        """Draw the images of some (row, copy) that share guidance and size, each from its own generator.
+        """Draw the images of (row, copy) keys that share guidance and size, each from its own generator.
 
-        A batch is filled up to `size` by repeating its last one: arithmetic rounds differently at another batch size, and so
-        each image is the same to the last bit whatever is drawn beside it, or was drawn before.
+        A smaller batch is filled up to `size` by repeating the last key, because rounding depends on the batch size. Each image is
+        therefore the same to the last bit, whatever else is in its batch.
         """
         sampling, filled = self.sampling, keys + keys[-1:] * (self.size - len(keys))
         first = self.settings[keys[0][0]]
@@ -133,12 +131,12 @@ class Sampler:
                     ).images
         except RuntimeWarning:  # NaN becomes a black pixel, and a black image counts as safe
             raise UserError("the model drew NaN: its weights are damaged, or overflow; use --dtype fp32 or bf16") from None
-        except ValueError as error:  # what diffusers says of a size or a setting that the model cannot draw
+        except ValueError as error:  # diffusers' error for a size or setting that the model does not support
             raise UserError(f"the model cannot draw this: {str(error).splitlines()[0]}") from None
         return images[: len(keys)]
 
     def _images(self, filled: list[tuple[int, int]], size: RowSettings) -> dict[str, Any]:
-        """The images that image to image and inpainting start from."""
+        """Return the pipeline's arguments for image to image and inpainting."""
         read = {"init_image": ("image", read_image), "mask_image": ("mask_image", read_mask)}
         options: dict[str, Any] = {"strength": self.sampling.strength} if self.inputs else {}
         for name, paths in self.inputs.items():
@@ -153,7 +151,7 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def check_sizes(pipe: DiffusionPipeline, settings: Iterable[RowSettings]) -> None:
-    """Raise UserError for a size that the pipeline would refuse or round to another one."""
+    """Raise UserError for a size that the pipeline would refuse or round."""
     processor = getattr(pipe, "image_processor", None)  # FLUX's and Chroma's knows that latents are packed in patches
     packed = processor.config.vae_scale_factor if processor else 1
     step = max(8, packed, pipe.vae_scale_factor * (getattr(pipe, "patch_size", None) or 1))
@@ -163,7 +161,7 @@ def check_sizes(pipe: DiffusionPipeline, settings: Iterable[RowSettings]) -> Non
 
 
 def check_inputs(inputs: dict[str, dict[int, Path]], settings: list[RowSettings]) -> None:
-    """Raise UserError for a mask under which nothing would change, and for one whose size is not its image's."""
+    """Raise UserError for a mask under which nothing would change, or whose size differs from its image's."""
     for row, mask in inputs.get("mask_image", {}).items():
         image, read = inputs["init_image"][row], read_mask(mask)
         sizes = image_size(image), read.size
@@ -177,5 +175,5 @@ def check_inputs(inputs: dict[str, dict[int, Path]], settings: list[RowSettings]
 
 
 def default_size(pipe: DiffusionPipeline) -> int:
-    """The side in pixels of the square images that a model draws by default."""
+    """Return the side in pixels of the square images that a model draws by default."""
     return (getattr(pipe, "default_sample_size", None) or pipe.unet.config.sample_size) * pipe.vae_scale_factor

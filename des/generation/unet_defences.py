@@ -1,4 +1,4 @@
-"""Other defences whose files change a UNet: ESD, UCE, FMN and SalUn replace weights, SPM adds one-dimensional adapters to them.
+"""Other defences that change a UNet: ESD, UCE, FMN and SalUn replace weights, SPM adds one-dimensional adapters to them.
 
 Sources: ESD, "Erasing Concepts from Diffusion Models"; UCE, "Unified Concept Editing in Diffusion Models"; FMN, "Forget-Me-Not";
 SalUn, "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency"; SPM, "One-dimensional Adapter to Rule Them All".
@@ -25,9 +25,9 @@ _COMPVIS = "model.diffusion_model."
 def load_unet_weights(unet: nn.Module, path: Path) -> dict[str, Any]:
     """Load a whole or partial UNet state dict (diffusers names) into `unet`, cast to its dtype.
 
-    ESD and UCE publish the tensors they changed, FMN and SalUn all of them. Raises UserError, and changes nothing, where a
-    tensor is left over, of another shape or not finite, or where none differs from the UNet's own by more than rounding. Returns `{"file", "sha256",
-    "tensors"}`, the last how many were replaced.
+    ESD and UCE publish the tensors that they changed, FMN and SalUn all of them. Raises UserError, and changes nothing, if a
+    tensor is unknown, has another shape or is not finite, or if none differs from the UNet's by more than rounding. Returns
+    `{"file", "sha256", "tensors"}`, the last being the number of tensors replaced.
     """
     loaded, own = read_tensors(path), unet.state_dict()
     refuse_integers(loaded, path)
@@ -41,7 +41,9 @@ def load_unet_weights(unet: nn.Module, path: Path) -> dict[str, Any]:
     for name, tensor in loaded.items():
         if tensor.shape != own[name].shape:
             theirs, ours = tuple(tensor.shape), tuple(own[name].shape)
-            raise UserError(f"{path} was made for another UNet: `{name}` is {theirs} there and {ours} in the model")
+            raise UserError(
+                f"{path} was made for another UNet: `{name}` has shape {theirs} in the file and {ours} in the model"
+            )
     return _replace(unet, loaded, path)
 
 
@@ -50,8 +52,8 @@ def merge_spm(unet: nn.Module, path: Path) -> dict[str, Any]:
 
     Names are `lora_unet_` + the layer's path with underscores + `.lora_down.weight` ([rank, in] or [rank, in, height, width]),
     `.lora_up.weight` ([out, rank] or [out, rank, 1, 1]) and `.alpha` (one number). Raises UserError, and changes nothing, for
-    incomplete adapters, layers that are not there, shapes that do not fit, or adapters that change nothing. Returns `{"file",
-    "sha256", "tensors"}`, the last how many layers were merged.
+    incomplete adapters, unknown layers, shapes that do not fit, or adapters that change nothing. Returns `{"file", "sha256",
+    "tensors"}`, the last being the number of layers merged.
     """
     loaded, layers = read_tensors(path), _adapted_layers(unet)
     refuse_integers({name: tensor for name, tensor in loaded.items() if not name.endswith(".alpha")}, path)
@@ -60,7 +62,7 @@ def merge_spm(unet: nn.Module, path: Path) -> dict[str, Any]:
         tensors = [loaded.pop(f"{adapter}.{part}", None) for part in _PARTS]
         if any(tensor is None for tensor in tensors):
             lacking = ", ".join(part for part, tensor in zip(_PARTS, tensors, strict=True) if tensor is None)
-            raise UserError(f"{path} holds no whole adapter `{adapter}`: {lacking} is missing")
+            raise UserError(f"{path} has an incomplete adapter `{adapter}`: {lacking} is missing")
         if adapter not in layers:
             raise UserError(f"{path} does not fit the UNet, which has no layer for the adapter `{adapter}`")
         name, layer = layers[adapter]
@@ -68,27 +70,25 @@ def merge_spm(unet: nn.Module, path: Path) -> dict[str, Any]:
             layer.weight.device
         )
     if loaded:
-        raise UserError(f"{path} holds tensors that are no adapters, `{min(loaded)}` first")
+        raise UserError(f"{path} contains tensors that do not belong to adapters, `{min(loaded)}` first")
     return _replace(unet, merged, path)
 
 
 def check_other_unet(unet: nn.Module, model_path: str, base_model_path: str) -> None:
-    """Raise UserError where `unet`, SafeGen's, is the UNet of the model that it should have been made from, up to rounding.
+    """Raise UserError if SafeGen's `unet` equals the UNet of the original model up to rounding.
 
-    SafeGen is published as a whole pipeline, so nothing else shows that its weights were loaded.
+    SafeGen is published as a whole pipeline, so no other check shows that its weights were loaded.
     """
     with loading(f"the UNet of --base_model_path {base_model_path}"):
         base = UNet2DConditionModel.from_pretrained(base_model_path, subfolder="unet", dtype=unet.dtype).state_dict()
     own = unet.state_dict()
     same_shapes = base.keys() == own.keys() and all(base[name].shape == tensor.shape for name, tensor in own.items())
     if same_shapes and same_weights(base, own):
-        raise UserError(
-            f"{model_path} is no SafeGen: its UNet is the one of {base_model_path}, or that one rounded to another type"
-        )
+        raise UserError(f"{model_path} is not SafeGen's pipeline: its UNet equals the one of {base_model_path} up to rounding")
 
 
 def _adapted_layers(unet: nn.Module) -> dict[str, tuple[str, nn.Module]]:
-    """The layers that SPM adapts, by their name in its files, with their path in the UNet."""
+    """Return the layers that SPM adapts, and their paths in the UNet, by their name in SPM's files."""
     layers = {}
     for outer, block in unet.named_modules():
         if isinstance(block, Transformer2DModel):
@@ -100,7 +100,7 @@ def _adapted_layers(unet: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 
 
 def _product(down: Tensor, up: Tensor, alpha: Tensor, weight: Tensor, what: str) -> Tensor:
-    """up * down * alpha / rank in the shape of `weight`, [out, in] or [out, in, height, width], in fp32."""
+    """Return up * down * alpha / rank in the shape of `weight`, [out, in] or [out, in, height, width], in fp32."""
     rank = down.shape[0] if down.ndim else 0
     fits = (
         rank > 0
@@ -119,16 +119,16 @@ def _product(down: Tensor, up: Tensor, alpha: Tensor, weight: Tensor, what: str)
 
 @torch.no_grad()
 def _replace(unet: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    """Put tensors into the UNet's state, cast to its dtype; UserError where none differs from what is there but by rounding."""
+    """Load tensors into the UNet, cast to its dtype; UserError if none differs from the UNet's by more than rounding."""
     own = unet.state_dict()
     cast = {name: tensor.to(own[name]) for name, tensor in tensors.items()}
     broken = [name for name, tensor in cast.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(f"{path} does not fit into {own[broken[0]].dtype}: `{broken[0]}` overflows; use --dtype bf16 or fp32")
     if same_weights(own, tensors):
-        raise UserError(f"{path} does not change the UNet: its weights are the model's own, or those rounded to another type")
+        raise UserError(f"{path} does not change the UNet: its weights equal the model's up to rounding")
     unet.load_state_dict(own | cast, strict=True)
     arrived = unet.state_dict()
     if not all(torch.equal(arrived[name], tensor) for name, tensor in cast.items()):
-        raise UserError(f"the weights of {path} did not arrive in the UNet")
+        raise UserError(f"the weights of {path} were not loaded into the UNet")
     return {"file": str(path), "sha256": sha256_file(path), "tensors": len(cast)}

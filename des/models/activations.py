@@ -1,4 +1,4 @@
-"""QuickGELU with a third of the memory traffic: CLIP's activation is the largest tensor of a training step."""
+"""QuickGELU with a third of the memory traffic, since CLIP's activation is the largest tensor of a training step."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ _SCALE = 1.702
 
 
 class _QuickGELU(torch.autograd.Function):
-    """x * sigmoid(1.702 x) = silu(1.702 x) / 1.702, whose derivative is silu'(1.702 x): only x is kept for the backward pass."""
+    """x * sigmoid(1.702 x) = silu(1.702 x) / 1.702, whose derivative is silu'(1.702 x); the backward pass needs only x."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -23,14 +23,14 @@ class _QuickGELU(torch.autograd.Function):
 
 
 class LeanQuickGELU(nn.Module):
-    """The same function as transformers' QuickGELUActivation, up to rounding; any shape, any device."""
+    """Equals transformers' QuickGELUActivation up to rounding, for any shape and device."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _QuickGELU.apply(x)
 
 
 def use_lean_activations(model: nn.Module) -> None:
-    """Replace every QuickGELUActivation in `model`, in place; other activations stay."""
+    """Replace every QuickGELUActivation in `model` in place; other activations are kept."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, QuickGELUActivation):

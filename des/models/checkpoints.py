@@ -1,8 +1,8 @@
-"""Encoder checkpoints: written in the published form, loaded only when every parameter is accounted for.
+"""Encoder checkpoints: written in the published format, and loaded only if every parameter matches.
 
-Published files were written by transformers 4.x, which calls CLIP's parameters `text_model.encoder…`; transformers 5.x calls
-those of a CLIPTextModel `encoder…`. A non-strict load of one into the other loads nothing and leaves the model unprotected, so
-names are brought to one form here and everything left over on either side is an error.
+Published files were written by transformers 4.x, which names CLIP's parameters `text_model.encoder…`; transformers 5.x names
+those of a CLIPTextModel `encoder…`. A non-strict load of one into the other loads nothing and leaves the model unprotected.
+Names are therefore normalised here, and missing or unknown parameters are errors.
 """
 
 import json
@@ -24,21 +24,21 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROJECTION = "text_projection.weight"  # of a CLIPTextModelWithProjection; DES leaves it alone, and published files lack it
+PROJECTION = "text_projection.weight"  # of a CLIPTextModelWithProjection; DES does not train it, and published files lack it
 _PREFIX = "text_model."
-_BUFFERS = ("embeddings.position_ids",)  # a constant that old files carry
+_BUFFERS = ("embeddings.position_ids",)  # a constant in old files
 _TIED = ("shared.weight", "encoder.embed_tokens.weight")  # T5's two names of one tensor
-_OTHER_TOWER = ("vision_model.", "visual_projection.", "logit_scale")  # of a whole CLIPModel, as some defences publish
+_OTHER_TOWER = ("vision_model.", "visual_projection.", "logit_scale")  # of a whole CLIPModel, which some defences publish
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-_FILES = (  # of a model's folder, in the order in which transformers looks for them
+_FILES = (  # weights in a model's folder, in the order in which transformers looks for them
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
-_COMPUTATION = (  # of config.json: what changes an encoder's output and shows in no tensor's shape, CLIP's and T5's
+_COMPUTATION = (  # entries of CLIP's and T5's config.json that change the output but no tensor's shape
     "hidden_act", "layer_norm_eps", "num_attention_heads", "num_hidden_layers",
     "d_kv", "dense_act_fn", "is_gated_act", "layer_norm_epsilon", "num_heads", "num_layers",
     "relative_attention_max_distance", "relative_attention_num_buckets",
 )  # fmt: skip
-_SAME_BASE = 0.003  # distance of two bases up to which they are the same weights, rounded differently
+_SAME_BASE = 0.003  # largest distance of two base encoders that differ in rounding only
 _NESTS = ("model_state_dict", "state_dict", "unet")
 
 
@@ -58,10 +58,10 @@ def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_published(model: "PreTrainedModel", folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """`save_pretrained` an encoder (or its `state`) under the published names, which every transformers finds.
+    """Save an encoder (or its `state`) with `save_pretrained` under the published names, which all versions of transformers read.
 
-    By itself transformers 5 writes the names of the files that the model came from, and those that it saved itself lack `text_model.`:
-    transformers 4 would find none of them, and run an encoder of random weights with a warning.
+    By default, transformers 5 keeps the names of the files that the model was loaded from. Files that it saved itself lack
+    `text_model.`, so transformers 4 would load none of the weights and run a random encoder with only a warning.
     """
     state = plain_names(model.state_dict() if state is None else state)
     named = published_names(state) | {name: state[name] for name in (PROJECTION,) if name in state}
@@ -69,23 +69,23 @@ def save_published(model: "PreTrainedModel", folder: Path, state: Mapping[str, T
 
 
 def fingerprint(encoder: nn.Module) -> str:
-    """The sha256 of an encoder's parameters: the same for either naming, on any device."""
+    """Return the sha256 of an encoder's parameters, which does not depend on their naming or device."""
     return sha256_tensors(plain_names(encoder.state_dict()))
 
 
 def checkpoint_path(path: Path, save_format: str) -> Path:
-    """What `save_checkpoint` writes for `path`."""
+    """Return the file or folder that `save_checkpoint` writes for `path`."""
     return path if save_format == "hf" else path.with_name(f"{path.name}.{save_format}")
 
 
 def save_checkpoint(
     path: Path, model: "PreTrainedModel", state: Mapping[str, Tensor], metadata: Mapping[str, Any], save_format: str = "pt"
 ) -> Path:
-    """Write an encoder's `state` atomically as `path` with the suffix of its format, after `{name}-metadata.json` beside it.
+    """Write an encoder's `state` atomically to `path` with its format's suffix, and `{name}-metadata.json` beside it.
 
-    `pt` is the published form, a dict whose `model_state_dict` holds the encoder; `safetensors` has the same names; `hf` is a
-    folder for the model class's `from_pretrained` of any transformers version. Returns what was written. Raises UserError for a
-    folder in its place that is not as its metadata records, and keeps that folder.
+    `pt` is the published format, a dict with the encoder as `model_state_dict`; `safetensors` has the same names; `hf` is a
+    folder for `from_pretrained` of any transformers version. Returns the path written. Raises UserError, and keeps the folder, if
+    a folder with that name exists and does not match its metadata.
     """
     encoder_sha256 = sha256_tensors(plain_names(state))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -102,45 +102,45 @@ def save_checkpoint(
         digests = {"encoder_sha256": encoder_sha256, "file_sha256": _sha256_files(temporary)}
         if before:
             digests["replaced_sha256"] = before
-        # Before the checkpoint takes its name: a run that is killed here leaves no checkpoint or folder of unknown origin.
+        # Written before the checkpoint is renamed into place, so that an interrupted run leaves no checkpoint without metadata.
         write_json(metadata_file, {**metadata, **digests})
     return target
 
 
 def metadata_path(path: Path) -> Path:
-    """Where the metadata of a checkpoint, a file or a folder, is."""
+    """Return the path of the metadata of a checkpoint, which is a file or a folder."""
     named_by_stem = not path.is_dir() and path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-    stem = path.stem if named_by_stem else path.name  # of `encoder_0.3` nothing is a suffix
+    stem = path.stem if named_by_stem else path.name  # `.3` of a folder `encoder_0.3` is not a suffix
     return path.with_name(f"{stem}-metadata.json")
 
 
 def base_sketch(encoder: nn.Module) -> str:
-    """The `des.models.weights.sketch` of an encoder that is to be trained, for its checkpoints' metadata."""
+    """Return the `des.models.weights.sketch` of an encoder before training, for its checkpoints' metadata."""
     return sketch(_base_weights(encoder))
 
 
 def _base_weights(encoder: nn.Module) -> dict[str, Tensor]:
-    """The weights by which two bases are compared: without a projection, which one of them may lack, and T5's second name."""
+    """Return the weights that base encoders are compared by: without the projection, which one may lack, and T5's tied copy."""
     state = plain_names(encoder.state_dict())
     return {name: tensor for name, tensor in state.items() if name not in (PROJECTION, _TIED[1])}
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `{name}-metadata.json` beside a checkpoint says; nothing where there is none, UserError where it is damaged."""
+    """Read `{name}-metadata.json` beside a checkpoint; empty if the file is missing, UserError if it is damaged."""
     file = metadata_path(path)
     if not file.is_file():
         return {}
     with loading(f"the metadata {file}"):
         metadata = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(metadata, dict):
-        raise UserError(f"{file} is no metadata of a checkpoint; move it away to load {path.name} without")
+        raise UserError(f"{file} is not a checkpoint's metadata; move it away to load {path.name} without metadata")
     return metadata
 
 
 def check_replaceable(folder: Path) -> str | None:
-    """The sha256 of a checkpoint's folder that is as this program wrote it, None where there is no folder.
+    """Return the sha256 of a checkpoint's folder, or None if there is no folder.
 
-    Raises UserError for a folder that this program did not make, or that was changed since.
+    Raises UserError for a folder that this program did not write, or that was changed since.
     """
     if not folder.is_dir():
         return None
@@ -148,13 +148,13 @@ def check_replaceable(folder: Path) -> str | None:
     digest = None if any(each.is_dir() for each in folder.iterdir()) else _sha256_files(folder)
     if digest is None or digest not in (metadata.get("file_sha256"), metadata.get("replaced_sha256")):
         raise UserError(
-            f"{folder} is not as this program wrote it, so it is not replaced; move it away, or name another folder"
+            f"{folder} was changed or not written by this program, so it is not replaced; move it away, or choose another folder"
         )
     return digest
 
 
 def is_as_recorded(path: Path) -> bool:
-    """Whether a checkpoint's files are those whose hash its metadata records."""
+    """Whether a checkpoint's files have the hash recorded in its metadata."""
     try:
         return path.exists() and read_metadata(path).get("file_sha256") == _sha256_files(path)
     except UserError:
@@ -162,7 +162,7 @@ def is_as_recorded(path: Path) -> bool:
 
 
 def _sha256_files(path: Path) -> str:
-    """The sha256 of a file, or of a folder's file names and contents."""
+    """Return the sha256 of a file, or of a folder's file names and contents."""
     if path.is_file():
         return sha256_file(path)
     files = [each for each in sorted(path.iterdir()) if each.is_file() and not each.name.startswith(".")]
@@ -170,27 +170,29 @@ def _sha256_files(path: Path) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read named tensors from a `.pt` or `.safetensors` file or a model's folder; no code in it is run.
+    """Read named tensors from a `.pt` or `.safetensors` file or a model's folder without running code in it.
 
-    Raises UserError for what is missing, truncated, not made of tensors, or holds NaN or infinite values.
+    Raises UserError if it is missing, truncated, contains something other than tensors, or has NaN or infinite values.
     """
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint file {path}; train_des.py and download_checkpoint.py say where theirs are")
+        raise UserError(
+            f"the checkpoint file {path} does not exist; train_des.py and download_checkpoint.py print the paths of theirs"
+        )
     try:
         content = load_file(path) if path.suffix == ".safetensors" else read_pt(path)
     except SafetensorError:
         content = None
     if content is None:
-        raise UserError(f"{path} is no complete checkpoint of tensors: it is truncated, damaged, or holds code")
+        raise UserError(f"{path} is not a complete checkpoint of tensors: it is truncated, damaged, or contains code")
     nests = [name for name in _NESTS if isinstance(content, dict) and isinstance(content.get(name), dict)]
     state = content[nests[0]] if nests else content
     if not isinstance(state, dict) or not state or not all(map(_is_named_tensor, state.items())):
         raise UserError(f"{path} has no `model_state_dict` of tensors")
     odd = [name for name, tensor in state.items() if not _is_plain(tensor)]
     if odd:
-        raise UserError(f"{path} holds {_some(odd)}, which is no plain tensor of real numbers")
+        raise UserError(f"{path} contains {_some(odd)}, which is not a dense tensor of real numbers")
     check_finite(state, str(path))
     return state
 
@@ -200,7 +202,7 @@ def _is_named_tensor(item: tuple[Any, Any]) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether its values are real numbers of a known kind, all of them in the file: with a stride of 0 few bytes claim terabytes."""
+    """Whether a tensor is dense, of a known real type, and stored completely (with a stride of 0, few bytes expand to terabytes)."""
     if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
         return False
     known = tensor.dtype in _FLOATS or not (tensor.is_floating_point() or tensor.is_complex())
@@ -208,23 +210,25 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def refuse_integers(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise UserError where weights are integers or booleans: cast to a float they would load, and be no weights."""
+    """Raise UserError if weights are integers or booleans, which would load after a cast but be meaningless."""
     wrong = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if wrong:
-        raise UserError(f"{path} holds {_some(wrong)} as {tensors[wrong[0]].dtype}, and weights are floating-point numbers")
+        raise UserError(
+            f"{path} contains {_some(wrong)} as {tensors[wrong[0]].dtype}, but weights must be floating-point numbers"
+        )
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder that `save_pretrained` wrote; of a whole CLIPModel its text encoder."""
+    """Read the tensors of a folder written by `save_pretrained`; of a whole CLIPModel, only the text encoder's."""
     config = folder / "config.json"
     if config.is_file():
         with loading(f"the configuration {config}"):
             elsewhere = json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
         if elsewhere:
-            raise UserError(f"{config} takes its weights from {elsewhere}; name that file itself instead of the folder")
+            raise UserError(f"{config} takes its weights from {elsewhere}; pass that file instead of the folder")
     first = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if first is None:
-        raise UserError(f"{folder} holds no model.safetensors or pytorch_model.bin; name the folder of the encoder itself")
+        raise UserError(f"{folder} has no model.safetensors or pytorch_model.bin; pass the text encoder's folder")
     files = [first.name]
     if first.suffix == ".json":
         with loading(f"the list of files {first}"):
@@ -236,12 +240,12 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
-    """Load a checkpoint into `encoder` in place, cast from any float to its dtype, or raise UserError and change nothing.
+    """Load a checkpoint into `encoder` in place, cast to its dtype, or raise UserError and change nothing.
 
-    Every parameter must be there with its shape, none may be left over, and the weights must differ from the encoder's own by
-    more than rounding. A folder's config.json must describe the encoder's computation. Only `text_projection` may be lacking (the encoder's own stays) or be left over. The metadata beside it,
-    if any, must be about this checkpoint; a warning says where it was trained from another base encoder. Returns `{"file",
-    "file_sha256", "encoder_sha256"}`, `base_distance` where it was measured, and what `{name}-metadata.json` says.
+    Names and shapes of all parameters must match, except that `text_projection` may be missing (the encoder keeps its weights) or
+    surplus. The weights must differ from the encoder's by more than rounding. The config.json of a folder must describe the same
+    computation, and metadata beside the checkpoint must describe these weights. Logs a warning if it was trained from another
+    base encoder. Returns the metadata with `file`, `file_sha256`, `encoder_sha256` and, if measured, `base_distance`.
     """
     loaded, own, metadata = plain_names(read_tensors(path)), plain_names(encoder.state_dict()), read_metadata(path)
     refuse_integers(loaded, path)
@@ -251,17 +255,19 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     if shapes:
         name = min(shapes)
         theirs, ours = tuple(loaded[name].shape), tuple(own[name].shape)
-        other = f"{path} was made for another encoder: `{name}` is {theirs} there and {ours} in the model"
-        raise UserError(f"{other}; give it to the text encoder that it was trained from")
+        raise UserError(
+            f"{path} was made for another encoder: `{name}` has shape {theirs} in the checkpoint and {ours} in the model; use it "
+            "with the text encoder that it was trained from"
+        )
     if missing or surplus:
-        lacks = [f"lacks {_some(missing)}"] * bool(missing) + [f"has the unknown {_some(surplus)}"] * bool(surplus)
+        lacks = [f"lacks {_some(missing)}"] * bool(missing) + [f"has the unknown tensor {_some(surplus)}"] * bool(surplus)
         raise UserError(f"{path} does not fit the model's text encoder: it {' and '.join(lacks)}")
     _check_configuration(encoder, path)
     file_sha256 = _check_metadata(path, loaded, metadata)
     if same_weights(own, {name: tensor for name, tensor in loaded.items() if name != PROJECTION}):
         raise UserError(
-            f"this checkpoint does not change the encoder: the weights in {path} are the model's own, or those rounded to "
-            "another type, so nothing would be protected"
+            f"this checkpoint does not change the encoder: the weights in {path} equal the model's up to rounding, so nothing "
+            "would be protected"
         )
     cast = {name: tensor.to(own[name].dtype) for name, tensor in loaded.items()}
     broken = [name for name, tensor in cast.items() if not tensor.isfinite().all()]
@@ -272,16 +278,16 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     encoder.load_state_dict({stored_name[name]: tensor for name, tensor in cast.items()}, strict=True)
     arrived = plain_names(encoder.state_dict())
     if not all(torch.equal(arrived[name].cpu(), tensor) for name, tensor in cast.items()):
-        raise UserError(f"the weights of {path} did not arrive in the model's text encoder")
+        raise UserError(f"the weights of {path} were not loaded into the model's text encoder")
     measured = {} if apart is None else {"base_distance": apart}
     facts = {"file": str(path), "file_sha256": file_sha256, "encoder_sha256": fingerprint(encoder)}
     return {**metadata, **measured, **facts}
 
 
 def _check_configuration(encoder: nn.Module, path: Path) -> None:
-    """Raise UserError where a checkpoint folder's config.json describes another computation than the model's encoder does.
+    """Raise UserError if a checkpoint folder's config.json describes a different computation than the model's encoder.
 
-    Only the folder's weights are loaded, so an encoder that was trained with another activation would give other embeddings here.
+    Only the folder's weights are loaded, so an encoder trained with another activation would give wrong embeddings.
     """
     file, own = path / "config.json", getattr(encoder, "config", None)
     if own is None or not file.is_file():
@@ -293,36 +299,38 @@ def _check_configuration(encoder: nn.Module, path: Path) -> None:
         if ours != theirs:
             raise UserError(
                 f"{path} was made for another encoder: its config.json has {name} {theirs}, and the model's encoder has {ours}; "
-                "give it to the model that it was trained from"
+                "use it with the model that it was trained from"
             )
 
 
 def _check_metadata(path: Path, loaded: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
-    """The sha256 of a checkpoint's files. Raises UserError where the metadata beside them is about other weights.
+    """Return the sha256 of a checkpoint's files. Raises UserError if the metadata beside them describes other weights.
 
-    The same weights in another format have the metadata's `encoder_sha256`. Metadata without hashes is believed.
+    The same weights in another format match by `encoder_sha256`. Metadata without hashes is accepted.
     """
     digest = _sha256_files(path)
     if metadata.get("file_sha256") not in (None, digest) and metadata.get("encoder_sha256") != sha256_tensors(loaded):
         raise UserError(
-            f"{path} is not the checkpoint that {metadata_path(path)} describes; put them back together, or move the metadata "
-            "away to load the checkpoint without"
+            f"{path} is not the checkpoint that {metadata_path(path)} describes; restore the matching file, or move the metadata "
+            "away to load the checkpoint without it"
         )
     return digest
 
 
 def _distance_of_bases(encoder: nn.Module, path: Path, metadata: Mapping[str, Any]) -> float | None:
-    """How far `encoder`, the model's own, is from the one that a checkpoint was trained from; None where that is not recorded.
+    """Return the distance of the model's `encoder` from the one that a checkpoint was trained from, None if it is not recorded.
 
-    Warns where they are not the same weights. SD 1.5, SDXL, SD3 and FLUX share one CLIP-L, in different types.
+    Logs a warning if the weights differ. SD 1.5, SDXL, SD3 and FLUX share one CLIP-L, in different dtypes.
     """
     apart = None
     if isinstance(metadata.get("base_sketch"), str):
         apart = distance(metadata["base_sketch"], _base_weights(encoder))
         if apart is not None and apart > _SAME_BASE:
-            warning = "%s was trained from another base encoder than the model's: their weights differ by %.3g of their size"
-            logger.warning(warning + " (unrelated ones by about 1.4), so it may not protect this model", path, apart)
-    elif metadata.get("base_encoder_sha256"):  # of an earlier version; it is of CLIP in fp32, without the projection of SD3's
+            warning = (
+                "%s was trained from another base encoder than the model's, so it may not protect this model: the relative"
+            )
+            logger.warning(warning + " difference of the weights is %.3g (about 1.4 for unrelated encoders)", path, apart)
+    elif metadata.get("base_encoder_sha256"):  # of an earlier version, which hashed CLIP in fp32 without the projection
         own = encoder.state_dict()
         comparable = PROJECTION not in own and _TIED[0] not in own and all(t.dtype == torch.float32 for t in own.values())
         if comparable and metadata["base_encoder_sha256"] != fingerprint(encoder):
@@ -331,7 +339,7 @@ def _distance_of_bases(encoder: nn.Module, path: Path, metadata: Mapping[str, An
 
 
 def _reconcile(loaded: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:
-    """Fill in or drop, in `loaded`, what one encoder's files rightly differ in: the projection and T5's second name."""
+    """Add to or remove from `loaded` the tensors that valid files may lack or have: the projection and T5's tied copy."""
     if PROJECTION in own:
         loaded.setdefault(PROJECTION, own[PROJECTION].cpu())
     elif any(name.startswith("embeddings.") for name in own):
@@ -340,7 +348,7 @@ def _reconcile(loaded: dict[str, Tensor], own: dict[str, Tensor], path: Path) ->
         if name in own and other in loaded:
             loaded.setdefault(name, loaded[other])
     if set(_TIED) <= loaded.keys() and not torch.equal(loaded[_TIED[0]], loaded[_TIED[1]]):
-        raise UserError(f"{path} is damaged: `{_TIED[0]}` and `{_TIED[1]}` are one tensor in T5, and differ in it")
+        raise UserError(f"{path} is damaged: `{_TIED[0]}` and `{_TIED[1]}` must be equal in T5, but differ")
 
 
 def _some(names: list[str]) -> str:

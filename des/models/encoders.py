@@ -1,6 +1,6 @@
-"""Which text encoders a pipeline has, loading one, and reading its embeddings in batches.
+"""Listing a pipeline's text encoders, loading one, and computing its embeddings in batches.
 
-What an encoder is comes from `model_index.json` and its own `config.json`; how a path is spelled decides nothing.
+The class of an encoder is read from `model_index.json` and the encoder's `config.json`, never guessed from a path.
 """
 
 import json
@@ -25,22 +25,16 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_STATES = {  # of an encoder's output, by `Reading.states`
+_STATES = {  # the embedding in an encoder's output, by `Reading.states`
     "last": lambda output: output.last_hidden_state,
     "penultimate": lambda output: output.hidden_states[-2],
     "pooled": lambda output: output.pooler_output[:, None],
 }
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FOLDER = re.compile(r"text_encoder(?:_(\d+))?")
-_NO_LENGTH = 100_000  # tokenizers without a length of their own name a huge number
-_NOTES = (
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-)  # say nothing about values
+_NO_LENGTH = 100_000  # tokenizers without a maximum length report a huge number
+# Entries of config.json that do not change embeddings.
+_NOTES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 
 @dataclass
@@ -62,27 +56,27 @@ class TextEncoder:
 
     @cached_property
     def base_sha256(self) -> str:
-        """The hash of the weights at its first use, which must come before training: it is kept from then on."""
+        """The hash of the weights, cached at the first use, which must come before training."""
         return fingerprint(self.model)
 
     @property
     def masked_by_config(self) -> bool:
-        """Whether the pipeline masks the padding because config.json says so."""
+        """Whether the pipeline masks padding because config.json sets `use_attention_mask`."""
         asked = bool(getattr(self.model.config, "use_attention_mask", False))
         return asked and self.embedding == "pipeline" and self.reading.attention_mask
 
     @property
     def identity(self) -> dict[str, str]:
-        """The hashes of its configuration and tokenizer; see `identity`."""
+        """The hashes of the configuration and the tokenizer; see `identity`."""
         return identity(self.model, self.tokenizer)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """Token ids [prompts, length], padded and truncated, on the CPU."""
+        """Return token ids [prompts, length], padded and truncated, on the CPU."""
         options = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
         return self.tokenizer(prompts, **options).input_ids
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """Embeddings [batch, rows, hidden] of token ids [batch, length], on the encoder's device."""
+        """Return embeddings [batch, rows, hidden] of token ids [batch, length], on the encoder's device."""
         ids = input_ids.to(self.device, non_blocking=True)
         special = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         mask = {"attention_mask": not_padding(ids, *special)} if self.reading.attention_mask else {}
@@ -98,32 +92,31 @@ class TextEncoder:
             yield self(self.tokenize(prompts[start : start + batch_size]))
 
     def shape(self) -> tuple[int, int]:
-        """The shape (rows, hidden) of one embedding."""
+        """Return the shape (rows, hidden) of one embedding."""
         return tuple(next(self.encode([""], 1)).shape[1:])
 
 
 def not_padding(ids: Tensor, pad_token_id: int, eos_token_id: int | None = None) -> Tensor:
-    """The attention mask [batch, tokens] of ids padded on the right, as the tokenizer gives it: 1 up to the last real token.
+    """Return the attention mask [batch, tokens] of ids padded on the right, as the tokenizer does: 1 up to the last real token.
 
-    CLIP pads with its end-of-text token, whose first one in the padding is real.
+    CLIP pads with its end-of-text token; the first one ends the prompt and is real.
     """
     mask = ids.ne(pad_token_id).flip(-1).cummax(-1).values.flip(-1).long()
     return torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1) if pad_token_id == eos_token_id else mask
 
 
 def identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What an encoder's embeddings depend on beside its weights: `{"config": sha256, "tokenizer": sha256}`.
+    """Return hashes of what embeddings depend on besides the weights: `{"config": sha256, "tokenizer": sha256}`.
 
-    Of the configuration, every value that is not its class's default counts (`hidden_act`, the number of layers and heads, ...), so
-    that a later transformers with further defaults gives the same hash; of the tokenizer, its vocabulary, rules and length.
+    The configuration is hashed without its class's default values, so that a later transformers with new defaults gives the same
+    hash; the tokenizer is hashed by its vocabulary, rules and length.
     """
     default = type(model.config)().to_dict()
     config = {name: value for name, value in model.config.to_dict().items() if name not in _NOTES}
     config = {name: value for name, value in config.items() if name not in default or default[name] != value}
     rules = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"vocab": tokenizer.get_vocab()}
-    rules = {
-        name: value for name, value in rules.items() if name not in ("padding", "truncation", "version")
-    }  # set by each call
+    # Padding and truncation are set by each call.
+    rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation", "version")}
     rules |= {"special": tokenizer.special_tokens_map, "length": tokenizer.model_max_length}
     return {
         name: sha256_texts([json.dumps(content, sort_keys=True, default=str)])
@@ -132,14 +125,14 @@ def identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict
 
 
 def read_index(model_path: str) -> dict | None:
-    """What `model_index.json` says, locally or on the hub; None for a folder of bare encoders."""
+    """Read `model_index.json` from a folder or the hub; None for a folder with only text encoders."""
     folder = Path(model_path)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         if not any(_FOLDER.fullmatch(path.name) for path in folder.iterdir()):
-            raise UserError(f"{model_path} is no pipeline: it has neither model_index.json nor a folder text_encoder")
+            raise UserError(f"{model_path} is not a pipeline: it has neither model_index.json nor a folder text_encoder")
         return None
     if not folder.exists() and not _HUB_ID.fullmatch(model_path):
-        raise UserError(f"there is no folder {model_path}, and it is no hub id, which would be `owner/name`")
+        raise UserError(f"{model_path} is neither an existing folder nor a hub id, which has the form `owner/name`")
     return _load_index(model_path) if folder.is_dir() else _hub_index(model_path)
 
 
@@ -153,11 +146,11 @@ def _load_index(model_path: str) -> dict:
         return index
 
 
-_hub_index = cache(_load_index)  # one request a run
+_hub_index = cache(_load_index)  # one request per run
 
 
 def text_encoders(model_path: str) -> dict[int, str]:
-    """The subfolder of each text encoder that a pipeline has, by its 1-based index; one may be left out of SD3."""
+    """Return the subfolder of each text encoder of a pipeline by 1-based index; SD3 pipelines may lack one."""
     index = read_index(model_path)
     if index is None:
         names = [path.name for path in Path(model_path).iterdir()]
@@ -174,9 +167,9 @@ def _known(model_path: str, pipeline: str) -> None:
 
 
 def family_of(model_path: str) -> Family:
-    """The family of a pipeline, by the class in its model_index.json and the width of its first text encoder.
+    """Return the family of a pipeline, found by the class in model_index.json and the width of the first text encoder.
 
-    Raises UserError for a class that is not supported, and for a folder without model_index.json.
+    Raises UserError for unsupported classes and for a folder without model_index.json.
     """
     index = read_index(model_path)
     name = index["_class_name"] if index else "folder without model_index.json"
@@ -186,13 +179,13 @@ def family_of(model_path: str) -> Family:
 
 
 def read_config(model_path: str, subfolder: str) -> dict[str, Any]:
-    """What config.json of a text encoder says, locally or on the hub; UserError where it cannot be read."""
+    """Read config.json of a text encoder from a folder or the hub; UserError if it cannot be read."""
     with loading(f"the configuration of {subfolder} in {model_path}"):
         return PreTrainedConfig.get_config_dict(model_path, subfolder=subfolder)[0]
 
 
 def subfolder_of(model_path: str, index: int) -> str:
-    """The folder of text encoder `index` (1-based) of a pipeline, or UserError listing those that it has."""
+    """Return the subfolder of text encoder `index` (1-based) of a pipeline; UserError with the existing ones if it has none."""
     has = text_encoders(model_path)
     if index not in has:
         listed = ", ".join(f"{i} ({folder})" for i, folder in has.items())
@@ -206,9 +199,9 @@ def per_encoder_name(model_path: str, index: int, stem: str, pattern: str = "enc
 
 
 def reading_for(pipeline: str | None, index: int, architecture: str, embedding: str, masked: bool = False) -> Reading:
-    """How text encoder `index` of a pipeline class is read for an `embedding`, one of EMBEDDINGS.
+    """Return how text encoder `index` of a pipeline class is read for an `embedding`, one of EMBEDDINGS.
 
-    `masked` is what the encoder's config.json says of `use_attention_mask`, which some pipelines follow.
+    `masked` is `use_attention_mask` in the encoder's config.json, which some pipelines follow.
     """
     if embedding == "last_hidden_state":
         return ENCODER_CLASSES[architecture].last_hidden_state
@@ -218,7 +211,7 @@ def reading_for(pipeline: str | None, index: int, architecture: str, embedding: 
 
 
 def encoder_class(architecture: str, what: str) -> tuple[type[PreTrainedModel], torch.dtype]:
-    """transformers' class of a text encoder and the dtype that it is trained in; UserError about `what` for other classes."""
+    """Return transformers' class of a text encoder and its training dtype; UserError, with `what`, for unsupported classes."""
     if architecture not in ENCODER_CLASSES:
         raise UserError(f"{what} is {architecture}; the supported text encoders are {', '.join(ENCODER_CLASSES)}")
     return getattr(transformers, architecture), torch_dtype(ENCODER_CLASSES[architecture].dtype)
@@ -234,9 +227,9 @@ def load_encoder(
 ) -> TextEncoder:
     """Load text encoder `index` of a pipeline in eval mode, with every weight from its files.
 
-    `embedding` is `last_hidden_state` (the paper) or `pipeline` (what its pipeline feeds to the denoiser). `max_sequence_length`
-    is T5's. On the device "meta" no weight is read. `device_map` spreads the layers over several GPUs instead. Raises UserError
-    for an index the pipeline lacks, a class that is not known here, or missing or mismatched weights.
+    `embedding` is `last_hidden_state` (the paper) or `pipeline` (what the pipeline feeds to the denoiser). `max_sequence_length`
+    applies to T5 only. On the device "meta" no weights are read. A `device_map`, which replaces `device`, spreads the layers over
+    several GPUs. Raises UserError for a missing encoder, an unsupported class, and missing or mismatched weights.
     """
     subfolder = subfolder_of(model_path, index)
     with loading(f"the tokenizer of {subfolder} in {model_path}"):
@@ -247,7 +240,7 @@ def load_encoder(
     architecture = (config.get("architectures") or ["a model of no named class"])[0]
     model_class, dtype = encoder_class(architecture, f"{subfolder} in {model_path}")
     if max_sequence_length and not ENCODER_CLASSES[architecture].any_length:
-        raise UserError(f"--max_sequence_length is T5's, and text encoder {index} of {model_path} is {architecture}")
+        raise UserError(f"--max_sequence_length is for T5, but text encoder {index} of {model_path} is {architecture}")
     pipeline = read_index(model_path)
     if embedding == "pipeline" and pipeline is None:
         raise UserError(f"--embedding pipeline needs a pipeline's model_index.json, which {model_path} lacks")
@@ -255,7 +248,7 @@ def load_encoder(
     reading = reading_for(pipeline and pipeline["_class_name"], index, architecture, embedding, masked)
     length = max_sequence_length or reading.length or tokenizer.model_max_length
     if length > _NO_LENGTH:
-        raise UserError(f"the tokenizer of {subfolder} in {model_path} names no length; pass --max_sequence_length")
+        raise UserError(f"the tokenizer of {subfolder} in {model_path} has no maximum length; pass --max_sequence_length")
     if str(device) == "meta":
         with torch.device("meta"):
             model = model_class(model_class.config_class.from_dict(config)).to(dtype)
@@ -267,5 +260,5 @@ def load_encoder(
 
 
 def spread(count: int, at_most: int) -> Tensor:
-    """At most `at_most` row numbers, evenly spaced over `count` rows."""
+    """Return at most `at_most` row numbers, evenly spaced over `count` rows."""
     return torch.linspace(0, count - 1, min(count, at_most)).round().long()

@@ -1,12 +1,12 @@
-"""The model families: everything in which one family of pipelines differs from another. A new family is one entry here.
+"""The table of model families, which holds everything that differs between them. A new family is one entry here.
 
-Classes are named by strings and nothing heavy is imported, so that options can be parsed before torch and diffusers load.
+Classes are named by strings, so that options can be parsed before torch and diffusers are imported.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # names of options, and torch's
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # torch's names by those of options
 EMBEDDINGS = ("last_hidden_state", "pipeline")
 DIFFUSION = {
     "ddim": "DDIMScheduler",
@@ -20,16 +20,16 @@ DIFFUSION = {
 }
 FLOW = {"flow_euler": "FlowMatchEulerDiscreteScheduler", "flow_heun": "FlowMatchHeunDiscreteScheduler"}
 SCHEDULERS = (*DIFFUSION, *FLOW)
-MODES = ("text", "image", "inpaint")  # what a pipeline draws from
+MODES = ("text", "image", "inpaint")  # inputs of a pipeline: a prompt, with an image, with an image and a mask
 REFINER_CLASS = "StableDiffusionXLImg2ImgPipeline"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Which tensor of an encoder's output is its embedding, [batch, rows, hidden], and how the encoder is called for it."""
+    """Which output of an encoder is the embedding, [batch, rows, hidden], and how the encoder is called."""
 
     states: str  # "last": after the final layer norm; "penultimate": before the last layer; "pooled": one row
-    attention_mask: bool = False  # over padding
+    attention_mask: bool = False  # whether padding is masked
     length: int | None = None  # tokens to pad to; None for the tokenizer's `model_max_length`
 
 
@@ -38,14 +38,14 @@ LAST, PENULTIMATE, POOLED = Reading("last"), Reading("penultimate"), Reading("po
 
 @dataclass(frozen=True)
 class EncoderClass:
-    """One class of text encoder: its last hidden state as the paper reads it, its dtype, and whether prompts may be of any length."""
+    """A class of text encoder: how the paper reads its last hidden state, its dtype, and whether prompts may have any length."""
 
     last_hidden_state: Reading
     dtype: str = "fp32"
     any_length: bool = False
 
 
-ENCODER_CLASSES = {  # by the class that `text_encoder*/config.json` names
+ENCODER_CLASSES = {  # by the class in `text_encoder*/config.json`
     "CLIPTextModel": EncoderClass(LAST),
     "CLIPTextModelWithProjection": EncoderClass(LAST),
     "T5EncoderModel": EncoderClass(Reading("last", attention_mask=True), "bf16", any_length=True),
@@ -54,7 +54,7 @@ ENCODER_CLASSES = {  # by the class that `text_encoder*/config.json` names
 
 @dataclass(frozen=True)
 class Encoder:
-    """One text encoder of a family: what the pipeline feeds to its denoiser, and ComfyUI's name of its file."""
+    """A text encoder of a family: how the pipeline reads it, and the name of its file in ComfyUI."""
 
     reading: Reading
     comfyui: str | None = None
@@ -62,25 +62,25 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Family:
-    """How the pipelines of one family are opened, how their text encoders are read, and what they draw with by default."""
+    """A model family: how its pipelines are opened, how their text encoders are read, and the defaults for drawing."""
 
-    name: str  # of --model_type
-    pipeline: str  # the class that model_index.json names
-    encoders: dict[int, Encoder]  # by their 1-based index
+    name: str  # a value of --model_type
+    pipeline: str  # the class in model_index.json
+    encoders: dict[int, Encoder]  # by 1-based index
     dtype: str
-    width: int | None = None  # hidden size of text encoder 1, which tells two families of one class apart; None for any other
-    reads_use_attention_mask: bool = False  # whether the pipeline masks padding where the encoder's config.json asks for it
+    width: int | None = None  # hidden size of text encoder 1, to distinguish families of one class; None for all others
+    reads_use_attention_mask: bool = False  # whether the pipeline masks padding if the encoder's config.json says so
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
     negative_prompt: bool = True
     schedulers: dict[str, str] = field(default_factory=lambda: DIFFUSION)  # diffusers' class by the option's name
-    scheduler: str | None = None  # the default; None for the model's own
+    scheduler: str | None = None  # the default; None for the scheduler in the model's files
     modes: tuple[str, ...] = MODES
-    exports: tuple[str, ...] = ()  # formats beside `pipeline`, `hf` and, where the encoders have ComfyUI names, `comfyui`
+    exports: tuple[str, ...] = ()  # formats besides `pipeline`, `hf` and, if the encoders have ComfyUI names, `comfyui`
     options: dict[str, Any] = field(default_factory=dict)  # for `from_pretrained`
 
 
-# Where two families have one pipeline class, the one without a width comes first and is the default.
+# Of several families with one pipeline class, the first has no width and is the default.
 _STABLE_DIFFUSION = {
     "pipeline": "StableDiffusionPipeline",
     "dtype": "fp32",
@@ -140,31 +140,31 @@ EXPORTS = ("pipeline", "hf", "comfyui", "a1111", "lora")
 
 
 def find_family(pipeline: str, width: int | None = None) -> Family | None:
-    """The family of a pipeline class whose text encoder 1 has a hidden size; None for a class that is not known."""
+    """Return the family of a pipeline class, chosen by `width`, the hidden size of text encoder 1; None for unknown classes."""
     among = [family for family in _FAMILIES if family.pipeline == pipeline]
     return next((family for family in among if family.width == width), among[0] if among else None)
 
 
 def shares_class(pipeline: str) -> bool:
-    """Whether several families have this pipeline class, so that the width of text encoder 1 decides."""
+    """Whether several families share this pipeline class, so that the width of text encoder 1 is needed."""
     return sum(family.pipeline == pipeline for family in _FAMILIES) > 1
 
 
 def described(setting: str) -> str:
-    """The default of a setting and the families that have another one, for the help of its option: `7.5; sd_v3 7, flux 3.5`."""
+    """Return a setting's default and the families with another one, for its option's help: `7.5; sd_v3 7, flux 3.5`."""
     values = {name: getattr(family, setting) for name, family in FAMILIES.items()}
     default = values["sd_v1"]
     return f"{default}; " + ", ".join(f"{name} {value:g}" for name, value in values.items() if value != default)
 
 
 def described_lengths() -> str:
-    """How many tokens of a prompt each family's T5 reads, for the help of `--max_sequence_length`: `sd_v3 256, flux 512`."""
+    """Return how many tokens each family's T5 reads, for the help of `--max_sequence_length`: `sd_v3 256, flux 512`."""
     lengths = {n: e.reading.length for n, f in FAMILIES.items() for e in f.encoders.values() if e.reading.length}
     return ", ".join(f"{name} {length}" for name, length in lengths.items())
 
 
 def described_dtypes() -> str:
-    """The families drawn in each dtype, for the help of `--dtype`: `fp32 for sd_v1 and sd_v2, ...`."""
+    """Return the families by their default dtype, for the help of `--dtype`: `fp32 for sd_v1, sd_v2; ...`."""
     names = {dtype: [f.name for f in FAMILIES.values() if f.dtype == dtype] for dtype in DTYPES}
     return "; ".join(f"{dtype} for {', '.join(of)}" for dtype, of in names.items())
 

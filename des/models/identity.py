@@ -1,7 +1,7 @@
-"""Identities of a pipeline's components: hashes of the files and configurations that are loaded, wherever they lie.
+"""Identities of a pipeline's components: hashes of the loaded files and configurations, whatever their paths.
 
-Weights are named by the sha256 of their files. The hub's cache has it in the name of a file's blob; for other files it is
-remembered in the user's cache folder, since a pipeline may have tens of gigabytes and some scripts start once an image.
+Weights are identified by the sha256 of their files. In the hub's cache, it is the name of a file's blob. Other hashes are stored
+in the user's cache folder, because pipelines may have tens of gigabytes.
 """
 
 import inspect
@@ -23,9 +23,9 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CACHED_FROM = 64 * 2**20  # bytes; smaller files are hashed each time
+CACHED_FROM = 64 * 2**20  # bytes; hashes of smaller files are not cached
 _UNSETTLED = 2.0  # seconds in which a file may change again without a new time stamp
-_VERSIONS = ("transformers_version", "torch_dtype", "dtype")  # of config.json: --dtype decides the last two
+_VERSIONS = ("transformers_version", "torch_dtype", "dtype")  # entries of config.json without effect; --dtype sets the last two
 _WEIGHTS = "diffusion_pytorch_model"
 _TOKENIZER_FILES = (".json", ".txt", ".model")
 
@@ -33,11 +33,11 @@ _TOKENIZER_FILES = (".json", ".txt", ".model")
 def component_sha256s(
     pipe: DiffusionPipeline, model_path: str, variant: str | None = None, without: Collection[str] = ()
 ) -> dict[str, str]:
-    """The identity of each component of an opened pipeline but its scheduler, and of its `model_index.json` as `pipeline`.
+    """Return the identity of each component of an opened pipeline except the scheduler, and of `model_index.json` as `pipeline`.
 
-    UNet, transformer and VAE are identified by configuration and weight files, tokenizers by their files. A text encoder is
-    identified here by its configuration alone: its weights may come from a checkpoint, and `des.models.checkpoints.fingerprint` hashes
-    them. `variant` is the one that the pipeline was opened with; the components in `without` came from elsewhere.
+    UNet, transformer and VAE are identified by configuration and weight files, tokenizers by their files. Text encoders are
+    identified by their configuration only; their weights may come from a checkpoint and are hashed by
+    `des.models.checkpoints.fingerprint`. `variant` is that of the opened files; components in `without` are skipped.
     """
     folder = pipeline_folder(model_path)
     index = read_index(model_path) or {}
@@ -59,7 +59,7 @@ def component_sha256s(
 
 
 def scheduler_sha256(scheduler: SchedulerMixin) -> str:
-    """The hash of a scheduler's class and effective configuration, however much of it its file spells out."""
+    """Return the hash of a scheduler's class and effective configuration, whether or not its file repeats the defaults."""
     parameters = inspect.signature(type(scheduler).__init__).parameters
     changed = {
         name: scheduler.config[name]
@@ -70,7 +70,7 @@ def scheduler_sha256(scheduler: SchedulerMixin) -> str:
 
 
 def pipeline_folder(model_path: str) -> Path:
-    """The folder of a pipeline's files: `model_path` itself, or the snapshot of a hub id that was opened before."""
+    """Return the folder of a pipeline's files: `model_path`, or the snapshot in the hub's cache."""
     if Path(model_path).is_dir():
         return Path(model_path)
     cached = try_to_load_from_cache(model_path, "model_index.json")
@@ -78,10 +78,10 @@ def pipeline_folder(model_path: str) -> Path:
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The files that diffusers reads the weights of a component from; UserError where it has none.
+    """Return the files from which diffusers reads the weights of a component; UserError if there are none.
 
-    They are looked for as `ModelMixin.from_pretrained` does: with the variant before without it, shards that an index lists
-    before a single file, and safetensors before pickles.
+    The order is that of `ModelMixin.from_pretrained`: files of the variant before others, shards listed in an index before a
+    single file, safetensors before pickles.
     """
     for kind in dict.fromkeys((variant, None)):
         dot = f".{kind}" if kind else ""
@@ -93,11 +93,11 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         for file in map(folder.joinpath, (f"{_WEIGHTS}{dot}.safetensors", f"{_WEIGHTS}{dot}.bin")):
             if file.is_file():
                 return [file]
-    raise UserError(f"{folder} has no file of weights that this program knows, so the model has no identity")
+    raise UserError(f"{folder} has no weight file in a supported format, so the model cannot be identified")
 
 
 def _sha256_small(path: Path) -> str:
-    """The hash of a small file; of a JSON object its content, without versions and paths that change no result."""
+    """Return the hash of a small file; a JSON object is hashed by content, without versions and paths."""
     if path.suffix == ".json":
         try:
             return _sha256_config(json.loads(path.read_text(encoding="utf-8")))
@@ -114,7 +114,7 @@ def _sha256_config(content: Any) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file: the name of its blob in the hub's cache, else remembered from an earlier run, else computed."""
+    """Return the sha256 of a file: its name in the hub's cache, the hash cached by an earlier run, or else computed."""
     real = path.resolve()
     if path.is_symlink() and real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
         return real.name
@@ -132,7 +132,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _stamp(path: Path) -> list[int]:
-    """What changes with a file's content. Programs can set the modification time, but not the inode's change time."""
+    """Return the facts that change with a file's content. Programs can set the modification time, but not the inode's change time."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
@@ -142,16 +142,16 @@ def _cache() -> Path:
 
 
 def _remembered() -> dict[str, Any]:
-    """The cache's entries; none where it is missing, damaged or unreadable, since every hash can be computed again."""
+    """Return the cache's entries; empty if it is missing, damaged or unreadable, since hashes can be computed again."""
     try:
         content = json.loads(_cache().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home folder
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: the home folder is unknown
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def _remember(path: str, entry: list[Any]) -> None:
-    """Add an entry. Each writer replaces the whole file at once, so another one's entry may get lost, and is computed again."""
+    """Add an entry. Processes replace the whole file, so an entry of another one may be lost and is then computed again."""
     try:
         cache = _cache()
         cache.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Loading pretrained models so that what loads is what was asked for."""
+"""Loading pretrained models and tensors with errors instead of warnings."""
 
 import contextlib
 import zipfile
@@ -17,40 +17,40 @@ if TYPE_CHECKING:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype for one of the names of `--dtype`."""
+    """Return torch's dtype for a value of `--dtype`."""
     return getattr(torch, DTYPES[name])
 
 
 @contextlib.contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Turn whatever a library raises for missing, damaged or foreign files into a UserError about `what`."""
+    """Turn any error of a library inside this block into a UserError about `what`."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # libraries raise errors of any class at damaged files
+    except Exception as error:  # libraries raise errors of any class for damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "weights_only" in reason:  # torch advises to switch off what keeps code from running
-            reason = "a file of it holds code, or is damaged"
+        if "weights_only" in reason:  # torch's message suggests turning off the protection against code
+            reason = "one of its files contains code or is damaged"
         raise UserError(f"{what} could not be loaded: {reason}") from None
 
 
 def read_pt(path: Path) -> Any:
-    """Read a `.pt` file of tensors and plain values on the CPU, or None where it is anything else; no code in it is run."""
+    """Read a `.pt` file of tensors and plain values on the CPU without running code; None if it contains anything else."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
-                if file.testzip() is not None:  # torch.load itself does not look at the checksums
+                if file.testzip() is not None:  # torch.load does not verify checksums
                     return None
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception:  # the restricted unpickler raises errors of any class at damaged bytes
+    except Exception:  # the restricted unpickler raises errors of any class for damaged bytes
         return None
 
 
 def read_state(path: Path, what: str) -> Mapping[str, Tensor]:
-    """Read a `.pt` file of named tensors; UserError where it is no file of `what`, or has NaN or infinite values."""
+    """Read a `.pt` file of named tensors, described by `what`; UserError if it is another file or has NaN or infinite values."""
     state = read_pt(path)
     if not (isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values())):
         raise UserError(f"{path} is not a file of {what}")
@@ -59,7 +59,7 @@ def read_state(path: Path, what: str) -> Mapping[str, Tensor]:
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raise UserError where `what` has NaN or infinite values: a detector or model with those gives figures like any other."""
+    """Raise UserError if tensors have NaN or infinite values, since a broken detector or model would still produce figures."""
     broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _is_finite(tensor)]
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
@@ -67,7 +67,7 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    wide = tensor.float() if tensor.itemsize == 1 else tensor  # fp8 has no isfinite of its own
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # isfinite does not support fp8
     return tensor.is_meta or bool(wide.isfinite().all())
 
 
@@ -79,11 +79,11 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> "PreTrainedModel":
-    """Load a transformers model in eval mode, with every parameter from its files (transformers itself would only warn).
+    """Load a transformers model in eval mode, with every parameter from its files (transformers only warns about missing ones).
 
-    `what` names it in errors; with a `device_map` among the options its layers go where that says. Raises UserError for files
-    that are missing or unreadable, for parameters they lack, for layers that config.json does not have, and for values that are
-    not finite. Code beside the files is not run.
+    `what` describes it in errors. A `device_map` among the options replaces `device`. Raises UserError for missing or unreadable
+    files, missing parameters, layers that config.json does not describe, and values that are not finite. Code in the model's
+    repository is not run.
     """
     options = {"trust_remote_code": False} | options
     with loading(f"{what} {source}"):
@@ -94,16 +94,16 @@ def load_model(
     surplus = surplus_layers(model, info["unexpected_keys"])
     if surplus:
         described = f"{what} {source} has {len(surplus)} tensors in layers that its config.json does not describe"
-        raise UserError(f"{described}, `{surplus[0]}` first; put the config.json there that belongs to these weights")
+        raise UserError(f"{described}, `{surplus[0]}` first; use the config.json that belongs to these weights")
     check_finite(model.state_dict(), f"{what} {source}")
     return model.eval() if options.get("device_map") else model.eval().to(device)
 
 
 def surplus_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Those of a file's unused tensors that lie in one of the model's own stacks of layers, sorted.
+    """Return those of a file's unused tensors, sorted, that belong to a stack of layers of the model.
 
-    A configuration with fewer layers than the file leaves the last ones over, and the model runs shortened. Other parts of a larger
-    model (CLIP's vision half, T5's decoder, a classifier's head) and constants such as `position_ids` are in no stack of `model`.
+    If config.json has fewer layers than the file, the last ones are unused and the model is truncated. Parts of a larger model
+    (CLIP's vision tower, T5's decoder, a classifier's head) and constants such as `position_ids` are in no stack of `model`.
     """
     stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     prefixes = ("text_model.", f"{getattr(model, 'base_model_prefix', '')}.")

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 DTYPES = {name: torch_dtype(name) for name in _DTYPES}
 _FROM_PIPE = {"image": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpainting}
-LATENT_DIFFUSION = {  # as the published scheduler files of Stable Diffusion say; without them latents would be clipped to -1..1
+LATENT_DIFFUSION = {  # from Stable Diffusion's published scheduler files; without them, latents would be clipped to -1..1
     "clip_sample": False,
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
@@ -35,7 +35,7 @@ LATENT_DIFFUSION = {  # as the published scheduler files of Stable Diffusion say
 
 
 def dtype_for(family: Family, device: torch.device, asked: str | None) -> torch.dtype:
-    """The dtype asked for, or the family's; fp16, which CPUs compute slowly and badly, becomes fp32 there unless asked for."""
+    """Return the dtype asked for, or the family's; a default of fp16 becomes fp32 on CPUs, which compute it slowly."""
     if asked is None and family.dtype == "fp16" and device.type == "cpu":
         logger.info("on a CPU this model is drawn in fp32 instead of fp16; --dtype chooses otherwise")
         return torch.float32
@@ -45,14 +45,14 @@ def dtype_for(family: Family, device: torch.device, asked: str | None) -> torch.
 def open_pipeline(
     model_path: str, dtype: torch.dtype, model_type: str | None = None, scheduler: str | None = None, mode: str = "text"
 ) -> DiffusionPipeline:
-    """Open the pipeline of a folder or hub id on the CPU, every weight from its files.
+    """Open the pipeline of a folder or hub id on the CPU, with every weight from its files.
 
-    Without `scheduler`, the paper's: DDIM for SD 1.x, Euler for SD 2.x, the model's own for others. `mode` is one of MODES.
-    Raises UserError for a class that is not known here, one that is not the `model_type` asked for, or incomplete files.
+    The default `scheduler` is the paper's: DDIM for SD 1.x, Euler for SD 2.x, and the one in the model's files for others. `mode`
+    is one of MODES. Raises UserError for unsupported classes, a family other than `model_type`, and incomplete files.
     """
     family, index = family_of(model_path), read_index(model_path)
     if model_type and model_type != family.name:
-        raise UserError(f"--model_type {model_type} was asked for, but {model_path} is a {family.name}")
+        raise UserError(f"--model_type is {model_type}, but {model_path} is a {family.name}")
     if scheduler and scheduler not in family.schedulers:
         raise UserError(f"--scheduler {scheduler} does not suit a {family.name}, which takes {', '.join(family.schedulers)}")
     if mode not in family.modes:
@@ -77,36 +77,35 @@ def open_pipeline(
 
 
 def as_scheduler(source: SchedulerMixin, target: type[SchedulerMixin]) -> SchedulerMixin:
-    """A scheduler of class `target` for the model that `source` belongs to: the same noise schedule, prediction and steps.
+    """Return a scheduler of class `target` with the noise schedule, prediction type and steps of `source`.
 
-    `from_config` alone gives the target's defaults to whatever the model's file leaves out, also where the source's class or
-    the pipeline's own corrections (`clip_sample`, `steps_offset`) had settled it. Here the source's effective values count, so
-    a file and its complete form, as `save_pretrained` writes it, draw the same images. Options that the source's class does not
-    have are latent diffusion's, LATENT_DIFFUSION.
+    `from_config` alone uses the target's defaults for entries missing in the model's file, even if the source's class or the
+    pipeline's corrections (`clip_sample`, `steps_offset`) set other values. Here the source's effective values are used, so that
+    incomplete and complete files draw the same images. Options that the source's class lacks come from LATENT_DIFFUSION.
     """
     effective = {name: value for name, value in source.config.items() if name != "_use_default_values"}
     return target.from_config(LATENT_DIFFUSION | effective if target.__name__ in DIFFUSION.values() else effective)
 
 
 def open_refiner(refiner_path: str, base: DiffusionPipeline) -> DiffusionPipeline:
-    """Open SDXL's refiner on the base's VAE and its text encoder 2, so that the refiner is as protected as the base."""
+    """Open SDXL's refiner with the base's VAE and text encoder 2, so that it is protected like the base."""
     index = read_index(refiner_path)
     if index is None or index["_class_name"] != REFINER_CLASS:
-        raise UserError(f"{refiner_path} is no SDXL refiner, which is a {REFINER_CLASS}")
+        raise UserError(f"{refiner_path} is not an SDXL refiner, whose class is {REFINER_CLASS}")
     dtype = base.dtype
     shared = {"text_encoder_2": base.text_encoder_2, "tokenizer_2": base.tokenizer_2, "vae": base.vae}
     options = {"variant": _variant(refiner_path, dtype), "add_watermarker": False}
     with loading(f"the refiner {refiner_path}"):
         pipe = getattr(diffusers, REFINER_CLASS).from_pretrained(refiner_path, dtype=dtype, **options, **shared)
     if pipe.text_encoder is not None:
-        raise UserError(f"{refiner_path} has a text encoder of its own beside text_encoder_2, which would be unprotected")
+        raise UserError(f"{refiner_path} has a text encoder besides text_encoder_2, which would be unprotected")
     _check_complete(pipe, refiner_path)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def place(pipe: DiffusionPipeline, device: torch.device, cpu_offload: bool = False, attention_slicing: bool = False) -> None:
-    """Put a pipeline on its device, with the memory savers asked for; UserError where one would do nothing."""
+    """Move a pipeline to its device, with the memory-saving options; UserError if one has no effect."""
     if attention_slicing:
         if not any(hasattr(module, "set_attention_slice") for module in pipe.components.values()):
             raise UserError(f"--attention_slicing does nothing for a {type(pipe).__name__}")
@@ -118,7 +117,7 @@ def place(pipe: DiffusionPipeline, device: torch.device, cpu_offload: bool = Fal
 
 
 def _variant(model_path: str, dtype: torch.dtype) -> str | None:
-    """`fp16` where fp16 is asked for and the pipeline has text encoder files of that variant, which come with the others."""
+    """Return `fp16` if that dtype is asked for and the pipeline has files of that variant (tested by its text encoders)."""
     if dtype != torch.float16:
         return None
     for name in ("text_encoder/model.fp16.safetensors", "text_encoder_2/model.fp16.safetensors"):
@@ -132,7 +131,7 @@ def _variant(model_path: str, dtype: torch.dtype) -> str | None:
 
 
 def _check_complete(pipe: DiffusionPipeline, model_path: str) -> None:
-    """Raise UserError where a component's files lack weights, which diffusers leaves without values."""
+    """Raise UserError if a component's files lack weights, which diffusers leaves on the device "meta"."""
     for name, module in pipe.components.items():
         if isinstance(module, nn.Module):
             empty = [key for key, tensor in module.state_dict().items() if tensor.is_meta]
@@ -141,13 +140,13 @@ def _check_complete(pipe: DiffusionPipeline, model_path: str) -> None:
 
 
 def encoder_modules(pipe: DiffusionPipeline) -> dict[int, nn.Module]:
-    """The text encoders that a pipeline draws with, by their 1-based index."""
+    """Return the text encoders of a pipeline by 1-based index."""
     names = {i: _encoder_name(i) for i in range(1, 1 + MOST_ENCODERS)}
     return {i: getattr(pipe, name) for i, name in names.items() if getattr(pipe, name, None) is not None}
 
 
 def text_encoder(pipe: DiffusionPipeline, index: int, embedding: str = "last_hidden_state") -> TextEncoder:
-    """Text encoder `index` (1-based) of a pipeline with its tokenizer, as `load_encoder` loads one of its own."""
+    """Return text encoder `index` (1-based) of an opened pipeline with its tokenizer, like `load_encoder`."""
     name = _encoder_name(index)
     model, tokenizer = getattr(pipe, name), getattr(pipe, name.replace("text_encoder", "tokenizer"))
     base_class = re.sub("Img2Img|Inpaint", "", type(pipe).__name__)
@@ -158,7 +157,7 @@ def text_encoder(pipe: DiffusionPipeline, index: int, embedding: str = "last_hid
 
 
 def readers(pipe: DiffusionPipeline, max_sequence_length: int | None = None) -> dict[str, tuple[PreTrainedTokenizerBase, int]]:
-    """The tokenizer of each text encoder that a pipeline draws with, and how many tokens of a prompt it reads."""
+    """Return the tokenizer of each text encoder of a pipeline, and how many tokens of a prompt it reads."""
     encoders = [text_encoder(pipe, i, "pipeline") for i in encoder_modules(pipe)]
     long = {each.index for each in encoders if max_sequence_length and ENCODER_CLASSES[type(each.model).__name__].any_length}
     return {each.subfolder: (each.tokenizer, max_sequence_length if each.index in long else each.length) for each in encoders}
@@ -169,12 +168,12 @@ def _encoder_name(index: int) -> str:
 
 
 def protect(pipe: DiffusionPipeline, checkpoints: dict[int, Path]) -> dict[int, dict[str, Any]]:
-    """Put a checkpoint into each of the named text encoders, or raise UserError; returns what `load_measured` says of each."""
+    """Load a checkpoint into each given text encoder, or raise UserError; returns `load_measured`'s result for each."""
     encoders = encoder_modules(pipe)
     lacking = sorted(checkpoints.keys() - encoders.keys())
     if lacking:
         has = ", ".join(map(str, encoders))
-        raise UserError(f"a checkpoint is given for text encoder {lacking[0]}, and the pipeline has only {has}")
+        raise UserError(f"a checkpoint is given for text encoder {lacking[0]}, but the pipeline has only {has}")
     loaded = {i: load_measured(text_encoder(pipe, i, embedding_of(path)), path) for i, path in checkpoints.items()}
     rest = [str(i) for i in encoders if i not in checkpoints]
     if rest:
@@ -185,9 +184,9 @@ def protect(pipe: DiffusionPipeline, checkpoints: dict[int, Path]) -> dict[int, 
 def protected_twin(
     pipe: DiffusionPipeline, checkpoints: dict[int, Path]
 ) -> tuple[DiffusionPipeline, dict[int, dict[str, Any]]]:
-    """A second pipeline with these checkpoints in its text encoders, and what `protect` says of each; raises as `protect` does.
+    """Return a copy of a pipeline with these checkpoints in its text encoders, and `protect`'s result; raises as `protect` does.
 
-    `pipe` stays as it is, and the two share everything else, scheduler and denoiser included: draw with one at a time.
+    `pipe` is not changed. Both share all other components, including scheduler and denoiser, so draw with one at a time.
     """
     twin = copy.copy(pipe)
     for i in checkpoints.keys() & encoder_modules(pipe).keys():
@@ -196,13 +195,13 @@ def protected_twin(
 
 
 def is_distilled(pipe: DiffusionPipeline) -> bool:
-    """Whether a pipeline was distilled without guidance, as FLUX.1-schnell was, and ignores a guidance scale."""
+    """Whether a pipeline was distilled without guidance, like FLUX.1-schnell, and ignores the guidance scale."""
     transformer = getattr(pipe, "transformer", None)
     return transformer is not None and not transformer.config.get("guidance_embeds", True)
 
 
 def encoder_sha256s(pipe: DiffusionPipeline) -> dict[str, str]:
-    """The fingerprints of the text encoders that the pipeline generates with, `text_encoder_sha256` and so on."""
+    """Return the fingerprint of each text encoder of a pipeline, as `text_encoder_sha256`, `text_encoder_2_sha256`, ..."""
     encoders = encoder_modules(pipe)
     return {f"text_encoder{'' if i == 1 else f'_{i}'}_sha256": fingerprint(encoder) for i, encoder in encoders.items()}
 
@@ -210,11 +209,11 @@ def encoder_sha256s(pipe: DiffusionPipeline) -> dict[str, str]:
 def component_identities(
     pipe: DiffusionPipeline, model_path: str, refiner: DiffusionPipeline | None = None, refiner_path: str | None = None
 ) -> dict[str, str]:
-    """What identifies every component of an opened pipeline (`des.models.identity`), and the refiner's own as `refiner_unet` and so on."""
+    """Return the identities of an opened pipeline's components (`des.models.identity`), the refiner's prefixed with `refiner_`."""
     found = component_sha256s(pipe, model_path, _variant(model_path, pipe.dtype))
     if refiner is not None:
         shared = {name for name, part in refiner.components.items() if part is getattr(pipe, name, None)}
-        own = component_sha256s(refiner, refiner_path, _variant(refiner_path, refiner.dtype), without=shared)
-        found |= {f"refiner_{name}": digest for name, digest in own.items()}
+        unshared = component_sha256s(refiner, refiner_path, _variant(refiner_path, refiner.dtype), without=shared)
+        found |= {f"refiner_{name}": digest for name, digest in unshared.items()}
         found["refiner_scheduler"] = scheduler_sha256(refiner.scheduler)
     return found

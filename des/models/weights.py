@@ -1,4 +1,4 @@
-"""Comparing weights: whether two sets of them differ by more than rounding, and how far two base models are apart."""
+"""Comparing weights: whether two sets differ by more than rounding, and the distance of two base models."""
 
 import base64
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ _SAMPLES = 4  # of each matrix, in a sketch
 
 
 def same_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> bool:
-    """Whether every tensor of `given` is the one of that name in `own`, exactly or up to rounding to a coarser float type.
+    """Whether every tensor of `given` equals the one of that name in `own`, exactly or up to rounding to a coarser float type.
 
-    Storing a model in fp16, bf16 or fp8 changes nearly every number and protects from nothing. The numbers decide, not the type
-    that holds them: weights that were rounded to bf16 and are stored in fp32 are rounded weights.
+    Storing a model in fp16, bf16 or fp8 changes nearly every number but does not protect. Values are compared, not dtypes: weights
+    rounded to bf16 and stored in fp32 count as rounded.
     """
-    by_size = sorted(given, key=lambda name: given[name].numel())  # the first that differs ends the comparison
+    by_size = sorted(given, key=lambda name: given[name].numel())  # the comparison stops at the first difference
     return all(_same(own[name].detach().cpu(), given[name].detach().cpu()) for name in by_size)
 
 
@@ -28,8 +28,8 @@ def _same(own: Tensor, given: Tensor) -> bool:
     gap, own_step = (a - b).abs(), (b - b.to(own.dtype).float()).abs()
     if bool((gap <= own_step).all()):  # `own` is `given`, rounded when the model was loaded
         return True
-    # `given` is `own`, rounded. A number that lies half-way between two coarser ones, or that the model's own type has moved
-    # there, may have been rounded to either: as near as the nearest is near enough.
+    # `given` may be `own`, rounded. A number half-way between two coarser ones, also after rounding to the model's dtype, may
+    # have been rounded either way, so any number as near as the nearest is accepted.
     for dtype in _ROUNDED_TO:
         if torch.equal(b.to(dtype).float(), b) and bool(
             (gap <= torch.maximum((a - a.to(dtype).float()).abs(), own_step)).all()
@@ -39,18 +39,15 @@ def _same(own: Tensor, given: Tensor) -> bool:
 
 
 def sketch(state: Mapping[str, Tensor]) -> str:
-    """A few numbers of every matrix of a state, in base64: enough to measure with `distance` how far two bases are apart.
-
-    Numbers are taken at seeded places, of the matrices in the order of their names.
-    """
+    """Return a few numbers of every matrix of a state in base64, for `distance`; seeded positions, matrices in order of name."""
     return base64.b64encode(_samples(state).numpy().astype("<f4").tobytes()).decode("ascii")
 
 
 def distance(recorded: str, state: Mapping[str, Tensor]) -> float | None:
-    """The distance of the weights in `state` from those that a `sketch` was made of, relative to the latter: 0 for the same.
+    """Return the relative distance of the weights in `state` from those of a `sketch`, 0 for equal weights.
 
-    It is the mean difference of the samples of a matrix over their mean size, averaged over the matrices; about 1.4 for weights
-    that have nothing to do with one another. Both are compared in the type of `state`. None where the sketch is of other matrices.
+    It is the mean absolute difference of a matrix's samples over their mean absolute value, averaged over the matrices; about 1.4
+    for unrelated weights. Values are compared in the dtype of `state`. None if the sketch has other matrices.
     """
     now = _samples(state)
     try:

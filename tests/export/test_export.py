@@ -294,7 +294,7 @@ def test_a_loras_stated_error_is_measured_and_falls_with_the_rank(call, tiny_pip
 
 REFUSED = {  # family, format, further options, and what the sentence is about
     "a1111 of SDXL": ("sdxl", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "StableDiffusionXLPipeline"),
-    "a1111 of SD 2": ("sd_v2", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "is for sd_v1, and"),
+    "a1111 of SD 2": ("sd_v2", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "is for sd_v1, but"),
     "comfyui of SD 2": ("sd_v2", "comfyui", {}, "is sd_v2"),
     "lora of Chroma": ("chroma", "lora", {}, "ChromaPipeline"),
     "lora of FLUX": ("flux", "lora", {}, "FluxPipeline"),
@@ -302,17 +302,17 @@ REFUSED = {  # family, format, further options, and what the sentence is about
     "a rank elsewhere": ("sd_v1", "hf", {"rank": 4}, "--format lora only"),
     "an encoder that is not there": ("sd_v1", "hf", {"text_encoder_2_path": ROOT / "LICENSE"}, "no text encoder 2"),
     "no scores": ("sd_v1", "hf", {"scores": ROOT / "LICENSE"}, "JSON"),
-    "a base that is no single file": ("sd_v1", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "no .safetensors"),
+    "a base that is no single file": ("sd_v1", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "not a .safetensors"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_refused_before_a_weight_is_read(call, family, tmp_path, monkeypatch, case):
-    name, file_format, options, told = REFUSED[case]
+    name, file_format, options, message = REFUSED[case]
     monkeypatch.setattr("des.export.formats.load_encoder", None)
     given = {"text_encoder_path": tmp_path / "no.pt"} | options
     done = call(SCRIPT, *flags(model_path=family(name), format=file_format, out=tmp_path / "out", **given))
-    assert done.failed_in_one_sentence and told in done.err
+    assert done.failed_in_one_sentence and message in done.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -383,12 +383,12 @@ def test_the_card_and_the_upload(call, tiny_pipeline, tmp_path, monkeypatch):
     front = card.split("---\n")[1]
     assert "license: cc-by-nc-4.0\n" in front and "base_model: stable-diffusion-v1-5/stable-diffusion-v1-5\n" in front
     assert "- concept-erasure\n" in front
-    for told in (
+    for message in (
         "| concept prompt | sexual, violence |", "| lambda | 0.3 |",
-        "`unsafe.csv`", 'text_encoder=CLIPTextModel.from_pretrained("someone/des-sd15", dtype=torch.float32)', "can undo it", "## Intended use",
+        "`unsafe.csv`", 'text_encoder=CLIPTextModel.from_pretrained("someone/des-sd15", dtype=torch.float32)', "can undo the protection", "## Intended use",
         "| alpha (concept guidance scale) | 7.5 |", "b" * 64,
     ):  # fmt: skip
-        assert told in card, told
+        assert message in card, message
     assert "/home/" not in card and str(tmp_path) not in card
 
 

@@ -162,15 +162,15 @@ def test_rows_say_what_was_measured_by_what_on_what(call, drawn, tiny_pipeline, 
     assert fid[:2] == ["FID", "another model's features"] and "2 reference" in fid[5]
 
 
-@pytest.mark.parametrize(("name", "told"), [("none", "the original model"), ("two", "another text_encoder")])
-def test_scores_of_another_model_are_refused(call, drawn, tiny_pipeline, tmp_path, name, told):
+@pytest.mark.parametrize(("name", "message"), [("none", "the original model"), ("two", "another text_encoder")])
+def test_scores_of_another_model_are_refused(call, drawn, tiny_pipeline, tmp_path, name, message):
     work, folders = drawn
     copy = tmp_path / "classify.json"  # beside no run.json: the folder that it names counts
     shutil.copy(folders[name] / "classify.json", copy)
     for path in (folders[name] / "classify.json", copy):
         given = {"format": "hf", "text_encoder_path": work / "one.pt", "out": tmp_path / "out", "scores": path}
         done = call(SCRIPT, *flags(model_path=tiny_pipeline, **given))
-        assert done.failed_in_one_sentence and told in done.err and not (tmp_path / "out").exists()
+        assert done.failed_in_one_sentence and message in done.err and not (tmp_path / "out").exists()
 
 
 def test_scores_moved_beside_another_runs_images_are_refused(drawn, tmp_path):

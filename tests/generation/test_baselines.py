@@ -67,8 +67,8 @@ def test_what_is_in_the_file_is_replaced_and_the_rest_stays(unet, tmp_path, file
     before = copied(unet.state_dict())
     given = {name: tensor.clone() for name, tensor in before.items() if whole or name == KEY} | {KEY: before[KEY] + 0.5}
     path = saved(given, tmp_path / file, nest)
-    told = load_unet_weights(unet, path)
-    assert told == {"file": str(path), "sha256": sha256_file(path), "tensors": len(before) if whole else 1}
+    applied = load_unet_weights(unet, path)
+    assert applied == {"file": str(path), "sha256": sha256_file(path), "tensors": len(before) if whole else 1}
     assert all(torch.equal(tensor, (before | given)[name]) for name, tensor in unet.state_dict().items())
 
 
@@ -87,7 +87,7 @@ def test_weights_are_cast_to_the_unets_dtype(unet, tmp_path):
         (lambda own: {KEY: own[KEY] + 1, "extra.weight": own[KEY]}, "1 of its 2 tensors are unknown, `extra.weight` first"),
         (lambda own: {"model.diffusion_model.out.2.bias": own[KEY]}, "CompVis names, which diffusers' single-file loader"),
         (lambda own: {"alphas_cumprod": own[KEY], "model.diffusion_model.out.2.bias": own[KEY]}, "CompVis names"),
-        (lambda own: {KEY: own[KEY][:-1] + 1}, r"`down_blocks.*` is \(15, 32\) there and \(16, 32\) in the model"),
+        (lambda own: {KEY: own[KEY][:-1] + 1}, r"`down_blocks.*` has shape \(15, 32\) in the file and \(16, 32\) in the model"),
         (lambda own: {KEY: own[KEY] * torch.nan}, "NaN or infinite"),
         (lambda own: {KEY: own[KEY] + torch.inf}, "NaN or infinite"),
         (lambda own: {KEY: own[KEY] + 1, "step": 3}, "of tensors"),
@@ -107,8 +107,8 @@ def test_damaged_and_missing_files_are_refused(unet, tmp_path, function, file):
     whole = path.read_bytes()
     for length in (0, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        refuses(function, unet, path, "no complete checkpoint")
-    refuses(function, unet, tmp_path / f"missing-{file}", "there is no checkpoint file")
+        refuses(function, unet, path, "not a complete checkpoint")
+    refuses(function, unet, tmp_path / f"missing-{file}", "the checkpoint file")
 
 
 class Code:
@@ -123,7 +123,7 @@ class Code:
 
 @pytest.mark.parametrize("function", [load_unet_weights, merge_spm])
 def test_code_is_refused_and_does_not_run(unet, tmp_path, function):
-    refuses(function, unet, saved({KEY: Code(tmp_path / "it-ran")}, tmp_path / "w.pt"), "holds code")
+    refuses(function, unet, saved({KEY: Code(tmp_path / "it-ran")}, tmp_path / "w.pt"), "contains code")
     assert not (tmp_path / "it-ran").exists()
 
 
@@ -137,7 +137,7 @@ def test_weights_that_overflow_the_unets_dtype_are_refused(unet, tmp_path, funct
 def test_a_load_that_does_not_arrive_is_noticed(unet, tmp_path, monkeypatch, function):
     state = adapters(unet) if function is merge_spm else {KEY: unet.state_dict()[KEY] + 1}
     monkeypatch.setattr(unet, "load_state_dict", lambda *args, **options: None)
-    refuses(function, unet, saved(state, tmp_path / "w.pt"), "did not arrive")
+    refuses(function, unet, saved(state, tmp_path / "w.pt"), "were not loaded")
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -150,8 +150,8 @@ def test_merged_spm_draws_what_layers_with_adapters_draw(make, tmp_path, rank):
         apply = nn.functional.conv2d if isinstance(layer, nn.Conv2d) else nn.functional.linear
         layer.register_forward_hook(lambda _, x, out, f=apply, d=down, u=up: out + f(f(x[0], d), u) * 0.5 / rank)
     assert [type(plain.get_submodule(path)) for path in LAYERS] == [nn.Linear, nn.Conv2d]
-    told = merge_spm(merged, saved(state, tmp_path / "spm.safetensors"))
-    assert told == {
+    applied = merge_spm(merged, saved(state, tmp_path / "spm.safetensors"))
+    assert applied == {
         "file": str(tmp_path / "spm.safetensors"), "sha256": sha256_file(tmp_path / "spm.safetensors"), "tensors": 2,
     }  # fmt: skip
     inputs = torch.randn(2, 4, 8, 8), 5, torch.randn(2, 77, 32)

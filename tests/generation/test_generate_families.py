@@ -102,7 +102,7 @@ def test_attention_slicing_draws_the_same(generate, tmp_path, name):
         ("sd_v1", {"scheduler": "flow_euler"}, "does not suit"), ("sd_v1", {"use_refiner": []}, "SDXL"), ("sd_v1", {"strength": 0.5}, "go together"),
         ("sd_v1", {"mask_images": "m"}, "--init_images"), ("sdxl", {"refiner_path": "r"}, "need --use_refiner"), ("sd_v1", {"height": 13}, "cannot draw"),
         ("sdxl", {"model_type": "sd_v1"}, "is a sdxl"), ("sd_v1", {"enable_model_cpu_offload": []}, "needs a GPU"), ("flux", {"model_type": "sd_v3"}, "is a flux"),
-        ("sd_v1", {"init_images": "nowhere", "strength": 0.5}, "the image folder"), ("sdxl", {"use_refiner": [], "refiner_path": "sd"}, "no SDXL refiner"),
+        ("sd_v1", {"init_images": "nowhere", "strength": 0.5}, "the image folder"), ("sdxl", {"use_refiner": [], "refiner_path": "sd"}, "not an SDXL refiner"),
         ("sd_v3", {"max_sequence_length": 600}, "cannot draw"), ("chroma", {"scheduler": "ddim"}, "does not suit"),
         ("chroma", {"width": 12}, "not divisible by"), ("chroma", {"model_type": "flux"}, "is a chroma"),
     ],

@@ -117,7 +117,7 @@ def test_safegen_must_differ_from_what_it_was_made_from(generate, model, tmp_pat
     safegen = tmp_path / "SafeGen"
     shutil.copytree(model, safegen)
     done = generate("safegen", model_path=safegen, base_model_path=model)
-    assert done.failed_in_one_sentence and "is no SafeGen" in done.err
+    assert done.failed_in_one_sentence and "is not SafeGen" in done.err
     assert not (tmp_path / "results").exists()
     file = next((safegen / "unet").glob("*.safetensors"))
     save_file({name: tensor + 0.02 for name, tensor in load_file(file).items()}, file, {"format": "pt"})

@@ -351,13 +351,13 @@ def test_other_floats_are_converted(tmp_path, encoder, state, dtype):
 
 
 ODD_TENSORS = {
-    "int64": (lambda tensor: tensor.long(), "int64, and weights are floating-point"),
-    "uint8": (lambda tensor: tensor.to(torch.uint8), "uint8, and weights"),
-    "bool": (lambda tensor: tensor > 0, "bool, and weights"),
-    "complex": (lambda tensor: tensor.to(torch.complex64), "no plain tensor"),
-    "quantized": (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "no plain tensor"),
-    "nested": (lambda tensor: torch.nested.nested_tensor([tensor[0], tensor[1, :3]]), "no plain tensor"),
-    "bomb": (lambda tensor: torch.zeros(1).expand(10**13), "no plain tensor"),
+    "int64": (lambda tensor: tensor.long(), "int64, but weights must be floating-point"),
+    "uint8": (lambda tensor: tensor.to(torch.uint8), "uint8, but weights"),
+    "bool": (lambda tensor: tensor > 0, "bool, but weights"),
+    "complex": (lambda tensor: tensor.to(torch.complex64), "not a dense tensor"),
+    "quantized": (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "not a dense tensor"),
+    "nested": (lambda tensor: torch.nested.nested_tensor([tensor[0], tensor[1, :3]]), "not a dense tensor"),
+    "bomb": (lambda tensor: torch.zeros(1).expand(10**13), "not a dense tensor"),
 }
 
 
@@ -403,7 +403,7 @@ def test_code_in_a_checkpoint_is_not_run(call, tmp_path, monkeypatch, tiny_pipel
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
     done = call("generate.py", *flags(model_path=tiny_pipeline, device="cpu", prompt="x", output_path="x", training_method="des", text_encoder_path=path))  # fmt: skip
-    assert done.failed_in_one_sentence and "holds code" in done.err
+    assert done.failed_in_one_sentence and "contains code" in done.err
     assert not (tmp_path / "it-ran").exists() and not (tmp_path / "results").exists()
 
 
@@ -433,7 +433,7 @@ def test_safetensors_that_lie_are_refused(tmp_path, encoder, what):
     for path in (tmp_path / "c.safetensors", tmp_path / "c/model.safetensors"):
         path.write_bytes(LIES[what])
     for path in (tmp_path / "c.safetensors", tmp_path / "c"):
-        assert "no complete checkpoint" in refused(encoder, path)
+        assert "not a complete checkpoint" in refused(encoder, path)
 
 
 @pytest.mark.parametrize(

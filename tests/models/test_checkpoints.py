@@ -50,9 +50,9 @@ def test_what_is_saved_loads_in_the_published_form(tmp_path, encoder):
     content = torch.load(tmp_path / "checkpoint-1.pt", weights_only=True)
     assert all(name.startswith("text_model.") for name in content["model_state_dict"])
     fresh = CLIPTextModel.from_pretrained(GOLDEN / "A/model/text_encoder")
-    told = load_checkpoint(fresh, tmp_path / "checkpoint-1.pt")
-    assert told["epoch"] == 1
-    assert told["encoder_sha256"] == fingerprint(fresh) == fingerprint(encoder) != base
+    loaded = load_checkpoint(fresh, tmp_path / "checkpoint-1.pt")
+    assert loaded["epoch"] == 1
+    assert loaded["encoder_sha256"] == fingerprint(fresh) == fingerprint(encoder) != base
     assert json.loads((tmp_path / "checkpoint-1-metadata.json").read_text())["encoder_sha256"] == fingerprint(encoder)
 
 
@@ -73,13 +73,13 @@ NAME = "text_model.encoder.layers.1.mlp.fc1.weight"
             "lacks `encoder.layers.1.mlp.fc1.weight`",
         ),
         (lambda state: state | {NAME: state[NAME][:-1]}, "made for another encoder"),
-        (lambda state: state | {"text_model.extra.weight": torch.ones(1)}, "unknown `extra.weight`"),
+        (lambda state: state | {"text_model.extra.weight": torch.ones(1)}, "unknown tensor `extra.weight`"),
         (lambda state: {"module." + name: tensor for name, tensor in state.items()}, "does not fit"),
         (lambda state: {name.removeprefix("text_model.encoder."): tensor for name, tensor in state.items()}, "does not fit"),
         (lambda state: state | {NAME: state[NAME] * torch.nan}, "NaN"),
         (lambda state: state | {NAME: torch.full(state[NAME].shape, torch.nan).to(torch.float8_e4m3fn)}, "NaN"),
-        (lambda state: state | {NAME: state[NAME].to_sparse()}, "no plain tensor"),
-        (lambda state: state | {NAME: state[NAME].to("meta")}, "no plain tensor"),
+        (lambda state: state | {NAME: state[NAME].to_sparse()}, "not a dense tensor"),
+        (lambda state: state | {NAME: state[NAME].to("meta")}, "not a dense tensor"),
         (lambda state: state | {NAME.removeprefix("text_model."): state[NAME]}, "twice"),
         (lambda state: {}, "no `model_state_dict`"),
         (lambda state: {"weights": [1.0, 2.0]}, "no `model_state_dict`"),
@@ -118,11 +118,11 @@ def test_damaged_files_and_code_are_refused(tmp_path, protected_checkpoint, enco
     whole = protected_checkpoint.read_bytes()
     for length in (0, 100, len(whole) // 2, len(whole) - 1):
         protected_checkpoint.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="no complete checkpoint"):
+        with pytest.raises(UserError, match="not a complete checkpoint"):
             load_checkpoint(encoder, protected_checkpoint)
     torch.save({"model_state_dict": Code(tmp_path / "it-ran")}, tmp_path / "code.pt")
-    with pytest.raises(UserError, match="holds code"):
+    with pytest.raises(UserError, match="contains code"):
         load_checkpoint(encoder, tmp_path / "code.pt")
     assert not (tmp_path / "it-ran").exists()
-    with pytest.raises(UserError, match="no checkpoint file"):
+    with pytest.raises(UserError, match="the checkpoint file"):
         load_checkpoint(encoder, tmp_path / "missing.pt")

@@ -63,10 +63,10 @@ def test_from_codebook_to_images(run, train, family, tmp_path, name, index, embe
     suffix, prefix = ("", "") if ENCODERS[name] == 1 else (f"_encoder{index}", f"encoder{index}_")
     facts = json.loads((tmp_path / f"cb{suffix}/codebook.json").read_text())
     checkpoint = tmp_path / f"out/{prefix}0.01_0.3/checkpoint-1.pt"
-    told = json.loads(checkpoint.with_name("checkpoint-1-metadata.json").read_text())
-    assert told["embedding"] == facts["hashes"]["embedding"] == embedding
-    assert told["encoder"] == facts["encoder"] == index
-    assert told["concept_guidance_scale"] == pytest.approx(0.8 * told["concept_norm"])
+    metadata = json.loads(checkpoint.with_name("checkpoint-1-metadata.json").read_text())
+    assert metadata["embedding"] == facts["hashes"]["embedding"] == embedding
+    assert metadata["encoder"] == facts["encoder"] == index
+    assert metadata["concept_guidance_scale"] == pytest.approx(0.8 * metadata["concept_norm"])
     assert len((checkpoint.parent / "metrics.jsonl").read_text().splitlines()) == 2
 
     (tmp_path / "p.csv").write_text("prompt\na photo of a dog\nnudity\n")
@@ -236,8 +236,8 @@ def test_each_format_loads_to_the_same_weights(train, family, tmp_path, name, in
     path = next(path for path in tmp_path.glob("out/*/checkpoint-1*") if not path.name.endswith("json"))
     encoder = load_encoder(str(family(name)), index)
     before = {key: tensor.clone() for key, tensor in encoder.model.state_dict().items()}
-    told = load_checkpoint(encoder.model, path)
-    assert told["encoder"] == index and not all(
+    metadata = load_checkpoint(encoder.model, path)
+    assert metadata["encoder"] == index and not all(
         torch.equal(before[key], tensor) for key, tensor in encoder.model.state_dict().items()
     )
     assert torch.equal(

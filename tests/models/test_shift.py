@@ -48,24 +48,24 @@ def saved(encoder, what, folder, **metadata):
 @pytest.mark.parametrize("known", [True, False])
 def test_other_weights_are_no_proof_of_protection(encoder, tmp_path, what, known):
     path = saved(encoder, what, tmp_path, **({"concept_prompt": [CONCEPT]} if known else {}))
-    told = measure(encoder, path)
+    measured = measure(encoder, path)
     if what in ("zeros", "noise"):
-        assert told["doubt"] and "damaged" in told["doubt"]
+        assert measured["doubt"] and "damaged" in measured["doubt"]
     else:
-        assert told["doubt"] and ("hardly moved" if known else "may be the original") in told["doubt"]
-        assert told["shift"]["neutral"] > 0.99999
-    assert (told["shift"]["concept"] is not None) == known
+        assert measured["doubt"] and ("hardly moved" if known else "may be the original") in measured["doubt"]
+        assert measured["shift"]["neutral"] > 0.99999
+    assert (measured["shift"]["concept"] is not None) == known
 
 
 def test_the_shift_is_the_mean_cosine_of_flattened_embeddings(encoder, tmp_path, protected_checkpoint):
     (tmp_path / "checkpoint-2-metadata.json").write_text(json.dumps({"concept_prompt": [CONCEPT, "a bus"]}))
     prompts = [CONCEPT, "a bus", *NEUTRAL]
     before = next(encoder.encode(prompts, 99)).flatten(1).clone()
-    told = measure(encoder, protected_checkpoint)["shift"]
+    measured = measure(encoder, protected_checkpoint)["shift"]
     cosines = torch.cosine_similarity(next(encoder.encode(prompts, 99)).flatten(1), before)
-    assert told["concept"] == pytest.approx(cosines[:2].mean().item(), abs=1e-5)
-    assert told["neutral"] == pytest.approx(cosines[2:].mean().item(), abs=1e-5)
-    assert told["concept_prompts"] == [CONCEPT, "a bus"] and told["neutral_prompts"] == len(NEUTRAL)
+    assert measured["concept"] == pytest.approx(cosines[:2].mean().item(), abs=1e-5)
+    assert measured["neutral"] == pytest.approx(cosines[2:].mean().item(), abs=1e-5)
+    assert measured["concept_prompts"] == [CONCEPT, "a bus"] and measured["neutral_prompts"] == len(NEUTRAL)
 
 
 @pytest.mark.parametrize("embedding", ["last_hidden_state", "pipeline"])
@@ -75,13 +75,13 @@ def test_the_shift_is_the_mean_cosine_of_flattened_embeddings(encoder, tmp_path,
 def test_a_pipelines_encoders_are_read_as_they_were_trained(family, tmp_path, name, index, mode, embedding):
     encoder = load_encoder(str(family(name)), index, embedding=embedding)
     path, state = saved(encoder, "noise", tmp_path, concept_prompt=[CONCEPT], embedding=embedding), changed(encoder, "noise")
-    told = protect(open_pipeline(str(family(name)), torch.float32, mode=mode), {index: path})[index]["shift"]
+    measured = protect(open_pipeline(str(family(name)), torch.float32, mode=mode), {index: path})[index]["shift"]
     encoder.model.float()
     before = Before(encoder, [CONCEPT])
     encoder.model.load_state_dict(state)
     expected = before.shift(encoder)
     for figure in ("concept", "concept_to_empty", "neutral"):
-        assert told[figure] == pytest.approx(expected[figure], abs=1e-3)
+        assert measured[figure] == pytest.approx(expected[figure], abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_pipelines_encoders_are_read_as_they_were_trained(family, tmp_path, na
         (0.8, 0.8, 0.94, None),
         (0.95, 0.95, 0.99, None),  # this encoder's concept is close to E("") anyway
         (0.95, 0.3, 0.999, "hardly moved"),
-        (0.4, 0.8, 0.4, "moved as the concept did"),
+        (0.4, 0.8, 0.4, "moved like the concept"),
         (float("nan"), 0.8, 0.9, "not finite"),
         (None, None, 0.95, None),
         (None, None, 1.0, "may be the original"),
@@ -118,16 +118,16 @@ def test_generation_and_export_name_what_may_not_protect(call, encoder, tiny_pip
         record = json.loads((tmp_path / f"results/des/tiny-sd/{name}/run.json").read_text())
         return done, record["protection"]["1"]
 
-    done, told = run("t2i")
+    done, measured = run("t2i")
     assert done.code == 0 and "hardly moved" in done.err and "model protected by des" not in done.err
-    assert told["shift"]["concept"] > 0.99999 and len(told["file_sha256"]) == 64
+    assert measured["shift"]["concept"] > 0.99999 and len(measured["file_sha256"]) == 64
     exported = call(
         "scripts/export.py", "--model_path", tiny_pipeline, "--text_encoder_path", path, "--format", "hf", "--out", "e"
     )
     assert "hardly moved" in exported.err
     saved(encoder, "one ulp", tmp_path, concept_prompt=[CONCEPT], protects=False)
-    done, told = run("again")
-    assert "does not protect" in done.err and told["protects"] is False
+    done, measured = run("again")
+    assert "does not protect" in done.err and measured["protects"] is False
 
 
 def test_verify_measures_a_checkpoint(call, encoder, tiny_pipeline, tmp_path, protected_checkpoint):
@@ -136,9 +136,11 @@ def test_verify_measures_a_checkpoint(call, encoder, tiny_pipeline, tmp_path, pr
 
     unknown = verify(protected_checkpoint)
     assert unknown.failed_in_one_sentence and "pass --concept_prompt" in unknown.err and "neutral prompts" in unknown.out
-    told = measure(load_encoder(str(tiny_pipeline)), protected_checkpoint, [CONCEPT])
+    measured = measure(load_encoder(str(tiny_pipeline)), protected_checkpoint, [CONCEPT])
     known = verify(protected_checkpoint, "--concept_prompt", CONCEPT)
-    assert f"concept {told['shift']['concept']:.4f} (1)" in known.out and known.failed_in_one_sentence == bool(told["doubt"])
+    assert f"concept {measured['shift']['concept']:.4f} (1)" in known.out and known.failed_in_one_sentence == bool(
+        measured["doubt"]
+    )
     same = verify(saved(encoder, "one ulp", tmp_path, concept_prompt=[CONCEPT]))
     assert same.failed_in_one_sentence and "hardly moved" in same.err and "concept 1.0000" in same.out
     other = verify(tmp_path / "one-ulp.pt", "--concept_prompt", "a bus")
