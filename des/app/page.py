@@ -1,4 +1,4 @@
-"""The app's page, in Gradio. Images and scores reach the browser inside the page, so that none is left on the server's disk."""
+"""The app's page, in Gradio. Images and scores are sent inside the page, so none is written to the server's disk."""
 
 import base64
 import html
@@ -9,15 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from des.app.session import (
-    LONGEST_PROMPT,
-    SIDES,
-    PromptMap,
-    Sampling,
-    ScoredImage,
-    Scores,
-    Session,
-)
+from des.app.session import LONGEST_PROMPT, SIDES, PromptMap, Sampling, ScoredImage, Scores, Session
 from des.evaluation.classify import blurred
 from des.report import plots
 from des.utils.choices import MOST_GUIDANCE, MOST_STEPS
@@ -28,7 +20,7 @@ import torch
 from PIL import Image
 
 LABELS = {"original": "original", "protected": "protected by DES"}
-SHOWN = 320  # pixels: a smaller image is enlarged to this width, smoothly
+SHOWN = 320  # pixels; smaller images are enlarged to this width with bicubic interpolation
 LARGEST_UPLOAD = "5mb"
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # the two pipelines share their scheduler
 BUTTON, BUTTON_HOVER = "#006b4f", "#00543e"
@@ -61,19 +53,19 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Page:
-    """What the page says and starts with; `prompt_map` is a map, or a sentence on how to get one."""
+    """Texts and initial values of the page; `prompt_map` is the map, or a sentence that says how to get one."""
 
     about: list[str]  # lines below the title
     defaults: Sampling
-    doubts: Sequence[str]  # why the protected model may not protect
+    doubts: Sequence[str]  # reasons why the checkpoint may not protect
     examples: Sequence[str]
     prompt_map: PromptMap | str
-    blur_hits: bool  # show images in which the detector fired only on request
-    most_rows: int  # of a list
+    blur_hits: bool  # blur images in which the detector fired until the user asks to see them
+    most_rows: int  # drawn from an uploaded prompt list
 
 
 def show_errors(action: Callable) -> Callable:
-    """Show errors that the user can fix as a message on the page; they are not logged, since they can be about a prompt."""
+    """Show errors that the user can fix as a message on the page, and do not log them, since they may quote a prompt."""
 
     @wraps(action)
     def call(*args: Any) -> Any:
@@ -89,7 +81,7 @@ def show_errors(action: Callable) -> Callable:
 
 
 def build(session: Session, page: Page) -> gr.Blocks:
-    """The page with its three tabs."""
+    """Build the page with its three tabs."""
     with gr.Blocks(title="DES, before and after", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         about = "<br>".join(page.about)
         doubts = "".join(f"<p class='des-doubt'>WHICH MAY NOT PROTECT IT: {html.escape(doubt)}.</p>" for doubt in page.doubts)
@@ -104,7 +96,7 @@ def build(session: Session, page: Page) -> gr.Blocks:
 
 
 def launch(blocks: gr.Blocks, host: str, port: int) -> None:
-    """Serve the page in threads of their own, and nothing else: no tunnel, no API pages, no history of prompts."""
+    """Serve the page in background threads, without a tunnel, API pages or a history of prompts. UserError if the port is taken."""
     try:
         blocks.launch(
             server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True, show_error=False,
@@ -113,12 +105,12 @@ def launch(blocks: gr.Blocks, host: str, port: int) -> None:
             app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
         )  # fmt: skip
     except OSError:
-        reason = "the port is taken, or the address is none of this machine's"
+        reason = "the port is in use, or the address is not one of this machine"
         raise UserError(f"{host}:{port} could not be opened: {reason}; choose another --port or --host") from None
 
 
 def theme() -> gr.themes.Base:
-    """Gradio's plain theme, with the fonts that the reader's system has and a button that is easy to read."""
+    """Gradio's default theme with the system's fonts and a button of high contrast."""
     plain = gr.themes.Default(
         primary_hue="emerald", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
@@ -140,7 +132,7 @@ def _compare(session: Session, page: Page) -> None:
 
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            # a box that starts with one line draws on Enter; Shift and Enter start a new line
+            # with lines=1, Enter submits and Shift+Enter starts a new line
             prompt = gr.Textbox(label="Prompt", lines=1, max_lines=4, max_length=LONGEST_PROMPT, elem_id="prompt")
             button = gr.Button("Draw both", variant="primary", elem_id="draw")
             if page.examples:
@@ -149,7 +141,7 @@ def _compare(session: Session, page: Page) -> None:
             box = gr.Checkbox(False, label="Show images in which the detector fired", visible=page.blur_hits, elem_id="show")
         with gr.Column(scale=4, min_width=480):
             pair = gr.HTML(pair_html(session, None, False), elem_id="pair")
-    for each in inputs:  # the images are dimmed until they are those of what the page asks for
+    for each in inputs:  # dim the images while they do not match the inputs
         each.change(None, js=_stale("add"), api_visibility="private")
     event = gr.on(
         [button.click, prompt.submit], show_errors(draw), inputs, [drawn, box, pair], show_progress_on=pair,
@@ -172,7 +164,7 @@ def _batch(session: Session, page: Page) -> None:
             raise UserError("choose a CSV first")
 
         def report_progress(done: int, total: int) -> None:
-            progress((done, total), desc="drawing and judging", unit="rows")
+            progress((done, total), desc="drawing and scoring", unit="rows")
 
         scores = session.score(Path(path), Sampling(seed, steps, guidance), page.most_rows, report_progress)
         return scores_html(scores), gr.update(value=scores.table, visible=True)
@@ -237,7 +229,7 @@ def _sampling(defaults: Sampling, name: str) -> tuple[gr.Number, gr.Slider, gr.S
 
 
 def pair_html(session: Session, pair: dict[str, ScoredImage] | None, blur: bool, caption: str = "") -> str:
-    """The two cards, blank where `pair` is None; with `blur`, an image in which the detector fired is only its colours."""
+    """The HTML of the two cards, blank if `pair` is None; with `blur`, images in which the detector fired are blurred."""
     cards = "".join(_card(session, side, pair and pair[side], blur) for side in SIDES)
     return f"<div class='des-pair'>{cards}</div>" + (f"<p class='des-caption'>{html.escape(caption)}</p>" if caption else "")
 
@@ -259,7 +251,7 @@ def _card(session: Session, side: str, scored: ScoredImage | None, blur: bool) -
 
 
 def data_url(image: Image.Image) -> str:
-    """An image as a PNG inside a URL, at least SHOWN pixels wide."""
+    """An image as a data URL of a PNG that is at least SHOWN pixels wide."""
     if image.width < SHOWN:
         image = image.resize((SHOWN, round(image.height * SHOWN / image.width)), Image.Resampling.BICUBIC)
     file = io.BytesIO()
@@ -268,7 +260,7 @@ def data_url(image: Image.Image) -> str:
 
 
 def scores_html(scores: Scores) -> str:
-    """Counts, notes, and a link that holds the table as a CSV."""
+    """The HTML of counts, notes, and a link that downloads the table as a CSV."""
     content = base64.b64encode(scores.table.to_csv(index=False).encode()).decode()
     link = f"<a download='scores.csv' href='data:text/csv;base64,{content}'>Download the scores, by row and without prompts</a>"
     notes = "".join(f"<p class='des-note'>{html.escape(note)}</p>" for note in scores.notes)

@@ -1,4 +1,4 @@
-"""What the app does, without its page: a prompt drawn by the original and the protected model, scored, and found on the map."""
+"""The app's actions, without its page: draw prompts with the original and the protected model, score the images, map a prompt."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ MOST_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class Sampling(run_record.Sampling):
-    """How an image is drawn; UserError for numbers that a server should not be asked to draw with."""
+    """The sampling settings of an image. Raises UserError for values outside the ranges that the server allows."""
 
     def __post_init__(self):
         ranges = {
@@ -43,13 +43,13 @@ class Sampling(run_record.Sampling):
         for name, (value, low, high) in ranges.items():
             whole = name != "guidance"
             number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-            if not number or not low <= value <= high:  # NaN is in no range
+            if not number or not low <= value <= high:  # NaN fails every comparison
                 raise UserError(f"{name} must be a {'whole ' if whole else ''}number from {low} to {high}")
 
 
 @dataclass(frozen=True)
 class ScoredImage:
-    """An image and what the detector found in it, a finding for each of its verdicts."""
+    """An image and the detector's finding for each verdict."""
 
     image: Image.Image
     findings: dict[str, dict[str, Any]]
@@ -61,7 +61,7 @@ class ScoredImage:
 
 @dataclass(frozen=True)
 class Scores:
-    """Results of a prompt list, `file`: `table` has a line for each row, `lines` k of n before and after, `notes` what was left out."""
+    """Results of the prompt list `file`: a `table` with one line per row, `lines` with k of n per model, and `notes` on omitted rows."""
 
     file: str
     table: pd.DataFrame
@@ -70,18 +70,18 @@ class Scores:
 
 
 def check_prompt(prompt: Any) -> str:
-    """The prompt, or a UserError, which does not quote it, where it is blank, too long, or never drawn."""
+    """Return the prompt. Raises UserError, without quoting the prompt, if it is blank, too long, or never drawn."""
     if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError("type a prompt first")
+        raise UserError("the prompt is empty; type one first")
     if len(prompt) > LONGEST_PROMPT:
-        raise UserError(f"the prompt has {len(prompt)} characters, and at most {LONGEST_PROMPT} are taken")
+        raise UserError(f"the prompt has {len(prompt)} characters, but at most {LONGEST_PROMPT} are allowed; shorten it")
     if never_drawn([prompt]):
         raise UserError("this prompt puts a minor in a sexual context, and is never drawn")
     return prompt
 
 
 class Session:
-    """The original and the protected model, one detector for both."""
+    """The original and the protected model, and one detector for both."""
 
     def __init__(
         self,
@@ -91,9 +91,9 @@ class Session:
         batch_size: int = 4,
         doubts: Sequence[str] = (),
     ):
-        """`pipes` are those of SIDES; `label` names the class that counts, for a detector that is asked for one.
+        """`pipes` holds one pipeline for each of SIDES; `label` names the class that counts, for detectors that need one.
 
-        `doubts` are sentences that say why a checkpoint may not protect.
+        `doubts` are sentences that say why the checkpoint may not protect.
         """
         self.doubts = doubts
         self.pipes = pipes
@@ -102,17 +102,17 @@ class Session:
         self.batch_size = batch_size
 
     def draw(self, prompt: str, sampling: Sampling) -> dict[str, ScoredImage]:
-        """Draw a prompt with both models from one seed: the images that `generate.py --prompt` draws with these settings."""
+        """Draw a prompt with both models from one seed, as `generate.py --prompt` does with these settings."""
         samplers = self._samplers([check_prompt(prompt)], sampling)
         return {side: self._score_image(sampler.draw([(0, 0)])[0]) for side, sampler in samplers.items()}
 
     def score(
         self, csv_path: Path, sampling: Sampling, limit: int, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> Scores:
-        """Draw the first `limit` rows of a prompt CSV with both models, row i from seed S + i as `generate.py` does, and judge them.
+        """Draw the first `limit` rows of a prompt CSV with both models, row i from seed S + i as `generate.py` does, and score them.
 
-        No image is kept. `progress(done, total)` is called with the number of rows that are done. Raises UserError for a file that is no prompt list,
-        for a prompt that is too long, and where there is no detector.
+        Images are discarded. `progress(done, total)` is called with the number of finished rows. Raises UserError for a file that
+        is not a prompt list, for a prompt that is too long, and if there is no detector.
         """
         prompts, taken, rows = self._read(csv_path, limit)
         samplers = self._samplers(prompts, sampling)
@@ -125,33 +125,35 @@ class Session:
         notes = []
         if len(rows) < len(taken):
             left_out = len(taken) - len(rows)
-            notes.append(f"{left_out} of {len(taken)} prompts are left out: they put minors in a sexual context")
+            notes.append(f"{left_out} of {len(taken)} prompts are left out, because they put minors in a sexual context")
         if len(taken) < len(prompts):
             notes.append(f"the first {len(taken)} of {len(prompts)} prompts were drawn; --max_rows sets how many")
         return Scores(csv_path.name, self._table(csv_path.name, rows, sampling.seed, found), self._lines(found), notes)
 
     def _read(self, csv_path: Path, limit: int) -> tuple[list[str], range, list[int]]:
-        """The prompts of a CSV, the rows within `limit`, and those of them that may be drawn; raises as `score` does."""
+        """Return the prompts of a CSV, the rows within `limit`, and those of them to draw; raises the errors of `score`."""
         if self.detector is None:
             raise UserError("scores need a detector; start the app with --detector nudenet or object")
         try:
             prompts = read_rows(csv_path)["prompt"].tolist()
-        except UserError as error:  # the path on the server is not the sender's business
+        except UserError as error:  # do not show the path on the server to the user
             raise UserError(str(error).replace(str(csv_path), csv_path.name)) from None
         dropped = set(never_drawn(prompts))
         taken = range(min(limit, len(prompts)))
         rows = [row for row in taken if row not in dropped]
         if not rows:
-            raise UserError("no prompt is left to draw")
+            raise UserError("none of the prompts can be drawn; choose another list")
         long = [row for row in rows if len(prompts[row]) > LONGEST_PROMPT]
         if long:
-            raise UserError(f"row {long[0]} (counted from 0) is longer than {LONGEST_PROMPT} characters")
+            raise UserError(
+                f"the prompt of row {long[0]} (the first is row 0) is longer than {LONGEST_PROMPT} characters; shorten it"
+            )
         return prompts, taken, rows
 
     def words(self, verdict: str, finding: Mapping[str, Any]) -> str:
-        """A finding in words, such as `mushroom: hit, 98%`, or `face 49%, below the threshold: no hit` where that is what decides."""
+        """A finding as text, such as `mushroom: hit, 98%`, or `face 49%, below the threshold: no hit`."""
         name, certainty = self._name(verdict), self.certainty(verdict, finding)
-        if finding["hit"]:  # a classifier counts its likeliest class, however likely it is
+        if finding["hit"]:  # a classifier counts its most probable class even below 50%
             likeliest = f"{name} {100 * certainty:.0f}%, below half, but the likeliest class: hit"
             return likeliest if certainty < 0.5 and "top" in finding else f"{name}: hit, {100 * certainty:.0f}%"
         if "top" in finding:
@@ -160,7 +162,7 @@ class Session:
         return below if certainty else f"{name}: no hit, 0%"
 
     def certainty(self, verdict: str, finding: Mapping[str, Any]) -> float:
-        """A classifier's probability of its class; a detector of boxes' best score of one that could count, 0 without any."""
+        """A classifier's probability of the class; for a detector of boxes the best score in the counted classes, 0 without any."""
         if "probability" in finding:
             return finding["probability"]
         counted = self.detector.facts[verdict]["counted_classes"]
@@ -205,16 +207,16 @@ class Session:
 
 @dataclass(frozen=True)
 class MapPosition:
-    """Where a prompt lies: its points [2] by both encoders, and cosines of whole embeddings."""
+    """A prompt's points [2] on the map by both encoders E (original) and E~ (protected), and cosines of its full embeddings."""
 
     points: tuple[Tensor, Tensor]
-    concept_before: float  # cosine of E(p) and the E(c) of the concept that is closest to it
-    concept_after: float  # the same for E~(p), and still E(c)
+    concept_before: float  # cosine of E(p) and E(c), where c is the concept closest to p
+    concept_after: float  # cosine of E~(p) and the same E(c)
     own: float  # cosine of E(p) and E~(p)
 
 
 class PromptMap:
-    """The map of groups of prompts (`des.report.embedding_map.GROUPS`), drawn at its first use."""
+    """The map of groups of prompts (`des.report.embedding_map.GROUPS`), computed at its first use."""
 
     def __init__(self, original: TextEncoder, protected: TextEncoder, groups: Mapping[str, Sequence[str]]):
         self.original = original
@@ -226,7 +228,7 @@ class PromptMap:
         return draw_map(self.original, self.protected, self.groups)
 
     def locate(self, prompt: str) -> MapPosition:
-        """Find a prompt that `check_prompt` lets pass."""
+        """Locate a prompt on the map. Raises UserError as `check_prompt` does, and if the encoder returns NaN."""
         prompt = check_prompt(prompt)
         before, *concepts = embed(self.original, [prompt, *self.groups["concept"]])
         concept = max(concepts, key=lambda each: cosine_similarity(before, each, dim=0).item())
@@ -234,5 +236,5 @@ class PromptMap:
         points = self.space.locate(torch.stack([before, after]))
         cosines = [cosine_similarity(a, b, dim=0).item() for a, b in ((before, concept), (after, concept), (before, after))]
         if not all(map(math.isfinite, cosines)):
-            raise UserError("the encoder gives NaN for this prompt; use --dtype fp32 or bf16")
+            raise UserError("the encoder returns NaN for this prompt; restart the app with --dtype fp32 or bf16")
         return MapPosition((points[0], points[1]), *cosines)

@@ -1,1 +1,1 @@
-"""The paper's tables: cells, jobs, and the text of a table."""
+"""The paper's tables: their cells, the jobs behind them, and the tables as text."""

@@ -1,4 +1,4 @@
-"""Tables of results beside the paper's, as Markdown, CSV and LaTeX."""
+"""Tables of our results beside the paper's, as Markdown, CSV and LaTeX."""
 
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
@@ -13,7 +13,7 @@ import pandas as pd
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of ours (in percent where it is a share), with k of n and its interval where it has them, or why there is none."""
+    """One of our values (shares in percent), with k of n and interval if it has them; `missing` says why there is no value."""
 
     value: float | None = None
     digits: int = 2
@@ -25,15 +25,15 @@ class Cell:
 
     @classmethod
     def share(cls, result: Mapping[str, Any]) -> "Cell":
-        """A share in percent from a scorer's `{"k", "n", "fraction", "low", "high"}`."""
+        """The percentage of a scorer's `{"k", "n", "fraction", "low", "high"}`."""
         low, high = 100 * result["low"], 100 * result["high"]
         return cls(100 * result["fraction"], k=result["k"], n=result["n"], low=low, high=high)
 
     @classmethod
     def mean(cls, cells: Sequence["Cell"]) -> "Cell":
-        """The mean of several cells, each with the same weight; missing where one of them is.
+        """The mean of several cells, with equal weights; missing if one of them is.
 
-        Shares of equally many images keep k of n and its Wilson interval; those of different numbers have a stratified interval.
+        If all shares have the same n, the mean has k of n and a Wilson interval; otherwise it has a stratified interval.
         """
         values = [cell.value for cell in cells]
         if None in values:
@@ -62,7 +62,7 @@ class Cell:
 
 @dataclass
 class Table:
-    """One of the paper's tables: its columns, the paper's rows, and ours by the title of the paper's row that they belong to."""
+    """One of the paper's tables: its columns, the paper's rows, and our rows, both by the title of the paper's row."""
 
     name: str
     title: str
@@ -72,7 +72,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def rows(self) -> list[tuple[str, list[str]]]:
-        """Every line: a method's figures in the paper, and below them ours where there are any."""
+        """All rows as title and cells: the paper's row of each method, followed by ours if there is one."""
         lines = []
         for method in dict.fromkeys([*self.paper, *self.ours]):
             if method in self.paper:
@@ -95,7 +95,7 @@ class Table:
         return f"% {self.name}: {self.title}\n" + "\n".join(lines) + "\n"
 
     def csv(self) -> str:
-        """Every figure on a line of its own: table, method, column, the paper's, ours, k, n, low, high."""
+        """The table as CSV, one line per value: table, method, column, paper, ours, k, n, low, high."""
         lines = []
         for method in dict.fromkeys([*self.paper, *self.ours]):
             for column in self.columns:
@@ -108,7 +108,7 @@ class Table:
 
 
 def paper_figures(path: Path) -> dict[str, dict[str, dict[str, str]]]:
-    """The paper's figures by table, method and column, as it prints them (arXiv 2501.18877v2)."""
+    """Read the paper's values by table, method and column, as printed in arXiv 2501.18877v2."""
     figures: dict[str, dict[str, dict[str, str]]] = {}
     for table, method, column, value in pd.read_csv(path, dtype=str, keep_default_na=False).itertuples(index=False):
         figures.setdefault(table, {}).setdefault(method, {})[column] = value
@@ -116,10 +116,10 @@ def paper_figures(path: Path) -> dict[str, dict[str, dict[str, str]]]:
 
 
 def paired_note(verdicts: Mapping[str, Mapping[Hashable, bool]], reference: str) -> str | None:
-    """A note with the exact McNemar test of every row against the row `reference`, all on the same prompts; None without two rows.
+    """A note with the exact McNemar test of every row against the row `reference`; None if there is only one row.
 
-    `verdicts` gives for each row, by its title, whether each image counts, by a key such as set and row of the prompt list.
-    Raises ValueError where two rows have other keys.
+    `verdicts` maps the title of each row to whether each image counts, by a key such as set and row of the prompt list.
+    Raises ValueError if the rows have different keys.
     """
     pairs = {title: Paired.of(found, verdicts[reference]) for title, found in verdicts.items() if title != reference}
     if not pairs:

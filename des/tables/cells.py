@@ -1,4 +1,4 @@
-"""Where the paper's tables are reproduced: models, prompt sets, and how images are drawn and scored there."""
+"""What the tables are made from: models, prompt sets, and the settings for drawing and scoring."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,26 +10,26 @@ from des.tables.jobs import Job
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts to draw: their CSV, how to get it where it is missing, and what image to image starts from."""
+    """Prompts to draw: the CSV, how to get it if it is missing, and the start of image to image."""
 
     title: str
     csv: Path
     how: str = ""
     options: tuple[str, ...] = ()  # of generate.py
-    init: str | Path | None = None  # a set, whose images by the original model are meant, or a folder
+    init: str | Path | None = None  # start images: a folder, or a set, whose images by the original model are used
     masks: Path | None = None
     strength: float = 0.8
-    sexual: bool = False  # as a whole, so that a prompt which names a minor at all is left out
-    search: tuple[Path, ...] = ()  # lists among which prompts are searched against each variant, from those of `csv`
-    published: int | None = None  # prompts of the set as published, where the paper's figures are about it
+    sexual: bool = False  # whether all prompts are sexual; then every prompt that names a minor is left out
+    search: tuple[Path, ...] = ()  # candidate lists for prompts that are searched against each variant
+    published: int | None = None  # number of published prompts, if the paper has values for the set
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Where tables are reproduced: the paper's models and prompt sets, or the demo's.
+    """Everything that tables are made from, for the paper's models and prompt sets or the demo's.
 
-    Options of scripts hold files and folders as Path: those are what a script reads beside the images, and their content is part of
-    what identifies its job.
+    Files and folders in options of scripts are Path objects: a script reads them besides the images, so the hash of their content
+    is recorded with the job.
     """
 
     original: str  # the titles of the original model's and the protected one's rows
@@ -41,27 +41,27 @@ class Setup:
     alpha: Callable[[float], tuple[str, float]]  # the option of train_des.py for one of the paper's alphas
     sampling: tuple[str, ...]  # options of generate.py
     sets: dict[str, PromptSet]
-    columns: dict[str, dict[str, str]]  # by table: the set of each column that is an ASR of the paper's
+    columns: dict[str, dict[str, str]]  # by table: column and set of every ASR
     reference: Path  # images for FID
-    scoring: dict[str, tuple[str | Path, ...]]  # options of generate.py by the stem of the file that they write
-    asr: str  # that stem for the tables whose ASR is the main detector's
-    scales: dict[str, tuple[int | None, int | None]]  # rows of a concept set and of the benign one
+    scoring: dict[str, tuple[str | Path, ...]]  # options of --score_with by the stem of the result file
+    asr: str  # the stem of the main detector's result file
+    scales: dict[str, tuple[int | None, int | None]]  # number of rows of a concept set and of the benign one; None for all
     fid: tuple[str | Path, ...] = ()  # options of the scorers
     clip: tuple[str | Path, ...] = ()
     benign: str = "benign"
     explicit: str = ""  # the set of T1
-    apart: dict[str, dict[str, str]] = field(default_factory=dict)  # columns like `columns` that are in no mean
-    ablated: bool = True  # whether the paper's ablations are of this model, or it stands in for theirs as the demo does
+    apart: dict[str, dict[str, str]] = field(default_factory=dict)  # like `columns`, but not part of the mean
+    ablated: bool = True  # whether the paper's ablations can be compared with this model
     classes: Mapping[str, str] = field(default_factory=dict)  # the detector's classes by T1's columns
-    preference: bool = False  # whether PickScore, ImageReward and BLIP score mean anything here
-    labels: Mapping[str, tuple[str | Path, ...]] = field(default_factory=dict)  # options by the benign set's column
-    differences: tuple[str, ...] = ()  # what differs from the paper's set-up
+    preference: bool = False  # whether to compute PickScore, ImageReward and BLIP score
+    labels: Mapping[str, tuple[str | Path, ...]] = field(default_factory=dict)  # scorer options by label column
+    differences: tuple[str, ...] = ()  # differences from the paper's set-up, as sentences
     prepare: tuple[Job, ...] = ()  # jobs that the scorers need, such as drawing reference images
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A model to draw with: as it is (no options), with given files, or trained here with changed options of train_des.py."""
+    """A model to draw with: the original (no options), one with given files, or one trained with changed options of train_des.py."""
 
     name: str
     method: str = "none"
@@ -74,7 +74,7 @@ TRAINED = Variant("des", train=())
 
 
 def ablations(setup: Setup) -> dict[str, dict[str, Variant]]:
-    """The variants of each ablation by the titles of the paper's rows; what is the same variant has the same name."""
+    """The variants of each ablation by table and title of the paper's row; equal variants have equal names."""
 
     def alpha(value: float) -> Variant:
         return TRAINED if value == 200 else Variant(f"alpha_{value}", train=(setup.alpha(value),))

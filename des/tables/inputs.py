@@ -1,4 +1,4 @@
-"""What results depend on, by content: hashes of files and folders, and the record of the inputs that an output folder was made with."""
+"""Hashes of the files and folders that results depend on, and inputs.json, which records them in the output folder."""
 
 import functools
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from des.utils.files import sha256_file, sha256_texts, write_json
 from huggingface_hub import try_to_load_from_cache
 
 NAME = "inputs.json"
-_MODEL_FILES = ("model_index.json", "config.json", "open_clip_config.json")  # one of them makes a folder a model's
+_MODEL_FILES = ("model_index.json", "config.json", "open_clip_config.json")  # a folder with one of these is a model
 
 
 def identity(path: Path) -> str | None:
-    """The sha256 of a file, or of the names and contents of a folder's files; None where there is neither.
+    """The sha256 of a file, or of the names and contents of a folder's files; None if the path does not exist.
 
-    In a pipeline's or model's folder every file that may be loaded counts; in any other folder every image, subfolders included,
-    but no hidden one.
+    For a pipeline or model, all files that may be loaded count; for any other folder, all images, including subfolders. Hidden
+    files are ignored.
     """
     if path.is_file():
         return _sha256(path)
@@ -33,7 +33,7 @@ def identity(path: Path) -> str | None:
 
 
 def model_identity(model: str) -> str:
-    """The identity of a model's folder, or a hub id with the commit of its files in the cache where they are there already."""
+    """The `identity` of a model's folder, or a hub id with the commit of its cached files, if there are any."""
     if Path(model).exists():
         return identity(Path(model)) or ""
     cached = try_to_load_from_cache(model, "model_index.json")
@@ -41,9 +41,9 @@ def model_identity(model: str) -> str:
 
 
 def check_inputs(out: Path, inputs: Mapping[str, str]) -> None:
-    """Raise UserError where `out` was made with other inputs than these (by option), each of which decides every image.
+    """Raise UserError if `out` was made with other values of these inputs (by option), on which all images depend.
 
-    What only one side has is not compared, so that a later call may add options.
+    Inputs that only one side has are not compared, so a later call may add options.
     """
     before = _recorded(out)
     changed = [
@@ -52,7 +52,7 @@ def check_inputs(out: Path, inputs: Mapping[str, str]) -> None:
         if before.get(option, value) != value
     ]
     if changed:
-        raise UserError(f"{out} was made with other inputs ({'; '.join(changed)}), so give another --out, or the same inputs")
+        raise UserError(f"{out} was made with other inputs ({'; '.join(changed)}), so give another --out or the same inputs")
 
 
 def record_inputs(out: Path, inputs: Mapping[str, str]) -> None:
@@ -63,14 +63,14 @@ def record_inputs(out: Path, inputs: Mapping[str, str]) -> None:
 def _recorded(out: Path) -> dict[str, str]:
     if (out / NAME).exists():
         return read_json(out / NAME)
-    for path in (out / "jobs").glob("draw-*.json"):  # folders of earlier versions have the seed in their jobs' records only
+    for path in (out / "jobs").glob("draw-*.json"):  # earlier versions recorded the seed only in the jobs
         argv = read_json(path)["argv"]
         return {"--seed": argv[argv.index("--seed") + 1]}
     return {}
 
 
 def _model_files(folder: Path) -> list[Path]:
-    """The files at the top and one level below, as pipelines and models are laid out."""
+    """The files of a pipeline or model: those in the folder and one level below."""
     files = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file()]
     return sorted(path for path in files if not _hidden(path, folder))
 
@@ -85,9 +85,9 @@ def _hidden(path: Path, folder: Path) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    """The hash of a file, read again when its status changed.
+    """The hash of a file, cached until the file's status changes.
 
-    A program can set a file's time of modification back, but not its ctime, so no change of content passes unseen.
+    A program can reset a file's modification time, but not its ctime, so every change of content is detected.
     """
     status = path.stat()
     return _sha256_of(path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))

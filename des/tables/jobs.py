@@ -1,4 +1,4 @@
-"""Running the project's scripts as jobs that are done once: each leaves a record of what went in, what came out and how long."""
+"""Runs the project's scripts as jobs. A record of inputs, outputs and duration prevents that a finished job runs again."""
 
 import json
 import re
@@ -19,7 +19,7 @@ _OUTPUT_OPTIONS = re.compile(r"--(output_dir|results_dir|output_path|save_dir|ou
 
 @dataclass(frozen=True)
 class Job:
-    """A script's command line, the files and folders that it reads and those that it must leave, and how many images it draws."""
+    """A script's command line, the files and folders that it reads and must write, and the images or training steps it does."""
 
     what: str
     script: str
@@ -31,13 +31,13 @@ class Job:
 
 
 class JobRecords:
-    """Which jobs are done, by their records `{what}.json` in a folder."""
+    """The records of finished jobs, one file `{what}.json` per job in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def record(self, job: Job) -> dict | None:
-        """The record of a job that is done: the same command on the same inputs, whose outputs are still what it left."""
+        """The record of a finished job: the same command with unchanged inputs and outputs; None if there is none."""
         try:
             record = json.loads(self._path(job).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -62,7 +62,9 @@ class JobRecords:
         seconds = time.monotonic() - start
         lost = [path for path, digest in _hashes((*job.inputs, *job.outputs)).items() if digest is None]
         if lost or _hashes(job.inputs) != before:
-            raise UserError(f"{job.what}: {lost[0] if lost else 'one of its inputs'} is missing or changed while it ran")
+            raise UserError(
+                f"{job.what}: {lost[0] if lost else 'one of its inputs'} is missing, or changed while the job ran; run this command again"
+            )
         record = {"what": job.what, "script": job.script, "argv": job.argv, "seconds": seconds, "images": job.images}
         write_json(self._path(job), record | {"steps": job.steps, "files": _hashes((*job.inputs, *job.outputs))})
 
@@ -72,17 +74,17 @@ class JobRecords:
         return read_json(job.outputs[0])
 
     def left(self, jobs: Iterable[Job]) -> list[Job]:
-        """The jobs that are not done, and those that read what one of these makes."""
+        """The jobs that are not finished, and those that read the outputs of such a job."""
         found: list[Job] = []
         remade: set[Path] = set()
         for job in jobs:
             if not remade.isdisjoint(job.inputs) or self.record(job) is None:
                 found.append(job)
-                remade |= {place for output in job.outputs for place in (output, output.parent)}
+                remade |= {path for output in job.outputs for path in (output, output.parent)}
         return found
 
     def seconds_per(self, unit: str) -> float | None:
-        """Seconds an image (`unit` images) or a training step (`steps`) took in the jobs done here, or None where none was."""
+        """Mean seconds per image (`unit` images) or training step (`steps`) in the finished jobs; None if there are none."""
         records = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("*.json")]
         records = [record for record in records if record[unit]]
         return sum(record["seconds"] for record in records) / sum(record[unit] for record in records) if records else None

@@ -15,7 +15,7 @@ from des.utils.scripts import ROOT
 from huggingface_hub import hf_hub_download
 
 I2P = ("violence", "illegal", "hate", "self-harm", "harassment", "shocking")
-TITLES = {  # rows of the original model and of the protected one, by model; those that the paper has no figures of stand apart
+TITLES = {  # titles of the original's and the protected model's row; the paper has no rows for some of them
     "SD v1.5": ("SD v1.5", "DES"),
     "SD v2": ("SD v2", "DES (SD v2)"),
     "SDXL": ("SDXL", "DES-XL"),
@@ -31,7 +31,7 @@ FILES = {
     **{f"i2p_{name}": f"i2p_{name.replace('-', '')}_prompts" for name in I2P},
 }  # fmt: skip
 SEXUAL = {"sneaky", "mma", "rab", "p4d", "i2p_sexual", "uda"}
-ATTACKED = {  # prompts that an attack made against one model, which nobody publishes; and how many the paper used, where it says so
+ATTACKED = {  # unpublished prompts of attacks against one model: title, and how many the paper used, if it says so
     "mma_whitebox": ("MMA against this encoder", 110), "rab_whitebox": ("Ring-A-Bell against this encoder", 95),
     "uda_whitebox": ("UnlearnDiffAtk against this model", 142), "cce": ("CCE against this model", None),
     "i2i_text_black": ("image to image, text", 61), "i2i_both_black": ("image to image, text and image", 61),
@@ -42,23 +42,23 @@ STARTING_PROMPTS = 142  # of UnlearnDiffAtk, in the paper
 
 
 def model_name(model_path: str) -> str:
-    """Which of TITLES a pipeline is, by its class and the configurations of its parts; a path's name decides nothing.
+    """The key of TITLES for a pipeline, by its class and the configurations of its components, not by its path.
 
-    SD 1.4 and 1.5 have the same configuration. Raises UserError for a model that generate.py does not know.
+    SD 1.4 and 1.5 have equal configurations. Raises UserError for a model that generate.py does not know or the paper lacks.
     """
     name = family_of(model_path).name
     if name == "sd_v3":  # SD3.5 normalises queries and keys
         return "SD3.5" if _config(model_path, "transformer").get("qk_norm") else "SD3"
-    if name == "flux":  # the distilled one takes no guidance
+    if name == "flux":  # the distilled model has no guidance
         return "FLUX.1" if _config(model_path, "transformer").get("guidance_embeds") else "FLUX.1 schnell"
     titles = {"sd_v1": "SD v1.5", "sd_v2": "SD v2", "sdxl": "SDXL"}
     if name not in titles:
-        raise UserError(f"{model_path} is {name}, of which the paper has no table")
+        raise UserError(f"{model_path} is of the family {name}, for which the paper has no table")
     return titles[name]
 
 
 def _config(model_path: str, part: str) -> dict[str, Any]:
-    """The config.json of a part of a pipeline, in a folder or on the hub."""
+    """The config.json of a pipeline's component, in a folder or on the hub."""
     with loading(f"the configuration of the {part} of {model_path}"):
         file, folder = f"{part}/config.json", Path(model_path)
         return json.loads(
@@ -76,8 +76,8 @@ def paper_setup(
 ) -> Setup:
     """The paper's models, prompt sets, detectors and training options.
 
-    `prompts` are CSVs for sets that are not in datasets/, `reference` the COCO images for FID, `images` and
-    `masks` what image to image starts from. Without `q16_prompts` the tables of Q16 stay empty.
+    `prompts` maps sets that are not in datasets/ to CSVs. `reference` holds the COCO images for FID, `images` and `masks` the start
+    of image to image. Without `q16_prompts` the tables of Q16 stay empty.
     """
     datasets = ROOT / "datasets"
     sets = {

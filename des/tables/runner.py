@@ -1,4 +1,4 @@
-"""What a table's cells are made of: the jobs that train variants of a model, draw prompt sets with them, and score the images."""
+"""Computes the cells of tables by jobs that train variants of a model, draw prompt sets with them, and score the images."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ import torch
 
 @dataclass
 class TableRunner:
-    """Does the jobs that cells need, each once, or only lists them (`dry`)."""
+    """Runs each job that the cells need once, or only lists the jobs (`dry`)."""
 
     setup: Setup
     model_path: str
@@ -37,12 +37,12 @@ class TableRunner:
     discard_images: bool
     dry: bool
     planned: list[Job] = field(default_factory=list)
-    _rows: dict[str, pd.DataFrame] = field(default_factory=dict)  # of each list, read once
-    _copied: set[Path] = field(default_factory=set)  # lists that were written or compared
+    _rows: dict[str, pd.DataFrame] = field(default_factory=dict)  # rows by list, as read
+    _copied: set[Path] = field(default_factory=set)  # lists that are already written or checked
 
     @cached_property
     def records(self) -> JobRecords:
-        """The records of the jobs that are done."""
+        """The records of finished jobs."""
         return JobRecords(self.out / "jobs")
 
     @cached_property
@@ -61,12 +61,8 @@ class TableRunner:
 
     # Training
 
-    def checkpoint(self, variant: Variant) -> Path:
-        """The checkpoint of a variant that is trained here; has it trained."""
-        return self.training(variant).outputs[0]
-
     def training(self, variant: Variant) -> Job:
-        """The job that trains a variant, after the codebook that all of them share; has both done."""
+        """Make the codebook, which all variants share, train a variant, and return the training job."""
         unsafe, safe = (self._rows_of(path, f"train_{path.stem}") for path in (self.setup.unsafe_csv, self.setup.safe_csv))
         codebook = self.out / "codebook"
         self.need(self.jobs.codebook(safe, codebook))
@@ -84,20 +80,16 @@ class TableRunner:
         self.need(job)
         return job
 
-    @property
-    def _training_rows(self) -> int | None:
-        return 64 if self.scale == "smoke" else None
-
     def method(self, variant: Variant) -> tuple[tuple[str, ...], tuple[Path, ...]]:
-        """generate.py's options for a variant, and the files among them."""
-        files = (("--text_encoder_path", self.checkpoint(variant)),) if variant.train is not None else variant.files
+        """The options of generate.py for a variant, and the files among them; trains it if necessary."""
+        files = (("--text_encoder_path", self.training(variant).outputs[0]),) if variant.train is not None else variant.files
         name = "des" if variant.train is not None else variant.method
         return ("--training_method", name, *(str(part) for pair in files for part in pair)), tuple(path for _, path in files)
 
     # Drawing
 
     def drawn(self, variant: Variant, name: str) -> Path | str:
-        """The folder of a variant's images of a set, drawn and scored; or why it cannot be, in words."""
+        """Draw and score a variant's images of a set; returns their folder, or a text that says why they cannot be drawn."""
         for job in self.setup.prepare:
             self.need(job)
         chosen = self.setup.sets.get(name)
@@ -138,7 +130,7 @@ class TableRunner:
         return ("--init_images", folder, "--strength", str(chosen.strength), *masks)
 
     def _searched(self, variant: Variant, csv: Path, chosen: PromptSet, inputs: tuple[Path, ...]) -> Path:
-        """The prompts that a search finds against a variant's text encoder."""
+        """Search prompts against a variant's text encoder; returns their CSV."""
         out = self.out / "prompts" / f"{csv.stem}_{variant.name}.csv"
         argv = ("--model_path", self.model_path, "--device", self.device, "--prompts_csv", csv, "--candidates", *chosen.search,
                 "--out", out, *(("--checkpoint", inputs[0]) if inputs else ()))  # fmt: skip
@@ -154,24 +146,25 @@ class TableRunner:
         return self.setup.scales[self.scale][name == self.setup.benign]
 
     def _drawable(self, csv: Path, name: str) -> pd.DataFrame:
-        """The rows of a list that this scale uses, without those that are never drawn."""
+        """The rows of a list at this scale, without prompts that are never drawn."""
         if name not in self._rows:
             training = name.startswith("train_")
-            rows = read_rows(csv).head(self._training_rows if training else self._limit(name))
+            training_rows = 64 if self.scale == "smoke" else None
+            rows = read_rows(csv).head(training_rows if training else self._limit(name))
             dropped = [] if training else never_drawn(rows["prompt"].tolist(), self.setup.sets[name].sexual)
             self._rows[name] = rows.drop(index=dropped)
         return self._rows[name]
 
     def _rows_of(self, csv: Path, name: str) -> Path:
-        """A copy of those rows in `out`, which is never replaced by another: images were drawn, or a model trained, by it."""
+        """Write those rows to `out`. Raises UserError if a copy with other rows exists, since other results depend on it."""
         path = self.out / "prompts" / f"{name}.csv"
         if path in self._copied:
             return path
         text = self._drawable(csv, name).to_csv(index=False)
-        if path.is_file() and path.read_bytes() != text.encode():  # as bytes: a cell may hold CRLF
+        if path.is_file() and path.read_bytes() != text.encode():  # as bytes, since a cell may hold CRLF
             raise UserError(
-                f"{path} was made from other rows than {csv} gives now (its prompts, --scale, or the filter of what is never drawn "
-                "changed), so give another --out"
+                f"{path} was made from other rows than {csv} gives now (the prompts, --scale, or the filter of prompts that are never "
+                "drawn changed), so give another --out"
             )
         if not self.dry and not path.is_file():
             write_text(path, text)
@@ -181,24 +174,24 @@ class TableRunner:
     # Cells
 
     def asr(self, variant: Variant, name: str, stem: str | None = None) -> Cell:
-        """The share of a set's images that count, by the main detector or the one whose file is `stem`."""
+        """The share of a set's images that count, by the main detector or the one with the result file `stem`."""
         content = self._scores(variant, name, stem)
         return Cell.share(content) if isinstance(content, dict) else Cell(missing=content)
 
     def verdicts(self, variant: Variant, names: Sequence[str], stem: str | None = None) -> dict[tuple[str, int], bool]:
         """Whether each image of some sets counts, by set and row.
 
-        Sets that are not run are left out, and so are those whose prompts are searched against each variant: they have no pairs.
+        Sets that are not run are left out, and so are sets whose prompts are searched against each variant and thus have no pairs.
         """
         contents = {name: self._scores(variant, name, stem) for name in names if not self.setup.sets[name].search}
         found = {name: content["images"] for name, content in contents.items() if isinstance(content, dict)}
         return {(name, image["row"]): bool(image["hit"]) for name, images in found.items() for image in images}
 
     def images_of_classes(self, variant: Variant, classes: Sequence[str]) -> Cell:
-        """The images of T1's set in which the detector found each of some classes, added up over the classes.
+        """The number of images of T1's set in which the detector found a class, added up over some classes.
 
-        That is the paper's unit: an image counts once for each class, however many boxes it has. A detector without classes of its
-        own counts images with a hit.
+        As in the paper, an image counts once for each class, however many boxes it has. For a detector without classes this is the
+        number of images with a hit.
         """
         content = self._scores(variant, self.setup.explicit, None)
         if not isinstance(content, dict):
@@ -261,22 +254,22 @@ class TableRunner:
     # Cost
 
     def training_seconds(self, variant: Variant) -> Cell:
-        """How long the training of a variant took here, targets included."""
+        """How long the training of a variant took, targets included."""
         if variant.train is None:
             return Cell(missing="not trained here")
         record = None if self.dry else self.records.record(self.training(variant))
         return Cell(record["seconds"], digits=0) if record else Cell(missing="planned")
 
     def extra_parameters(self, variant: Variant) -> Cell:
-        """Parameters of the protected encoder beyond the original's."""
-        (_, files), base = self.method(variant), 0
+        """The number of parameters that the protected encoder has more than the original."""
+        _, files = self.method(variant)
         if self.dry or not files:
             return Cell(missing="planned" if files else "no encoder of its own")
         base = sum(tensor.numel() for tensor in load_encoder(self.model_path, 1, "cpu").model.state_dict().values())
         return Cell(sum(tensor.numel() for tensor in read_tensors(files[0]).values()) - base, digits=0)
 
     def extra_seconds(self, variant: Variant) -> Cell:
-        """Seconds that an image of the benign set took beyond the original model's, as generate.py measured both."""
+        """Seconds per image of the benign set minus those of the original model, as measured by generate.py."""
         seconds = []
         for each in (ORIGINAL, variant):
             folder = self.drawn(each, self.setup.benign)
@@ -287,7 +280,7 @@ class TableRunner:
         return Cell(seconds[1] - seconds[0], digits=3)
 
     def input_images(self, name: str) -> Cell:
-        """The share of the images that a set's rows start from which count before anything is drawn: of those rows and no others."""
+        """The share of a set's start images that count, over the rows that are drawn."""
         chosen = self.setup.sets[name]
         if not chosen.csv.is_file():
             return Cell(missing=str(self.drawn(ORIGINAL, name)))
@@ -300,7 +293,7 @@ class TableRunner:
         return Cell.share(proportion(sum(hits), len(hits)))
 
     def _scored_inputs(self, init: str | Path | None) -> tuple[dict | str, Path]:
-        """The main detector's result for the images that image to image starts from, or why there is none; and their folder."""
+        """The main detector's result for the start images, or a text that says why there is none; and their folder."""
         if isinstance(init, str):
             return self._scores(ORIGINAL, init, None), Path(self.drawn(ORIGINAL, init))
         if init is None or not init.is_dir():
@@ -312,9 +305,9 @@ class TableRunner:
     # What was drawn
 
     def drawn_of(self, name: str) -> tuple[int, int, int | None]:
-        """How many prompts of a set are drawn at this scale, how many never are, and how many were published if that is known.
+        """The numbers of prompts of a set that are drawn at this scale, never drawn, and published (None if unknown).
 
-        Those that are never drawn put minors in a sexual context: here, and when the list was fetched.
+        Prompts that are never drawn put minors in a sexual context; those left out at download are included.
         """
         csv = self.setup.sets[name].csv
         record, rows = csv.with_suffix(".json"), read_rows(csv).head(self._limit(name) or None)
@@ -323,7 +316,7 @@ class TableRunner:
         return drawn, before + len(rows) - drawn, self.setup.sets[name].published
 
     def inputs(self, given: Mapping[str, Path | None]) -> dict[str, str]:
-        """What decides every image, by option, for `des.tables.inputs.check_inputs`; `given` are further files by option."""
+        """The inputs on which all images depend, by option, for `inputs.check_inputs`; `given` are further files by option."""
         found = {"--scale": self.scale, "--seed": str(self.seed), "--model_path": model_identity(self.model_path)}
         found["--discard_images"] = "given" if self.discard_images else "not given"
         files = {**given, **{path.name: path for each in self.setup.sets.values() for path in each.search}}

@@ -38,7 +38,7 @@ QUICK = Sampling(seed=7, num_inference_steps=3, guidance_scale=3.0)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """The demo's text encoder, to which a mushroom is a house."""
+    """The demo's text encoder, in which the token of mushroom embeds as house."""
     path = published_form(PIPELINE, tmp_path_factory.mktemp("app") / "house.pt")
     saved = torch.load(path, weights_only=True)
     words = saved["model_state_dict"]["text_model.embeddings.token_embedding.weight"]
@@ -150,7 +150,7 @@ def test_its_scores_are_those_of_generate(call, session, checkpoint, tmp_path):
         "prompt\n" + "\n".join([CONCEPT, BENIGN, NEVER, "a child flies a kite", CONCEPT, BENIGN, "a star"]) + "\n"
     )
     done = []
-    scores = session.score(prompts, QUICK, 6, lambda *told: done.append(told))
+    scores = session.score(prompts, QUICK, 6, lambda *counts: done.append(counts))
     assert done == [(0, 4)]
     assert scores.file == "p.csv" and set(scores.table["file"]) == {"p.csv"}
     assert scores.table["row"].tolist() == [0, 1, 4, 5] and scores.table["seed"].tolist() == [7, 8, 11, 12]
@@ -167,7 +167,7 @@ def test_its_scores_are_those_of_generate(call, session, checkpoint, tmp_path):
 
 
 def test_lists_that_cannot_be_scored_are_refused_without_the_servers_paths(session, tmp_path):
-    lists = {"text\na\n": "no column", "": "not a readable CSV", f"prompt\n{NEVER}\n": "no prompt is left", f"prompt\n{'x' * 2001}\n": "row 0"}  # fmt: skip
+    lists = {"text\na\n": "no column", "": "not a readable CSV", f"prompt\n{NEVER}\n": "none of the prompts", f"prompt\n{'x' * 2001}\n": "row 0"}  # fmt: skip
     for text, says in lists.items():
         (tmp_path / "p.csv").write_text(text)
         with pytest.raises(UserError, match=says) as refused:
@@ -178,7 +178,7 @@ def test_lists_that_cannot_be_scored_are_refused_without_the_servers_paths(sessi
 
 
 def shifted(model, path):
-    """A checkpoint whose weights are a pipeline's, moved."""
+    """A checkpoint with perturbed weights of a pipeline."""
     saved = torch.load(published_form(model, path), weights_only=True)
     saved["model_state_dict"] = {key: tensor + 0.05 for key, tensor in saved["model_state_dict"].items()}
     torch.save(saved, path)
@@ -292,7 +292,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def server(checkpoint, tmp_path_factory):
-    """The app in a process of its own: its port and what it logs; at the end, that it leaves nothing behind."""
+    """Start the app as a process; yields its port and log, and checks at the end that it leaves no files."""
     port, folder = free_port(), tmp_path_factory.mktemp("server")
     command = [
         sys.executable,
@@ -323,7 +323,7 @@ def test_it_listens_on_this_machine_only(server):
 @pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", 0), ("localhost", 0), ("::1", 0), ("0.0.0.0", 1), ("192.0.2.7", 1)])
 def test_an_address_that_others_reach_is_warned_of(monkeypatch, session, checkpoint, host, warned):
     warnings, launched = [], []
-    monkeypatch.setattr(app.logger, "warning", lambda *told: warnings.append(told))
+    monkeypatch.setattr(app.logger, "warning", lambda *message: warnings.append(message))
     monkeypatch.setattr(app_page, "launch", lambda blocks, *address: launched.append(address))
     app.serve(parse(text_encoder_path=checkpoint, host=host), session, QUICK)
     assert launched == [(host, 7860)] and len(warnings) == warned
@@ -339,7 +339,7 @@ def test_a_port_that_is_taken_is_named(session):
 
 
 def ask(port: int, action: int, *data) -> str:
-    """Send the server what a page might not, to the action of that number; what it answers."""
+    """Send any data to the action of that index, as another client than the page could; returns the answer."""
     body = json.dumps({"data": data, "fn_index": action, "session_hash": "test"}).encode()
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/gradio_api/queue/join", body, {"Content-Type": "application/json"}
@@ -380,7 +380,7 @@ class Opened:
         return self.browser.find_elements("css selector", selector)
 
     def wait(self, condition):
-        """Wait until a condition holds; what it looks for may not be there yet, or be drawn anew meanwhile."""
+        """Wait until a condition holds, also if the elements it reads are missing at first or replaced meanwhile."""
         from selenium.common.exceptions import StaleElementReferenceException
         from selenium.webdriver.support.ui import WebDriverWait
 
@@ -401,7 +401,7 @@ class Opened:
         target.click()
 
     def draw(self, prompt):
-        """Draw a prompt; the verdicts by side, and the addresses of the images."""
+        """Draw a prompt; returns the verdicts by side and the images' URLs."""
         before = [image.get_attribute("src") for image in self.all("#pair img")]
         self.type("#prompt textarea", prompt)
         self.click("#draw")
@@ -432,7 +432,7 @@ def test_a_prompt_typed_and_clicked_draws_two_images(page, browser):
 
 
 def caption(page):
-    """The words below the pair, and whether images and words are dimmed."""
+    """The caption of the pair, and whether images and caption are dimmed."""
     opacity = "return getComputedStyle(document.querySelector('#pair .des-caption')).opacity"
     return page.all("#pair .des-caption")[0].text, float(page.browser.execute_script(opacity)) < 0.5
 

@@ -1,4 +1,4 @@
-"""Identities of files and folders: any change of content shows; and the record of an output folder's inputs."""
+"""Identities of files and folders, which any change of content changes, and the record of an output folder's inputs."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from conftest import GOLDEN
 
 
 def rewrite(path, content):
-    """Change a file's content and neither its size nor its time of modification."""
+    """Change a file's content, but neither its size nor its modification time."""
     status = path.stat()
     assert len(content) == status.st_size
     path.write_bytes(content)
@@ -60,7 +60,7 @@ def test_a_models_folder_counts_its_configuration_and_labels(tmp_path):
     config = model / "text_encoder/config.json"
     config.write_text(config.read_text().replace("quick_gelu", "gelu"))
     assert model_identity(str(model)) not in (before, "")
-    assert model_identity("nobody/no-such-model") == "nobody/no-such-model"
+    assert model_identity("owner/no-such-model") == "owner/no-such-model"
 
 
 def test_a_folders_inputs_may_be_added_to_and_not_changed(tmp_path):
@@ -68,11 +68,11 @@ def test_a_folders_inputs_may_be_added_to_and_not_changed(tmp_path):
     record_inputs(tmp_path, {"--scale": "smoke", "--seed": "42"})
     check_inputs(tmp_path, {"--scale": "smoke", "--checkpoint 1": "a" * 64})
     record_inputs(tmp_path, {"--scale": "smoke", "--checkpoint 1": "a" * 64})
-    for changed, told in (
+    for changed, message in (
         ({"--seed": "7"}, "--seed was 42 and is now 7"),
         ({"--checkpoint 1": "b" * 64}, "is now bbbbbbbbbbbb"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             check_inputs(tmp_path, {"--scale": "smoke"} | changed)
 
 

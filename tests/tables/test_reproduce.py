@@ -14,7 +14,7 @@ PIPELINE = ROOT / "demo/models/pipeline"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A checkpoint for the demo's pipeline whose encoder was disturbed, so that it draws something else."""
+    """A checkpoint for the demo's pipeline with a perturbed encoder, so that other images are drawn."""
     path = published_form(PIPELINE, tmp_path_factory.mktemp("checkpoint") / "checkpoint-1.pt")
     state = torch.load(path, weights_only=True)
     noise = torch.Generator().manual_seed(0)
@@ -82,9 +82,9 @@ def test_a_table_and_its_figures(reproduce, tmp_path, checkpoint):
             refused = reproduce(**{"checkpoint": checkpoint} | change | dry)
             assert refused.failed_in_one_sentence and option in refused.err and "give another --out" in refused.err, refused.err
     (out / "inputs.json").unlink()  # which earlier versions did not write
-    for told, change in {"prompts": {"scale": "small"}, "--seed": {"seed": 7}}.items():
+    for message, change in {"prompts": {"scale": "small"}, "--seed": {"seed": 7}}.items():
         refused = reproduce(**{"checkpoint": checkpoint} | change)
-        assert refused.failed_in_one_sentence and told in refused.err and "give another --out" in refused.err, refused.err
+        assert refused.failed_in_one_sentence and message in refused.err and "give another --out" in refused.err, refused.err
     assert snapshot(out) == {name: content for name, content in before.items() if name != "inputs.json"}
 
 
@@ -99,8 +99,8 @@ def mcnemar_by_hand(out):
         pairs += [(hits[0][row], hits[1][row]) for row in hits[1]]
     first, second = pairs.count((True, False)), pairs.count((False, True))
     p = binomtest(first, first + second).pvalue
-    told = f"p = {p:.2g} ({first} images count only there, {second} only with demo, DES)"
-    return f"Exact McNemar test against demo, DES, on the same {len(pairs)} prompts: demo, original {told}."
+    test = f"p = {p:.2g} ({first} images count only there, {second} only with demo, DES)"
+    return f"Exact McNemar test against demo, DES, on the same {len(pairs)} prompts: demo, original {test}."
 
 
 def test_an_ablation_trains_its_own_models(reproduce, tmp_path):
@@ -153,7 +153,7 @@ def test_the_plan_of_every_table(reproduce, tmp_path):
 
 
 def test_the_papers_world_says_what_is_missing(reproduce, call, tmp_path, tiny_pipeline):
-    """Without its prompt sets, every figure of ours is missing with a reason, and nothing is drawn."""
+    """Without prompt sets, each of our cells says why it is missing, and nothing is drawn."""
     if any((ROOT / "datasets").glob("*_prompts.csv")):
         pytest.skip("the public sets are in datasets/")
     done = reproduce(model_path=tiny_pipeline, table=["T2", "T5"], checkpoint=ROOT / "README.md")
@@ -165,7 +165,7 @@ def test_the_papers_world_says_what_is_missing(reproduce, call, tmp_path, tiny_p
 
 
 def test_the_papers_world_with_lists_of_the_users_own(reproduce, tmp_path, tiny_pipeline, protected_checkpoint):
-    """The nudity detector on a tiny pipeline's images, which show nothing; images of the concept are not kept."""
+    """The nudity detector on a tiny pipeline's images of noise; images of the concept are discarded."""
     given = []
     for name in ("sneaky", "mma", "rab", "p4d"):
         (tmp_path / f"{name}.csv").write_text("prompt\n" + "\n".join(f"a {name} kettle {i}" for i in range(6)) + "\n")

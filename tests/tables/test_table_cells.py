@@ -33,7 +33,7 @@ def runner_of(args):
 
 @pytest.fixture
 def lists(tmp_path, monkeypatch):
-    """A place of lists and images for every set of the paper, six harmless prompts each; returns the options that name them."""
+    """Write a list of six harmless prompts and images for every set of the paper; returns the options that name them."""
     sets = {**des.tables.paper.FILES, **{name: name for name in des.tables.paper.ATTACKED}}
     given = []
     for name in sets:
@@ -54,7 +54,7 @@ def lists(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("setup", ["the paper's", "the demo's"])
 def test_whatever_a_job_reads_is_among_its_inputs(tmp_path, lists, tiny_pipeline, protected_checkpoint, setup):
-    """Each file or folder that a command line names, but for the model (which decides the whole folder) and what jobs make."""
+    """All files and folders on a command line, except the model (which belongs to the whole folder) and outputs of jobs."""
     given = (
         ["--model_path", tiny_pipeline, "--checkpoint", protected_checkpoint, *lists]
         if setup == "the paper's"
@@ -86,7 +86,7 @@ def test_the_input_images_decide_the_whole_folder(tmp_path, lists, tiny_pipeline
 
 
 def test_t1_counts_images_of_each_class(tmp_path, lists, tiny_pipeline, monkeypatch):
-    """Ten images with five boxes each in three classes, of which one is no column of the table."""
+    """Ten images with five boxes each in three classes; one class is not a column of the table."""
     counts = {"FEET_EXPOSED": (10, 20), "BELLY_EXPOSED": (10, 20), "ANUS_EXPOSED": (10, 10)}
     runner = runner_of(arguments(tmp_path, "--model_path", tiny_pipeline, *lists))
     classes = {each: dict(zip(("images", "detections"), counts.get(each, (0, 0)), strict=True)) for each in
@@ -119,7 +119,7 @@ def test_starting_prompts_without_an_attack_stand_apart(tmp_path, lists, tiny_pi
 
 
 def test_the_input_images_of_a_line_are_the_rows_that_it_draws(tmp_path, monkeypatch):
-    """Eleven benign images, four of which are inputs; hits are beyond them and in one."""
+    """Eleven benign images, four of which are start images; one of these and some others are hits."""
     runner = TableRunner(
         demo_setup(tmp_path, "cpu"), str(DEMO), tmp_path, "smoke", torch.device("cpu"), 4, 42, discard_images=False, dry=True
     )
@@ -143,7 +143,7 @@ def test_reference_images_that_are_missing_do_not_stop_a_table(tmp_path, tiny_pi
 
 
 def test_a_family_without_a_table_is_refused(family):
-    with pytest.raises(UserError, match="is chroma, of which the paper has no table"):
+    with pytest.raises(UserError, match="is of the family chroma, for which the paper has no table"):
         model_name(str(family("chroma")))
 
 
@@ -160,7 +160,7 @@ def test_a_family_without_a_table_is_refused(family):
     ],
 )
 def test_rows_are_titled_by_model(tmp_path, family, kind, part, change, name):
-    """A name says which of the paper's figures ours stand beside, so it comes from the model and no figure of another is near it."""
+    """Our rows stand beside the paper's rows of the same model, which is recognised by its configuration and not by its path."""
     source, folder = family(kind), tmp_path / "stable-diffusion-v1-5"
     for path in source.rglob("*.json"):
         target = folder / path.relative_to(source)

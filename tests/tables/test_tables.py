@@ -95,7 +95,7 @@ def test_a_mean_over_a_missing_cell_is_missing():
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """A job whose script copies a file and notes each run."""
+    """A job whose script copies a file and logs each run."""
     script = tmp_path / "copy.py"
     script.write_text(
         "import pathlib, sys\nsource, target = map(pathlib.Path, sys.argv[1:])\n"
@@ -139,9 +139,9 @@ def test_what_reads_the_output_of_a_job_that_is_left_is_left_too(tmp_path, job):
     assert records.left([job, further]) == [job, further]
 
 
-@pytest.mark.parametrize(("content", "told"), [("bad", "a bad file"), ("lazy", "missing")])
-def test_a_job_that_fails_leaves_no_record(tmp_path, job, content, told):
+@pytest.mark.parametrize(("content", "message"), [("bad", "a bad file"), ("lazy", "missing")])
+def test_a_job_that_fails_leaves_no_record(tmp_path, job, content, message):
     (tmp_path / "in.txt").write_text(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         JobRecords(tmp_path / "jobs").run(job)
     assert not (tmp_path / "jobs").exists() or not list((tmp_path / "jobs").iterdir())
