@@ -28,22 +28,17 @@ from des.utils import choices, cli
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which sets; --list names them")
-    parser.add_argument("--all", action="store_true", help="every set that can be downloaded (COCO's archive alone has 6 GB)")
-    parser.add_argument("--list", action="store_true", help="print the names, and what each set tests")
     # fmt: off
-    parser.add_argument("--convert", type=Path, metavar="FILE", help=f"make the one NAME from a file ({' '.join(choices.TABLE_SUFFIXES)} .zip)")
+    sets = parser.add_argument_group("sets")
+    sets.add_argument("names", nargs="*", metavar="NAME", help="which sets; --list names them")
+    sets.add_argument("--all", action="store_true", help="every set that can be downloaded (COCO's archive alone has 6 GB)")
+    sets.add_argument("--list", action="store_true", help="print the names, and what each set tests")
+    sets.add_argument("--splits", nargs="+", choices=COPRO_SPLITS, metavar="S", help=f"which splits of CoPro become pairs ({', '.join(COPRO_SPLITS)}; default: {COPRO_SPLITS[0]})")
+    files = parser.add_argument_group("files")
+    files.add_argument("--convert", type=Path, metavar="FILE", help=f"make the one NAME from a file ({' '.join(choices.TABLE_SUFFIXES)} .zip)")
+    files.add_argument("--dir", type=cli.output_folder, metavar="DIR", help="output folder (default: this script's folder)")
+    files.add_argument("--token", metavar="T", help="token of a Hugging Face account, for gated sets (or HF_TOKEN)")
     # fmt: on
-    parser.add_argument(
-        "--splits",
-        nargs="+",
-        choices=COPRO_SPLITS,
-        default=COPRO_SPLITS[:1],
-        metavar="S",
-        help=f"which splits of CoPro become pairs ({', '.join(COPRO_SPLITS)}; default: {COPRO_SPLITS[0]})",
-    )  # fmt: skip
-    parser.add_argument("--token", metavar="T", help="token of a Hugging Face account, for gated sets (or HF_TOKEN)")
-    parser.add_argument("--dir", type=cli.output_folder, metavar="DIR", help="output folder (default: this script's folder)")
     args = parser.parse_args(argv)
     args.dir = args.dir or Path(__file__).resolve().parent
     args.token = (args.token or os.environ.get("HF_TOKEN") or "").strip() or None
@@ -101,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def obtain_one(name: str) -> None:
         with locked(args.dir / f".{name}.lock", name):
-            obtain(name, args.dir, args.convert, args.token, args.splits)
+            obtain(name, args.dir, args.convert, args.token, args.splits or COPRO_SPLITS[:1])
 
     for_each(names, obtain_one, "sets")
 

@@ -47,7 +47,7 @@ READ = {
     "image_folder", "csv_file", "run_dirs", "folder", "base_checkpoint", "prompts_csv", "scores", "checkpoint", "candidates",
     "codebook_dir", "unsafe_csv_path", "safe_csv_path", "init_images", "mask_images", "unet_path", "adapter_path", "coco_images",
     "q16_prompts", "i2i_images", "i2i_masks", "contents", "convert", "text_encoder_path", "text_encoder_2_path",
-    "text_encoder_3_path",
+    "text_encoder_3_path", "original_imgs_path",
 }  # fmt: skip
 
 
