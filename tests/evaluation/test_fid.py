@@ -304,7 +304,7 @@ STATS = {"coco_imgs_path": None}
     [
         ({"gen_imgs_path": "one"}, "at least two generated images"),
         ({"coco_imgs_path": "one"}, "at least two reference images"),
-        ({"gen_imgs_path": "nowhere"}, "the image folder nowhere does not exist"),
+        ({"gen_imgs_path": "nowhere"}, "nowhere does not exist"),
         ({"expected": 7}, "contains 6 images instead of the expected 7"),
         ({"expected_ref": 3}, "instead of the expected 3"),
         ({"gen_imgs_path": "broken", "save_stats": "new.npz"}, "b_3p.png is not a readable image"),

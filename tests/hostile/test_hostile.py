@@ -182,18 +182,18 @@ def test_a_cameras_jpeg_with_a_preview_is_its_picture(tmp_path):
 
 
 UNREADABLE = {
-    "nothing": (b"", "none of PNG"),
-    "text": (b"no image", "none of PNG"),
+    "nothing": (b"", "not one of PNG"),
+    "text": (b"no image", "not one of PNG"),
     "truncated": (image_bytes(Image.new("RGB", (64, 64)))[:-30], "truncated"),
     "animated PNG": (frames("PNG"), "2 frames"),
     "animated WebP": (frames("WEBP"), "2 frames"),
     "pages": (frames("TIFF"), "2 frames"),
-    "GIF": (frames("GIF"), "none of PNG"),
-    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "none of PNG"),
+    "GIF": (frames("GIF"), "not one of PNG"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not one of PNG"),
     "bomb": (png(10_000, 10_000), "100000000 pixels|10000x10000"),
     "bigger bomb": (png(50_000, 50_000), "2500000000 pixels"),
     "bomb of text": (png(1, 1)[:33] + struct.pack(">I", 70011) + b"zTXt" + b"a\0\0" + zlib.compress(b"x" * (70 << 20)), "[Dd]ecompressed|truncated|chunk"),
-    "no width": (png(0, 5), "none of PNG"),
+    "no width": (png(0, 5), "not one of PNG"),
     "far too long": (png(1, 101, b"\0\0" * 101), "one side more than 100 times"),
     "32-bit": (image_bytes(Image.new("I", (4, 4)), "TIFF"), "32-bit"),
     "floats": (image_bytes(Image.new("F", (4, 4), float("nan")), "TIFF"), "32-bit"),

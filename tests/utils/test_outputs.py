@@ -266,7 +266,7 @@ def test_a_checkpoints_folder_that_was_edited_is_kept(save, tmp_path, edit):
     else:
         (folder / ("notes.txt" if edit == "added" else "config.json")).write_text("mine")
     before = snapshot(tmp_path)
-    with pytest.raises(UserError, match="not as this program wrote it"):
+    with pytest.raises(UserError, match="was changed or not written by this program"):
         save(2.0)
     assert snapshot(tmp_path) == before
 
@@ -295,7 +295,7 @@ def test_training_again_refuses_before_the_first_step(call, codebook, tmp_path):
     (folder / "notes.txt").write_text("mine")
     before = snapshot(folder)
     done = call(*line)
-    assert done.failed_in_one_sentence and "not as this program wrote it" in done.err, done.err
+    assert done.failed_in_one_sentence and "was changed or not written by this program" in done.err, done.err
     assert snapshot(folder) == before
 
 
