@@ -7,4 +7,4 @@ show_help "$@"
 use_environment requirements-dev.txt
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=1 # a worker a core
-exec python -m pytest -n 2 --dist loadfile "$@"
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" # in order of the folders: the longest file is not the last
