@@ -40,12 +40,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: on
     main_group.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of everything")
     lengths = parser.add_argument_group("lengths")
-    for option, default, told in (
+    for option, default, description in (
         ("clip_steps", 3500, "steps of the CLIP"), ("clip_batch", 192, "captions and pictures a step of the CLIP"),
         ("vae_steps", 2000, "steps of the VAE"), ("classifier_steps", 1000, "steps of each classifier"),
         ("unet_steps", 5500, "steps of the UNet"), ("latents", 40_000, "pictures in the UNet's training set"),
     ):  # fmt: skip
-        lengths.add_argument(f"--{option}", type=cli.positive_int, default=default, metavar="N", help=told)
+        lengths.add_argument(f"--{option}", type=cli.positive_int, default=default, metavar="N", help=description)
     return parser.parse_args(argv)
 
 

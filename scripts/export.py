@@ -24,8 +24,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group = parser.add_argument_group("main")
     cli.add_model(main_group)
     for i, option in ENCODER_OPTIONS.items():
-        told = f"the protected text encoder {i}: .pt, .safetensors or a folder"
-        main_group.add_argument(f"--{option}", type=Path, metavar="CKPT", help=told)
+        description = f"the protected text encoder {i}: .pt, .safetensors or a folder"
+        main_group.add_argument(f"--{option}", type=Path, metavar="CKPT", help=description)
     main_group.add_argument("--format", choices=EXPORTS, required=True, help="what is written")
     # fmt: off
     main_group.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="output folder; it must not exist yet")
@@ -47,8 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, option) is not None and args.format != owner:
             parser.error(f"--{option} goes with --format {owner} only")
     if args.scores and args.format == "lora":
-        told = "scores are of images that the full encoder drew, and a LoRA keeps a part of its protection only"
-        parser.error(f"--scores does not go with --format lora: {told}; the card has the LoRA's measured loss")
+        reason = "scores describe images of the full encoder, and a LoRA keeps only part of its protection"
+        parser.error(f"--scores does not go with --format lora: {reason}; the card has the LoRA's measured loss")
     if args.format == "a1111" and args.base_checkpoint is None:
         parser.error("--format a1111 needs --base_checkpoint")
     args.rank = args.rank or 32

@@ -92,7 +92,7 @@ def check_complete(folder: Path, option: str | None = "--expected") -> None:
     if first:
         otherwise = f", or give the number of images to expect with {option}" if option else ""
         raise UserError(
-            f"{folder} lacks {lacking} of the {claimed} images that {first[0]} claims (row {first[1]} first); run the same "
+            f"{lacking} of the {claimed} images that {first[0]} lists are missing from {folder} (row {first[1]} first); run the same "
             f"generate.py command again to draw them{otherwise}"
         )
 

@@ -126,8 +126,8 @@ def device_name(text: str) -> str:
 
 def add_device(parser: argparse._ActionsContainer, flag: str = "--device") -> None:
     """Add the device option, whose value `check_device` turns into a torch.device."""
-    told = "cpu, cuda:0, … (default: the first CUDA device, or cpu if there is none)"
-    parser.add_argument(flag, dest="device", type=device_name, metavar="D", help=told)
+    description = "cpu, cuda:0, … (default: the first CUDA device, or cpu if there is none)"
+    parser.add_argument(flag, dest="device", type=device_name, metavar="D", help=description)
 
 
 def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
@@ -184,8 +184,8 @@ def add_embedding(parser: argparse._ActionsContainer) -> None:
 
 def add_deterministic(parser: argparse._ActionsContainer) -> None:
     """Add the option for results that are the same bit for bit at every run on a GPU."""
-    told = "algorithms that give the same bits at every run, on CUDA too, where they are slower"
-    parser.add_argument("--deterministic", action="store_true", help=told)
+    description = "use algorithms that give the same bits in every run; slower on CUDA"
+    parser.add_argument("--deterministic", action="store_true", help=description)
 
 
 def add_log_file(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
