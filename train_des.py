@@ -13,9 +13,8 @@ To resume an interrupted run, repeat its command line with --resume; on a CPU th
 
 import argparse
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from des.utils import choices, cli
 
@@ -91,7 +90,7 @@ if __name__ == "__main__":
 
 from des.data.prompts import read_prompts
 from des.models.encoders import TextEncoder, load_encoder, per_encoder_name
-from des.training import losses, run
+from des.training import run
 from des.training.checks import (
     check_concept,
     check_guidance,
@@ -138,7 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     concept = run.frozen_concept(encoder, args.concept_prompt, args.concept_guidance_scale, args.concept_guidance_ratio)
     pairs = make_pairs(args, processes, encoder, codebook, safe, unsafe)
     truncated = check_lengths(encoder, {"unsafe": unsafe, "safe": safe, "concept": args.concept_prompt})
-    facts = facts_of(args, encoder, codebook, concept, settings) | {"truncated_prompts": truncated}
+    facts = run.facts_of(encoder, codebook, concept, args.concept_prompt, args.target, settings)
+    facts |= {"truncated_prompts": truncated, "made_by": provenance(args)}
     name = f"{args.learning_rate}_{args.lambda_safe}"
     folder = output_path(args, name)
     output = run.Output(folder, args.save_format, args.save_every, args.save_every_steps, args.resume, args.report_to)
@@ -208,20 +208,6 @@ def make_pairs(
     folder = output_path(args, "safe_rows", "{stem}_encoder{i}")
     originals = run.safe_originals(processes, folder, codebook, encoder, safe, args.batch_size, provenance(args))
     return Pairs.of(encoder.tokenize(unsafe), encoder.tokenize(safe), target_rows, safe, codebook, originals)
-
-
-def facts_of(
-    args: argparse.Namespace, encoder: TextEncoder, codebook: Codebook, concept: losses.Concept, settings: Settings
-) -> dict[str, Any]:
-    """The part of a checkpoint's metadata that says how it was made."""
-    facts = asdict(settings) | {
-        "concept_prompt": args.concept_prompt,
-        "concept_guidance_scale": concept.alpha,
-        "target": args.target,
-    }
-    facts |= {"concept_norm": concept.n.norm().item(), "encoder": encoder.index, "embedding": encoder.embedding}
-    facts |= {"sequence_length": encoder.length, "base_encoder_sha256": encoder.base_sha256, "codebook": codebook.hashes}
-    return facts | {"made_by": provenance(args)}
 
 
 if __name__ == "__main__":

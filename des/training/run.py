@@ -142,6 +142,28 @@ def training_inputs(
     }
 
 
+def facts_of(
+    encoder: TextEncoder,
+    codebook: Codebook,
+    concept: losses.Concept,
+    concept_prompts: Sequence[str],
+    target: str,
+    settings: Settings,
+) -> dict[str, Any]:
+    """The part of a checkpoint's metadata that says how it was made. Call it before training changes the encoder."""
+    return asdict(settings) | {
+        "concept_prompt": list(concept_prompts),
+        "concept_guidance_scale": concept.alpha,
+        "target": target,
+        "concept_norm": concept.n.norm().item(),
+        "encoder": encoder.index,
+        "embedding": encoder.embedding,
+        "base_encoder_sha256": encoder.base_sha256,
+        "sequence_length": encoder.length,
+        "codebook": codebook.hashes,
+    }
+
+
 def fit(
     output: Output,
     encoder: TextEncoder,
