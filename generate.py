@@ -11,7 +11,6 @@ Several GPUs share the rows under: accelerate launch generate.py ...
 
 import argparse
 import contextlib
-import inspect
 import sys
 import time
 from pathlib import Path
@@ -115,7 +114,6 @@ from des.models import pipelines
 from des.models.pipelines import (
     dtype_for,
     family_of,
-    is_distilled,
     open_pipeline,
     open_refiner,
     place,
@@ -130,7 +128,6 @@ from des.utils.provenance import provenance
 
 import pandas as pd
 import torch
-from diffusers import DiffusionPipeline
 
 INPUTS = {
     "text": (),
@@ -155,7 +152,6 @@ def main(argv: list[str] | None = None) -> None:
     inputs = {name: image_of_row(path, rows) for name, path in folders.items()}
     scorers = open_scorers(args)
     pipe = open_pipeline(args.model_path, dtype, args.model_type, args.scheduler, mode)
-    check_options(args, pipe)
     sampling = Sampling.of(vars(args))
     drawn_with = row_settings(sampling, pipe, table, args.prompts_csv)
     check_sizes(pipe, (drawn_with[row] for row in rows))
@@ -253,20 +249,19 @@ def settle(args: argparse.Namespace) -> torch.dtype:
     args.num_inference_steps = args.num_inference_steps or family.num_inference_steps
     if args.strength and int(args.num_inference_steps * args.strength) < 1:
         raise UserError(f"--strength {args.strength} leaves no step of {args.num_inference_steps}; raise one of them")
+    if args.max_sequence_length and not family.t5_length:
+        raise UserError(f"--max_sequence_length is T5's, and {args.model_path} has none")
+    args.max_sequence_length = args.max_sequence_length or family.max_sequence_length
+    if args.guidance_scale and not family.guidance_scale:
+        raise UserError(f"{args.model_path} was distilled without guidance; leave --guidance_scale out")
+    args.guidance_scale = family.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    if family.name == "flux_schnell":
+        steps, length = args.num_inference_steps, args.max_sequence_length
+        message = "%s has no guidance_embeds, like FLUX.1-schnell: it draws in %d steps from %d T5 tokens; options change both"
+        logger.info(message, args.model_path, steps, length)
     dtype = dtype_for(family, args.device, args.dtype)
     args.dtype = next(name for name, value in pipelines.DTYPES.items() if value == dtype)
     return dtype
-
-
-def check_options(args: argparse.Namespace, pipe: DiffusionPipeline) -> None:
-    """Refuse options that this pipeline does not use, and fill in the default guidance."""
-    has_t5 = "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters
-    if args.max_sequence_length and not has_t5:
-        raise UserError(f"--max_sequence_length is T5's, and {args.model_path} has none")
-    if is_distilled(pipe) and args.guidance_scale:
-        raise UserError(f"{args.model_path} was distilled without guidance; leave --guidance_scale out")
-    if args.guidance_scale is None:
-        args.guidance_scale = 0.0 if is_distilled(pipe) else family_of(args.model_path).guidance_scale
 
 
 def rows_to_draw(args: argparse.Namespace, prompts: list[str]) -> list[int]:
