@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument("--scheduler", choices=SCHEDULERS, help="default: ddim for SD 1.x, euler for SD 2.x, the model's own for others")
     sampling.add_argument("--use_refiner", action="store_true", help="SDXL: finish with the refiner, on the same text encoder 2")
     sampling.add_argument("--refiner_path", metavar="R", help="default: stabilityai/stable-diffusion-xl-refiner-1.0")
-    sampling.add_argument("--high_noise_frac", type=cli.number(float, 0, 1, low_open=True), metavar="F", help="share of the steps that run before the refiner (default: 0.8)")
+    sampling.add_argument("--high_noise_frac", type=cli.number(float, 0, 1, low_open=True, high_open=True), metavar="F", help="share of the steps that run before the refiner (default: 0.8)")
     # fmt: on
     sampling.add_argument("--log_prompts", action="store_true", help="log each prompt with its row as it is drawn")
     performance = parser.add_argument_group("performance")
@@ -109,7 +109,7 @@ from des.evaluation.classify import ImageScores
 from des.evaluation.detectors.options import OUTPUT_NAMES, open_scorers
 from des.generation.defences import open_defence
 from des.generation.image_run import RunFolder, finish, lines_of, reserved, settings_of
-from des.generation.sampler import Sampler, batches, check_inputs, check_sizes, row_settings
+from des.generation.sampler import Sampler, batches, check_inputs, check_refiner, check_sizes, row_settings
 from des.models import pipelines
 from des.models.pipelines import (
     dtype_for,
@@ -159,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     defence = open_defence(args)
     applied = defence.apply(pipe)
     refiner = open_refiner(args.refiner_path, pipe) if args.use_refiner else None
+    check_refiner(pipe, refiner, sampling)
     for each in (pipe, refiner):
         if each is not None:
             place(each, args.device, args.enable_model_cpu_offload, args.attention_slicing)
