@@ -257,9 +257,8 @@ def settle(args: argparse.Namespace) -> torch.dtype:
         raise UserError(f"{args.model_path} was distilled without guidance; leave --guidance_scale out")
     args.guidance_scale = family.guidance_scale if args.guidance_scale is None else args.guidance_scale
     if family.name == "flux_schnell":
-        steps, length = args.num_inference_steps, args.max_sequence_length
-        message = "%s has no guidance_embeds, like FLUX.1-schnell: it draws in %d steps from %d T5 tokens; options change both"
-        logger.info(message, args.model_path, steps, length)
+        message = "%s is distilled like FLUX.1-schnell (no guidance_embeds), and is drawn with %d steps and %d T5 tokens"
+        logger.info(message, args.model_path, args.num_inference_steps, args.max_sequence_length)
     dtype = dtype_for(family, args.device, args.dtype)
     args.dtype = next(name for name, value in pipelines.DTYPES.items() if value == dtype)
     return dtype

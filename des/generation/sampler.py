@@ -175,9 +175,9 @@ def check_refiner(pipe: DiffusionPipeline, refiner: DiffusionPipeline | None, sa
     steps, share = sampling.num_inference_steps, sampling.high_noise_frac
     for which, each in {"the base model": pipe, "the refiner": refiner}.items():
         each.scheduler.set_timesteps(steps)
-        last_of_base = round((1 - share) * each.scheduler.config.num_train_timesteps)
-        is_base = each.scheduler.timesteps >= last_of_base
-        if not (is_base if each is pipe else ~is_base).any():
+        trained = each.scheduler.config.num_train_timesteps
+        of_base = each.scheduler.timesteps >= round(trained - share * trained)
+        if not (of_base if each is pipe else ~of_base).any():
             raise UserError(
                 f"--high_noise_frac {share} of {steps} steps leaves no step for {which}; change it, or draw more steps"
             )

@@ -22,7 +22,7 @@ from des.utils.logs import progress
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -180,7 +180,7 @@ def family_of(model_path: str) -> Family:
         if Path(model_path).is_dir():
             exists = (Path(model_path) / file).is_file()
         else:
-            exists = not is_offline_mode() or isinstance(try_to_load_from_cache(model_path, file), str)
+            exists = not constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(model_path, file), str)
         return read_config(model_path, component) if exists else None
 
     return find_family(name, config_of)

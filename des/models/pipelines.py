@@ -49,7 +49,8 @@ def open_pipeline(
     """Open the pipeline of a folder or hub id on the CPU, with every weight from its files.
 
     The default `scheduler` is the paper's: DDIM for SD 1.x, Euler for SD 2.x, and the one in the model's files for others. `mode`
-    is one of MODES. Raises UserError for unsupported classes, a family other than `model_type`, and incomplete files.
+    is one of MODES. Raises UserError for unsupported classes, a family other than `model_type`, incomplete files, and tokenizers that
+    do not fit their encoders.
     """
     family, index = family_of(model_path), read_index(model_path)
     if model_type not in (None, family.name, family.model_type):

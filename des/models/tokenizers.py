@@ -35,9 +35,10 @@ def load_tokenizer(
     one of the encoder. AutoTokenizer would also ask the hub for `tokenizer/config.json`, which no pipeline has and which is therefore
     missing in a complete offline cache.
 
-    If `model_max_length` is missing, or is not a whole number that leaves room for words, it becomes the encoder's number of positions, or
-    the length that the `family`'s pipeline gives T5, which has no positions. If both are unknown, it becomes a huge number. Raises UserError if the files
-    cannot be loaded, and if token ids or `model_max_length` exceed the encoder's embeddings.
+    If `model_max_length` is missing, or is not a whole number that leaves room for words, it becomes the encoder's number of
+    positions, or the length that the `family`'s pipeline gives to T5, which has no positions. If both are unknown, it becomes a huge
+    number. Raises UserError if the files cannot be loaded, if a token has no embedding, if most embeddings have no token, and if
+    `model_max_length` exceeds the number of positions.
     """
     folder, what = tokenizer_name(subfolder), f"the tokenizer of {subfolder} in {model_path}"
     with loading(what):

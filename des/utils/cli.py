@@ -184,7 +184,7 @@ def add_embedding(parser: argparse._ActionsContainer) -> None:
     """Add the options that say how an embedding is read; a codebook and its training must agree on them."""
     # fmt: off
     parser.add_argument("--embedding", choices=("last_hidden_state", "pipeline"), default="last_hidden_state", help="last_hidden_state is the paper's; pipeline is the tensor that the pipeline feeds to its denoiser")
-    parser.add_argument("--max_sequence_length", type=positive_int, metavar="N", help="tokens of a T5 prompt (default: its tokenizer's, or the pipeline's with --embedding pipeline: SD3 256, FLUX 512)")
+    parser.add_argument("--max_sequence_length", type=positive_int, metavar="N", help="tokens of a T5 prompt (default: its tokenizer's, or the pipeline's with --embedding pipeline: SD3 256, FLUX 512, FLUX.1-schnell 256)")
     # fmt: on
 
 

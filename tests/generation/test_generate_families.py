@@ -139,7 +139,7 @@ def test_a_model_distilled_without_guidance_has_the_defaults_of_schnell(generate
     assert done.failed_in_one_sentence and "leave --guidance_scale out" in done.err
 
     done = generate("flux", model_path="schnell", model_type="flux", num_inference_steps=None)
-    assert done.code == 0 and done.err.count("it draws in 4 steps from 256 T5 tokens") == 1, done.err
+    assert done.code == 0 and done.err.count("is drawn with 4 steps and 256 T5 tokens") == 1, done.err
     settings = record(tmp_path, "schnell")
     assert [settings[name] for name in ("num_inference_steps", "max_sequence_length", "guidance_scale")] == [4, 256, 0]
     drawn, fed = open_pipeline("schnell", torch.float32), load_encoder("schnell", 2, "meta", "pipeline")
