@@ -1,6 +1,7 @@
 """Loading the tokenizer of a text encoder, and checking that the two fit."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from des.models.families import ENCODER_CLASSES, Family
@@ -47,6 +48,9 @@ def load_tokenizer(
         tokenizer_class = getattr(transformers, name or ENCODER_CLASSES[architecture].tokenizer, None)
         if not (isinstance(tokenizer_class, type) and issubclass(tokenizer_class, PreTrainedTokenizerBase)):
             raise ValueError(f"transformers has no tokenizer class {name}")
+        files = tokenizer_class.vocab_files_names.values()
+        if Path(model_path).is_dir() and not any((Path(model_path) / folder / file).is_file() for file in files):
+            raise ValueError(f"the folder {folder} has none of the files {', '.join(files)}")  # transformers makes an empty one
         tokenizer = tokenizer_class.from_pretrained(model_path, subfolder=folder)
     _check_vocabulary(tokenizer, config.vocab_size, what)
     _settle_length(tokenizer, getattr(config, "max_position_embeddings", None), family and family.t5_length, what)
@@ -54,7 +58,7 @@ def load_tokenizer(
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, what: str) -> None:
-    """Raise UserError if a token has no embedding, or most embeddings have no token, as without the vocabulary's files."""
+    """Raise UserError if a token has no embedding, or if most embeddings have no token, as when a cache lacks the vocabulary."""
     tokens = max(tokenizer.get_vocab().values()) + 1
     if tokens > embeddings:
         fix = "use the encoder's original tokenizer, or call `resize_token_embeddings` of the encoder and train the new tokens"

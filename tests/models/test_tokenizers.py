@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import GOLDEN, flags, training_line
 from huggingface_hub import constants
+from transformers import CLIPTokenizer
 
 
 def edited(source, folder, file, **changes):
@@ -87,7 +88,8 @@ def test_t5_without_a_length_has_its_pipelines(family, tmp_path, stated):
 MISFITS = {
     "added tokens": "has 1516 tokens, but the encoder has only 1514 embeddings",
     "longer prompts": "pads prompts to 248 tokens, but the encoder has only 77 positions",
-    "no vocabulary": "has only 3 tokens, but the encoder has 1514 embeddings",
+    "few tokens": "has only 3 tokens, but the encoder has 1514 embeddings",
+    "no files": "the folder tokenizer has none of the files vocab.json",
 }
 
 
@@ -95,14 +97,12 @@ MISFITS = {
 def test_a_tokenizer_that_does_not_fit_its_encoder_is_refused(tmp_path, tiny_pipeline, misfit):
     folder = tmp_path / "m"
     shutil.copytree(tiny_pipeline, folder)
-    if misfit == "no vocabulary":
-        shutil.rmtree(folder / "tokenizer")
-    else:
-        tokenizer = load_encoder(str(tiny_pipeline), 1, "meta").tokenizer
-        if misfit == "added tokens":
-            tokenizer.add_tokens(["<one>", "<two>"])
-        else:
-            tokenizer.model_max_length = 248
+    shutil.rmtree(folder / "tokenizer")
+    tokenizer = CLIPTokenizer() if misfit == "few tokens" else load_encoder(str(tiny_pipeline), 1, "meta").tokenizer
+    tokenizer.model_max_length = 248 if misfit == "longer prompts" else 77
+    if misfit == "added tokens":
+        tokenizer.add_tokens(["<one>", "<two>"])
+    if misfit != "no files":
         tokenizer.save_pretrained(folder / "tokenizer")
     for load in (lambda: load_encoder(str(folder)), lambda: open_pipeline(str(folder), torch.float32)):
         with pytest.raises(UserError, match=MISFITS[misfit]):
