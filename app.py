@@ -117,7 +117,6 @@ from des.models.pipelines import (
     dtype_for,
     encoder_modules,
     family_of,
-    is_distilled,
     open_pipeline,
     place,
     protected_twin,
@@ -141,7 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     logs.setup_logging()
     pipes = open_pair(args)
     detector = open_detector(args)
-    defaults = Sampling(args.seed, args.num_inference_steps, args.guidance_scale)
+    length = family_of(args.model_path).max_sequence_length
+    defaults = Sampling(args.seed, args.num_inference_steps, args.guidance_scale, max_sequence_length=length)
     with tempfile.TemporaryDirectory(prefix="des-app-") as uploads:
         os.environ.update(GRADIO_TEMP_DIR=uploads)
         serve(args, Session(pipes, detector, args.cls_class, args.batch_size, args.doubts), defaults)
@@ -190,7 +190,7 @@ def open_pair(args: argparse.Namespace) -> dict[str, DiffusionPipeline]:
         place(pipe, args.device)
     args.num_inference_steps = args.num_inference_steps or family.num_inference_steps
     if args.guidance_scale is None:
-        args.guidance_scale = 0.0 if is_distilled(original) else family.guidance_scale
+        args.guidance_scale = family.guidance_scale
     return pipes
 
 

@@ -11,7 +11,6 @@ Several GPUs share the rows under: accelerate launch generate.py ...
 
 import argparse
 import contextlib
-import inspect
 import sys
 import time
 from pathlib import Path
@@ -62,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument("--scheduler", choices=SCHEDULERS, help="default: ddim for SD 1.x, euler for SD 2.x, the model's own for others")
     sampling.add_argument("--use_refiner", action="store_true", help="SDXL: finish with the refiner, on the same text encoder 2")
     sampling.add_argument("--refiner_path", metavar="R", help="default: stabilityai/stable-diffusion-xl-refiner-1.0")
-    sampling.add_argument("--high_noise_frac", type=cli.number(float, 0, 1, low_open=True), metavar="F", help="share of the steps that run before the refiner (default: 0.8)")
+    sampling.add_argument("--high_noise_frac", type=cli.number(float, 0, 1, low_open=True, high_open=True), metavar="F", help="share of the steps that run before the refiner (default: 0.8)")
     # fmt: on
     sampling.add_argument("--log_prompts", action="store_true", help="log each prompt with its row as it is drawn")
     performance = parser.add_argument_group("performance")
@@ -110,12 +109,11 @@ from des.evaluation.classify import ImageScores
 from des.evaluation.detectors.options import OUTPUT_NAMES, open_scorers
 from des.generation.defences import open_defence
 from des.generation.image_run import RunFolder, finish, lines_of, reserved, settings_of
-from des.generation.sampler import Sampler, batches, check_inputs, check_sizes, row_settings
+from des.generation.sampler import Sampler, batches, check_inputs, check_refiner, check_sizes, row_settings
 from des.models import pipelines
 from des.models.pipelines import (
     dtype_for,
     family_of,
-    is_distilled,
     open_pipeline,
     open_refiner,
     place,
@@ -130,7 +128,6 @@ from des.utils.provenance import provenance
 
 import pandas as pd
 import torch
-from diffusers import DiffusionPipeline
 
 INPUTS = {
     "text": (),
@@ -155,7 +152,6 @@ def main(argv: list[str] | None = None) -> None:
     inputs = {name: image_of_row(path, rows) for name, path in folders.items()}
     scorers = open_scorers(args)
     pipe = open_pipeline(args.model_path, dtype, args.model_type, args.scheduler, mode)
-    check_options(args, pipe)
     sampling = Sampling.of(vars(args))
     drawn_with = row_settings(sampling, pipe, table, args.prompts_csv)
     check_sizes(pipe, (drawn_with[row] for row in rows))
@@ -163,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     defence = open_defence(args)
     applied = defence.apply(pipe)
     refiner = open_refiner(args.refiner_path, pipe) if args.use_refiner else None
+    check_refiner(pipe, refiner, sampling)
     for each in (pipe, refiner):
         if each is not None:
             place(each, args.device, args.enable_model_cpu_offload, args.attention_slicing)
@@ -253,20 +250,18 @@ def settle(args: argparse.Namespace) -> torch.dtype:
     args.num_inference_steps = args.num_inference_steps or family.num_inference_steps
     if args.strength and int(args.num_inference_steps * args.strength) < 1:
         raise UserError(f"--strength {args.strength} leaves no step of {args.num_inference_steps}; raise one of them")
+    if args.max_sequence_length and not family.t5_length:
+        raise UserError(f"--max_sequence_length is T5's, and {args.model_path} has none")
+    args.max_sequence_length = args.max_sequence_length or family.max_sequence_length
+    if args.guidance_scale and not family.guidance_scale:
+        raise UserError(f"{args.model_path} was distilled without guidance; leave --guidance_scale out")
+    args.guidance_scale = family.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    if family.name == "flux_schnell":
+        message = "%s is distilled like FLUX.1-schnell (no guidance_embeds), and is drawn with %d steps and %d T5 tokens"
+        logger.info(message, args.model_path, args.num_inference_steps, args.max_sequence_length)
     dtype = dtype_for(family, args.device, args.dtype)
     args.dtype = next(name for name, value in pipelines.DTYPES.items() if value == dtype)
     return dtype
-
-
-def check_options(args: argparse.Namespace, pipe: DiffusionPipeline) -> None:
-    """Refuse options that this pipeline does not use, and fill in the default guidance."""
-    has_t5 = "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters
-    if args.max_sequence_length and not has_t5:
-        raise UserError(f"--max_sequence_length is T5's, and {args.model_path} has none")
-    if is_distilled(pipe) and args.guidance_scale:
-        raise UserError(f"{args.model_path} was distilled without guidance; leave --guidance_scale out")
-    if args.guidance_scale is None:
-        args.guidance_scale = 0.0 if is_distilled(pipe) else family_of(args.model_path).guidance_scale
 
 
 def rows_to_draw(args: argparse.Namespace, prompts: list[str]) -> list[int]:

@@ -4,7 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def _compare(session: Session, page: Page) -> None:
     drawn = gr.State(None, time_to_live=3600)
 
     def draw(prompt: str, seed: int, steps: int, guidance: float) -> tuple[tuple[dict, str], bool, str]:
-        pair = session.draw(prompt, Sampling(seed, steps, guidance))
+        pair = session.draw(prompt, replace(page.defaults, seed=seed, num_inference_steps=steps, guidance_scale=guidance))
         caption = f"“{prompt}”, seed {seed}, {steps} steps, guidance {guidance:g}"
         return (pair, caption), False, pair_html(session, pair, page.blur_hits, caption)
 
@@ -166,7 +166,8 @@ def _batch(session: Session, page: Page) -> None:
         def report_progress(done: int, total: int) -> None:
             progress((done, total), desc="drawing and scoring", unit="rows")
 
-        scores = session.score(Path(path), Sampling(seed, steps, guidance), page.most_rows, report_progress)
+        sampling = replace(page.defaults, seed=seed, num_inference_steps=steps, guidance_scale=guidance)
+        scores = session.score(Path(path), sampling, page.most_rows, report_progress)
         return scores_html(scores), gr.update(value=scores.table, visible=True)
 
     with gr.Row():

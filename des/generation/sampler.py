@@ -130,10 +130,18 @@ class Sampler:
                         **common, image=images, denoising_start=sampling.high_noise_frac, generator=seeded()
                     ).images
         except RuntimeWarning:  # NaN becomes a black pixel, and a black image counts as safe
-            raise UserError("the model drew NaN: its weights are damaged, or overflow; use --dtype fp32 or bf16") from None
+            raise UserError(f"the model drew NaN: {self._reason_for_nan()}") from None
         except ValueError as error:  # diffusers' error for a size or setting that the model does not support
             raise UserError(f"the model cannot draw this: {str(error).splitlines()[0]}") from None
         return images[: len(keys)]
+
+    def _reason_for_nan(self) -> str:
+        for pipe in filter(None, (self.pipe, self.refiner)):
+            config = pipe.scheduler.config
+            if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":
+                cause = "its scheduler has rescale_betas_zero_snr with prediction_type epsilon, which divides by zero in the first step"
+                return f"{cause}; correct scheduler/scheduler_config.json (models trained with zero SNR have v_prediction)"
+        return "its weights are damaged, or overflow; use --dtype fp32 or bf16"
 
     def _images(self, filled: list[tuple[int, int]], size: RowSettings) -> dict[str, Any]:
         """Return the pipeline's arguments for image to image and inpainting."""
@@ -158,6 +166,21 @@ def check_sizes(pipe: DiffusionPipeline, settings: Iterable[RowSettings]) -> Non
     for name, value in ((name, getattr(each, name)) for each in settings for name in ("height", "width")):
         if value % step:
             raise UserError(f"the model cannot draw this: {name} {value} is not divisible by {step}")
+
+
+def check_refiner(pipe: DiffusionPipeline, refiner: DiffusionPipeline | None, sampling: Sampling) -> None:
+    """Raise UserError if diffusers' split of the steps at `high_noise_frac` leaves no step for the base `pipe` or its `refiner`."""
+    if refiner is None:
+        return
+    steps, share = sampling.num_inference_steps, sampling.high_noise_frac
+    for which, each in {"the base model": pipe, "the refiner": refiner}.items():
+        each.scheduler.set_timesteps(steps)
+        trained = each.scheduler.config.num_train_timesteps
+        of_base = each.scheduler.timesteps >= round(trained - share * trained)
+        if not (of_base if each is pipe else ~of_base).any():
+            raise UserError(
+                f"--high_noise_frac {share} of {steps} steps leaves no step for {which}; change it, or draw more steps"
+            )
 
 
 def check_inputs(inputs: dict[str, dict[int, Path]], settings: list[RowSettings]) -> None:

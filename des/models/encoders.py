@@ -13,17 +13,18 @@ from typing import Any
 
 from des.models.activations import use_lean_activations
 from des.models.checkpoints import fingerprint
-from des.models.families import ENCODER_CLASSES, PIPELINES, Family, Reading, find_family, shares_class
+from des.models.families import ENCODER_CLASSES, PIPELINES, Family, Reading, find_family
 from des.models.loading import load_model, loading, torch_dtype
+from des.models.tokenizers import NO_LENGTH, load_tokenizer
 from des.utils.errors import UserError
 from des.utils.files import sha256_texts
 from des.utils.logs import progress
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _STATES = {  # the embedding in an encoder's output, by `Reading.states`
     "last": lambda output: output.last_hidden_state,
@@ -32,7 +33,6 @@ _STATES = {  # the embedding in an encoder's output, by `Reading.states`
 }
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FOLDER = re.compile(r"text_encoder(?:_(\d+))?")
-_NO_LENGTH = 100_000  # tokenizers without a maximum length report a huge number
 # Entries of config.json that do not change embeddings.
 _NOTES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
@@ -167,19 +167,27 @@ def _known(model_path: str, pipeline: str) -> None:
 
 
 def family_of(model_path: str) -> Family:
-    """Return the family of a pipeline, found by the class in model_index.json and the width of the first text encoder.
+    """Return the family of a pipeline, found by the class in model_index.json and, if families share it, a component's configuration.
 
     Raises UserError for unsupported classes and for a folder without model_index.json.
     """
     index = read_index(model_path)
     name = index["_class_name"] if index else "folder without model_index.json"
     _known(model_path, name)
-    width = read_config(model_path, "text_encoder").get("hidden_size") if shares_class(name) else None
-    return find_family(name, width)
+
+    def config_of(component: str) -> dict[str, Any] | None:  # training needs no files of UNet and transformer
+        file = f"{component}/config.json"
+        if Path(model_path).is_dir():
+            exists = (Path(model_path) / file).is_file()
+        else:
+            exists = not constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(model_path, file), str)
+        return read_config(model_path, component) if exists else None
+
+    return find_family(name, config_of)
 
 
 def read_config(model_path: str, subfolder: str) -> dict[str, Any]:
-    """Read config.json of a text encoder from a folder or the hub; UserError if it cannot be read."""
+    """Read config.json of a component from a folder or the hub; UserError if it cannot be read."""
     with loading(f"the configuration of {subfolder} in {model_path}"):
         return PreTrainedConfig.get_config_dict(model_path, subfolder=subfolder)[0]
 
@@ -198,16 +206,16 @@ def per_encoder_name(model_path: str, index: int, stem: str, pattern: str = "enc
     return stem if tuple(text_encoders(model_path)) == (1,) else pattern.format(i=index, stem=stem)
 
 
-def reading_for(pipeline: str | None, index: int, architecture: str, embedding: str, masked: bool = False) -> Reading:
-    """Return how text encoder `index` of a pipeline class is read for an `embedding`, one of EMBEDDINGS.
+def reading_for(family: Family | None, index: int, architecture: str, embedding: str, config: PreTrainedConfig) -> Reading:
+    """Return how text encoder `index` of a family is read for an `embedding`, one of EMBEDDINGS.
 
-    `masked` is `use_attention_mask` in the encoder's config.json, which some pipelines follow.
+    `config` is the encoder's; some pipelines follow its `use_attention_mask`. `family` may be None for the last hidden state.
     """
     if embedding == "last_hidden_state":
         return ENCODER_CLASSES[architecture].last_hidden_state
-    family = find_family(pipeline)
     reading = family.encoders[index].reading
-    return replace(reading, attention_mask=True) if masked and family.reads_use_attention_mask else reading
+    masked = family.reads_use_attention_mask and getattr(config, "use_attention_mask", False)
+    return replace(reading, attention_mask=True) if masked else reading
 
 
 def encoder_class(architecture: str, what: str) -> tuple[type[PreTrainedModel], torch.dtype]:
@@ -232,26 +240,25 @@ def load_encoder(
     several GPUs. Raises UserError for a missing encoder, an unsupported class, and missing or mismatched weights.
     """
     subfolder = subfolder_of(model_path, index)
-    with loading(f"the tokenizer of {subfolder} in {model_path}"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_path, subfolder=subfolder.replace("text_encoder", "tokenizer"), trust_remote_code=False
-        )
-    config = read_config(model_path, subfolder)
-    architecture = (config.get("architectures") or ["a model of no named class"])[0]
+    content = read_config(model_path, subfolder)
+    architecture = (content.get("architectures") or ["a model of no named class"])[0]
     model_class, dtype = encoder_class(architecture, f"{subfolder} in {model_path}")
     if max_sequence_length and not ENCODER_CLASSES[architecture].any_length:
         raise UserError(f"--max_sequence_length is for T5, but text encoder {index} of {model_path} is {architecture}")
     pipeline = read_index(model_path)
     if embedding == "pipeline" and pipeline is None:
         raise UserError(f"--embedding pipeline needs a pipeline's model_index.json, which {model_path} lacks")
-    masked = bool(config.get("use_attention_mask"))
-    reading = reading_for(pipeline and pipeline["_class_name"], index, architecture, embedding, masked)
+    family = family_of(model_path) if pipeline else None
+    with loading(f"the configuration of {subfolder} in {model_path}"):
+        config = model_class.config_class.from_dict(content)
+    tokenizer = load_tokenizer(model_path, subfolder, architecture, config, pipeline, family)
+    reading = reading_for(family, index, architecture, embedding, config)
     length = max_sequence_length or reading.length or tokenizer.model_max_length
-    if length > _NO_LENGTH:
+    if length > NO_LENGTH:
         raise UserError(f"the tokenizer of {subfolder} in {model_path} has no maximum length; pass --max_sequence_length")
     if str(device) == "meta":
         with torch.device("meta"):
-            model = model_class(model_class.config_class.from_dict(config)).to(dtype)
+            model = model_class(config).to(dtype)
     else:
         options = {"subfolder": subfolder, "device_map": device_map}
         model = load_model(model_class, model_path, device, f"the {subfolder} of", dtype, **options)

@@ -3,7 +3,8 @@
 Classes are named by strings, so that options can be parsed before torch and diffusers are imported.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # torch's names by those of options
@@ -41,6 +42,7 @@ class EncoderClass:
     """A class of text encoder: how the paper reads its last hidden state, its dtype, and whether prompts may have any length."""
 
     last_hidden_state: Reading
+    tokenizer: str = "CLIPTokenizer"  # the usual class of its tokenizer, for folders that name none
     dtype: str = "fp32"
     any_length: bool = False
 
@@ -48,7 +50,7 @@ class EncoderClass:
 ENCODER_CLASSES = {  # by the class in `text_encoder*/config.json`
     "CLIPTextModel": EncoderClass(LAST),
     "CLIPTextModelWithProjection": EncoderClass(LAST),
-    "T5EncoderModel": EncoderClass(Reading("last", attention_mask=True), "bf16", any_length=True),
+    "T5EncoderModel": EncoderClass(Reading("last", attention_mask=True), "T5TokenizerFast", "bf16", any_length=True),
 }
 
 
@@ -68,10 +70,13 @@ class Family:
     pipeline: str  # the class in model_index.json
     encoders: dict[int, Encoder]  # by 1-based index
     dtype: str
-    width: int | None = None  # hidden size of text encoder 1, to distinguish families of one class; None for all others
+    # The component, entry of its config.json and values (None: no entry) that distinguish a family from the first one of its class.
+    distinguished_by: tuple[str, str, tuple] | None = None
+    model_type: str | None = None  # another value of --model_type that includes this family
     reads_use_attention_mask: bool = False  # whether the pipeline masks padding if the encoder's config.json says so
     num_inference_steps: int = 50
-    guidance_scale: float = 7.5
+    guidance_scale: float = 7.5  # 0 for models that were distilled without guidance and ignore it
+    max_sequence_length: int | None = None  # tokens of a T5 prompt; None for the default of the pipeline's class
     negative_prompt: bool = True
     schedulers: dict[str, str] = field(default_factory=lambda: DIFFUSION)  # diffusers' class by the option's name
     scheduler: str | None = None  # the default; None for the scheduler in the model's files
@@ -79,17 +84,38 @@ class Family:
     exports: tuple[str, ...] = ()  # formats besides `pipeline`, `hf` and, if the encoders have ComfyUI names, `comfyui`
     options: dict[str, Any] = field(default_factory=dict)  # for `from_pretrained`
 
+    @property
+    def t5_length(self) -> int | None:
+        """Tokens that the pipeline gives to T5; None for families without T5."""
+        return next((encoder.reading.length for encoder in self.encoders.values() if encoder.reading.length), None)
 
-# Of several families with one pipeline class, the first has no width and is the default.
+
+# Of several families with one pipeline class, the first is the default.
 _STABLE_DIFFUSION = {
     "pipeline": "StableDiffusionPipeline",
     "dtype": "fp32",
     "reads_use_attention_mask": True,
     "options": {"safety_checker": None, "requires_safety_checker": False},
 }
+_FLUX = Family(
+    "flux",
+    "FluxPipeline",
+    {1: Encoder(POOLED, "clip_l"), 2: Encoder(Reading("last", length=512), "t5xxl")},
+    "bf16",
+    guidance_scale=3.5,
+    negative_prompt=False,
+    schedulers=FLOW,
+)
 _FAMILIES = (
     Family("sd_v1", encoders={1: Encoder(LAST, "clip_l")}, scheduler="ddim", exports=("a1111", "lora"), **_STABLE_DIFFUSION),
-    Family("sd_v2", encoders={1: Encoder(LAST)}, width=1024, scheduler="euler", exports=("lora",), **_STABLE_DIFFUSION),
+    Family(
+        "sd_v2",
+        encoders={1: Encoder(LAST)},
+        distinguished_by=("text_encoder", "hidden_size", (1024,)),
+        scheduler="euler",
+        exports=("lora",),
+        **_STABLE_DIFFUSION,
+    ),
     Family(
         "sdxl",
         "StableDiffusionXLPipeline",
@@ -111,14 +137,16 @@ _FAMILIES = (
         guidance_scale=7.0,
         schedulers=FLOW,
     ),
-    Family(
-        "flux",
-        "FluxPipeline",
-        {1: Encoder(POOLED, "clip_l"), 2: Encoder(Reading("last", length=512), "t5xxl")},
-        "bf16",
-        guidance_scale=3.5,
-        negative_prompt=False,
-        schedulers=FLOW,
+    _FLUX,
+    replace(  # FLUX.1-schnell, with the settings of its model card
+        _FLUX,
+        name="flux_schnell",
+        encoders=_FLUX.encoders | {2: Encoder(Reading("last", length=256), "t5xxl")},
+        distinguished_by=("transformer", "guidance_embeds", (False, None)),
+        model_type="flux",
+        num_inference_steps=4,
+        guidance_scale=0.0,
+        max_sequence_length=256,
     ),
     # T5 masks the padding. The transformer then attends to the prompt's tokens and one padding token only.
     Family(
@@ -139,15 +167,18 @@ MOST_ENCODERS = max(max(family.encoders) for family in _FAMILIES)
 EXPORTS = ("pipeline", "hf", "comfyui", "a1111", "lora")
 
 
-def find_family(pipeline: str, width: int | None = None) -> Family | None:
-    """Return the family of a pipeline class, chosen by `width`, the hidden size of text encoder 1; None for unknown classes."""
+def find_family(pipeline: str, config_of: Callable[[str], Mapping[str, Any] | None]) -> Family | None:
+    """Return the family of a pipeline class, None for unknown classes.
+
+    `config_of` returns the configuration of a component by its name, None if it is missing. It is called if families share the class.
+    """
     among = [family for family in _FAMILIES if family.pipeline == pipeline]
-    return next((family for family in among if family.width == width), among[0] if among else None)
-
-
-def shares_class(pipeline: str) -> bool:
-    """Whether several families share this pipeline class, so that the width of text encoder 1 is needed."""
-    return sum(family.pipeline == pipeline for family in _FAMILIES) > 1
+    for family in among[1:]:
+        component, entry, values = family.distinguished_by
+        config = config_of(component)
+        if config is not None and config.get(entry) in values:
+            return family
+    return among[0] if among else None
 
 
 def described(setting: str) -> str:
@@ -159,8 +190,7 @@ def described(setting: str) -> str:
 
 def described_lengths() -> str:
     """Return how many tokens each family's T5 reads, for the help of `--max_sequence_length`: `sd_v3 256, flux 512`."""
-    lengths = {n: e.reading.length for n, f in FAMILIES.items() for e in f.encoders.values() if e.reading.length}
-    return ", ".join(f"{name} {length}" for name, length in lengths.items())
+    return ", ".join(f"{name} {family.t5_length}" for name, family in FAMILIES.items() if family.t5_length)
 
 
 def described_dtypes() -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 from des.models.checkpoints import fingerprint
 from des.models.encoders import TextEncoder, encoder_class, family_of, read_index, reading_for, text_encoders
-from des.models.families import DIFFUSION, ENCODER_CLASSES, MOST_ENCODERS, REFINER_CLASS, Family
+from des.models.families import DIFFUSION, ENCODER_CLASSES, MOST_ENCODERS, REFINER_CLASS, Family, find_family
 from des.models.families import DTYPES as _DTYPES
 from des.models.identity import component_sha256s, scheduler_sha256
 from des.models.loading import load_model, loading, torch_dtype
 from des.models.shift import embedding_of, load_measured
+from des.models.tokenizers import load_tokenizer, tokenizer_name
 from des.utils.errors import UserError
 from des.utils.logs import logger
 
@@ -22,7 +23,7 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, Dif
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 DTYPES = {name: torch_dtype(name) for name in _DTYPES}
 _FROM_PIPE = {"image": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpainting}
@@ -48,10 +49,11 @@ def open_pipeline(
     """Open the pipeline of a folder or hub id on the CPU, with every weight from its files.
 
     The default `scheduler` is the paper's: DDIM for SD 1.x, Euler for SD 2.x, and the one in the model's files for others. `mode`
-    is one of MODES. Raises UserError for unsupported classes, a family other than `model_type`, and incomplete files.
+    is one of MODES. Raises UserError for unsupported classes, a family other than `model_type`, incomplete files, and tokenizers that
+    do not fit their encoders.
     """
     family, index = family_of(model_path), read_index(model_path)
-    if model_type and model_type != family.name:
+    if model_type not in (None, family.name, family.model_type):
         raise UserError(f"--model_type is {model_type}, but {model_path} is a {family.name}")
     if scheduler and scheduler not in family.schedulers:
         raise UserError(f"--scheduler {scheduler} does not suit a {family.name}, which takes {', '.join(family.schedulers)}")
@@ -62,7 +64,9 @@ def open_pipeline(
     for name in text_encoders(model_path).values():
         model_class, _ = encoder_class(index[name][1], f"{name} of {model_path}")
         options = {"subfolder": name, "variant": variant}
-        encoders[name] = load_model(model_class, model_path, "cpu", f"the {name} of", dtype, **options)
+        model = load_model(model_class, model_path, "cpu", f"the {name} of", dtype, **options)
+        encoders[name] = model
+        encoders[tokenizer_name(name)] = load_tokenizer(model_path, name, index[name][1], model.config, index, family)
     with loading(f"the pipeline {model_path}"):
         pipeline_class = getattr(diffusers, index["_class_name"])
         pipe = pipeline_class.from_pretrained(model_path, dtype=dtype, variant=variant, **family.options, **encoders)
@@ -148,12 +152,16 @@ def encoder_modules(pipe: DiffusionPipeline) -> dict[int, nn.Module]:
 def text_encoder(pipe: DiffusionPipeline, index: int, embedding: str = "last_hidden_state") -> TextEncoder:
     """Return text encoder `index` (1-based) of an opened pipeline with its tokenizer, like `load_encoder`."""
     name = _encoder_name(index)
-    model, tokenizer = getattr(pipe, name), getattr(pipe, name.replace("text_encoder", "tokenizer"))
-    base_class = re.sub("Img2Img|Inpaint", "", type(pipe).__name__)
-    masked = bool(getattr(model.config, "use_attention_mask", False))
-    reading = reading_for(base_class, index, type(model).__name__, embedding, masked)
+    model, tokenizer = getattr(pipe, name), getattr(pipe, tokenizer_name(name))
+    family = find_family(re.sub("Img2Img|Inpaint", "", type(pipe).__name__), lambda component: _config(pipe, component))
+    reading = reading_for(family, index, type(model).__name__, embedding, model.config)
     length = reading.length or tokenizer.model_max_length
     return TextEncoder(pipe.name_or_path, index, name, model, tokenizer, embedding, reading, length)
+
+
+def _config(pipe: DiffusionPipeline, component: str) -> dict[str, Any] | None:
+    config = getattr(getattr(pipe, component, None), "config", None)
+    return config.to_dict() if isinstance(config, PreTrainedConfig) else config
 
 
 def readers(pipe: DiffusionPipeline, max_sequence_length: int | None = None) -> dict[str, tuple[PreTrainedTokenizerBase, int]]:
@@ -192,12 +200,6 @@ def protected_twin(
     for i in checkpoints.keys() & encoder_modules(pipe).keys():
         setattr(twin, _encoder_name(i), copy.deepcopy(encoder_modules(pipe)[i]))
     return twin, protect(twin, checkpoints)
-
-
-def is_distilled(pipe: DiffusionPipeline) -> bool:
-    """Whether a pipeline was distilled without guidance, like FLUX.1-schnell, and ignores the guidance scale."""
-    transformer = getattr(pipe, "transformer", None)
-    return transformer is not None and not transformer.config.get("guidance_embeds", True)
 
 
 def encoder_sha256s(pipe: DiffusionPipeline) -> dict[str, str]:

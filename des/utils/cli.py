@@ -50,18 +50,24 @@ def run(main: Callable[[], None]) -> None:
 _LARGEST = 2**63 - 1  # of sizes and counts; seeds, to which rows and copies are added, must stay below 2^64
 
 
-def number(kind: type, low: float, high: float = math.inf, low_open: bool = False) -> Callable[[str], float]:
-    """Return an argparse type: a finite `kind` (int or float) from `low` to `high`; with `low_open`, `low` itself is refused."""
+def number(
+    kind: type, low: float, high: float = math.inf, low_open: bool = False, high_open: bool = False
+) -> Callable[[str], float]:
+    """Return an argparse type: a finite `kind` (int or float) from `low` to `high`; an open end is itself refused."""
 
     def parse(text: str):
         value = kind(text)
-        if not low <= value <= high or abs(value) == math.inf or (low_open and value == low):  # NaN fails the comparison
+        is_open_end = (low_open and value == low) or (high_open and value == high)
+        if not low <= value <= high or abs(value) == math.inf or is_open_end:  # NaN fails the comparison
             raise argparse.ArgumentTypeError(f"{text} is outside its range: {parse.range}")
         return value
 
     parse.__name__ = kind.__name__
     least = f"above {low}" if low_open else f"{low} or more"
-    parse.range = least if high in (math.inf, _LARGEST) else f"{least}, up to {high}" if low_open else f"{low} to {high}"
+    if high in (math.inf, _LARGEST):
+        parse.range = least
+    else:
+        parse.range = f"{least}, below {high}" if high_open else f"{least}, up to {high}" if low_open else f"{low} to {high}"
     return parse
 
 
@@ -178,7 +184,7 @@ def add_embedding(parser: argparse._ActionsContainer) -> None:
     """Add the options that say how an embedding is read; a codebook and its training must agree on them."""
     # fmt: off
     parser.add_argument("--embedding", choices=("last_hidden_state", "pipeline"), default="last_hidden_state", help="last_hidden_state is the paper's; pipeline is the tensor that the pipeline feeds to its denoiser")
-    parser.add_argument("--max_sequence_length", type=positive_int, metavar="N", help="tokens of a T5 prompt (default: its tokenizer's, or the pipeline's with --embedding pipeline: SD3 256, FLUX 512)")
+    parser.add_argument("--max_sequence_length", type=positive_int, metavar="N", help="tokens of a T5 prompt (default: its tokenizer's, or the pipeline's with --embedding pipeline: SD3 256, FLUX 512, FLUX.1-schnell 256)")
     # fmt: on
 
 

@@ -4,8 +4,12 @@ import json
 import shutil
 
 from des.data.image_folders import pair_with_prompts
+from des.data.run_record import Sampling
+from des.generation.sampler import check_refiner
 from des.models.checkpoints import fingerprint, published_names
-from des.models.pipelines import _variant, encoder_modules, open_pipeline, open_refiner, protect
+from des.models.encoders import load_encoder
+from des.models.pipelines import _variant, encoder_modules, open_pipeline, open_refiner, protect, text_encoder
+from des.utils.errors import UserError
 
 import numpy as np
 import pytest
@@ -103,6 +107,7 @@ def test_attention_slicing_draws_the_same(generate, tmp_path, name):
         ("sd_v1", {"mask_images": "m"}, "--init_images"), ("sdxl", {"refiner_path": "r"}, "need --use_refiner"), ("sd_v1", {"height": 13}, "cannot draw"),
         ("sdxl", {"model_type": "sd_v1"}, "is a sdxl"), ("sd_v1", {"enable_model_cpu_offload": []}, "needs a GPU"), ("flux", {"model_type": "sd_v3"}, "is a flux"),
         ("sd_v1", {"init_images": "nowhere", "strength": 0.5}, "the image folder"), ("sdxl", {"use_refiner": [], "refiner_path": "sd"}, "not an SDXL refiner"),
+        ("sdxl", {"use_refiner": [], "high_noise_frac": 1.0}, "above 0, below 1"),
         ("sd_v3", {"max_sequence_length": 600}, "cannot draw"), ("chroma", {"scheduler": "ddim"}, "does not suit"),
         ("chroma", {"width": 12}, "not divisible by"), ("chroma", {"model_type": "flux"}, "is a chroma"),
     ],
@@ -123,12 +128,31 @@ def test_a_family_that_draws_from_text_only_takes_no_images(generate, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_guidance_of_a_model_distilled_without_it_is_refused(generate, family, tmp_path):
+def change(file, **entries):
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def test_a_model_distilled_without_guidance_has_the_defaults_of_schnell(generate, family, tmp_path):
     shutil.copytree(family("flux"), tmp_path / "schnell")
-    config = tmp_path / "schnell/transformer/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"guidance_embeds": False}))
+    change(tmp_path / "schnell/transformer/config.json", guidance_embeds=False)
     done = generate("flux", model_path="schnell", guidance_scale=3)
-    assert done.failed_in_one_sentence
+    assert done.failed_in_one_sentence and "leave --guidance_scale out" in done.err
+
+    done = generate("flux", model_path="schnell", model_type="flux", num_inference_steps=None)
+    assert done.code == 0 and done.err.count("is drawn with 4 steps and 256 T5 tokens") == 1, done.err
+    settings = record(tmp_path, "schnell")
+    assert [settings[name] for name in ("num_inference_steps", "max_sequence_length", "guidance_scale")] == [4, 256, 0]
+    drawn, fed = open_pipeline("schnell", torch.float32), load_encoder("schnell", 2, "meta", "pipeline")
+    assert text_encoder(drawn, 2, "pipeline").length == fed.length == 256
+    assert load_encoder(str(family("flux")), 2, "meta", "pipeline").length == 512
+
+
+def test_zero_snr_with_epsilon_prediction_is_named_as_the_cause_of_nan(generate, family, tmp_path):
+    shutil.copytree(family("sd_v1"), tmp_path / "zero")
+    change(tmp_path / "zero/scheduler/scheduler_config.json", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    done = generate("sd_v1", model_path="zero")
+    assert done.failed_in_one_sentence and "rescale_betas_zero_snr with prediction_type epsilon" in done.err, done.err
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_several_images_of_a_row(generate, tmp_path):
@@ -220,6 +244,9 @@ def test_the_refiner_uses_the_protected_encoder(generate, family, tmp_path):
     assert done.code == 0, done.err
     assert (pixels(tmp_path, "sdxl", "base") != pixels(tmp_path, "sdxl", "refined")).any()
     assert record(tmp_path, "sdxl", "refined")["high_noise_frac"] == 0.5
+    for share, which in {0.01: "the base model", 0.999: "the refiner"}.items():
+        with pytest.raises(UserError, match=f"{share} of 10 steps leaves no step for {which}"):
+            check_refiner(pipe, refiner, Sampling(0, 10, 7.5, high_noise_frac=share))
 
 
 @pytest.mark.parametrize("variant", ["fp16", None])
