@@ -59,7 +59,7 @@ def model_name(model_path: str) -> str:
 
 def _config(model_path: str, part: str) -> dict[str, Any]:
     """The config.json of a pipeline's component, in a folder or on the hub."""
-    with loading(f"the configuration of the {part} of {model_path}"):
+    with loading(f"the configuration of the {part} of {model_path}", model_path):
         file, folder = f"{part}/config.json", Path(model_path)
         return json.loads(
             (folder / file if folder.is_dir() else Path(hf_hub_download(model_path, file))).read_text(encoding="utf-8")

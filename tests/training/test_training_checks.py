@@ -117,7 +117,8 @@ def test_long_prompts_are_counted_and_equal_ones_are_warned_of(train, tmp_path):
     assert done.code == 0, done.err
     counts = {"unsafe": 2, "safe": 1, "concept": 0, "unsafe_equal_to_safe": 2}
     assert metadata(tmp_path / "out")["truncated_prompts"] == counts
-    assert "truncated: 2 of" in done.err and "2 unsafe prompts have the same tokens as a safe one" in done.err
+    assert "truncated: 2 of" in done.err
+    assert re.search(r"2 of \d+ unsafe prompts \(\d+%\) have the same tokens as a safe one", done.err)
     assert json.loads((tmp_path / "out/safe_rows/codebook.json").read_text())["truncated_prompts"] == 1
     plain = train("plain")
     assert "the same tokens" not in plain.err and metadata(tmp_path / "plain")["truncated_prompts"]["unsafe"] == 0

@@ -54,7 +54,7 @@ def test_the_example_of_the_help_is_a_whole_command_line(parsed, script):
     argv = example_of(script)
     parser, (_, unknown) = parsed(script, argv)
     assert unknown == []
-    options = [action for action in parser._actions if action.dest != "help"]
+    options = [action for action in parser._actions if action.dest != "help" and action.help != argparse.SUPPRESS]
     assert [action.dest for action in options if not action.help] == []
     shown = " ".join(parser.format_help().split())
     for action in options:
