@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from des.models.families import DTYPES
 from des.utils.errors import UserError
-from des.utils.hub import is_offline, lacks, missing, try_hub
+from des.utils.hub import is_offline, missing, try_hub
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ def loading(what: str, source: str = "") -> Iterator[None]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "weights_only" in reason:  # torch's message suggests turning off the protection against code
             reason = "one of its files contains code or is damaged"
-        if source and not Path(source).exists() and is_offline() and lacks(error):
-            reason = missing()
+        if source and not Path(source).exists() and is_offline() and isinstance(error, OSError):
+            reason = missing()  # in place of transformers' advice for models that exist nowhere
         raise UserError(f"{what} could not be loaded: {reason}") from None
 
 

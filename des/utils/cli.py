@@ -34,9 +34,12 @@ _INTERRUPTED = "interrupted; finished files are kept"
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main`. Errors the user can fix become one line on stderr and a non-zero exit status.
 
-    Scripts call this first to parse their options. An interruption of the imports that follow then prints one line, too.
+    Scripts call this first to parse their options. An interruption of the imports that follow then prints one line, too, and
+    matplotlib is imported without the backend that a notebook exports, which need not be installed where the script runs.
     """
     sys.excepthook = _print_interruption
+    if "ipykernel" not in sys.modules:
+        os.environ.pop("MPLBACKEND", None)
     try:
         main()
     except UserError as error:
@@ -94,14 +97,14 @@ def _named(text: str) -> Path:
 def folder(text: str) -> Path:
     """An argparse type for an input folder, whose name output files are named after; refuses a blank text and the root folder."""
     path = _named(text)
-    if not path.name:
+    if not text.strip() or not path.name:
         raise argparse.ArgumentTypeError(f"{text!r} has no name that files could be named after; name another folder")
     return path
 
 
 def model_source(text: str) -> str:
     """An argparse type for a model's folder or hub id; `.` and `..` become absolute, because results are named after the model."""
-    return str(_named(text)) if Path(text).name in ("", "..") else text
+    return str(_named(text)) if text.strip() and Path(text).name in ("", "..") else text
 
 
 def output_file(text: str) -> Path:

@@ -25,19 +25,8 @@ def is_offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
-def lacks(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, says that a file is neither in the local cache nor to be had from the hub."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    while error is not None:
-        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def missing() -> str:
-    """The reason for a model that `lacks` its files, and what to do."""
+    """Why a model that is not in the local cache cannot be loaded while `is_offline`, and what to do."""
     from huggingface_hub import constants
 
     why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"the hub {constants.ENDPOINT} cannot be reached"

@@ -86,7 +86,8 @@ def result(folders, weights, tmp_path_factory):
 
 def test_the_result_names_every_variant(result):
     lines = result["text"].splitlines()
-    assert [line.split(": ")[0] for line in lines] == ["FID (paper)", "FID (torch-fidelity)", "FID (clean-fid)"]
+    assert [line.split(": ")[0] for line in lines[:3]] == ["FID (paper)", "FID (torch-fidelity)", "FID (clean-fid)"]
+    assert lines[3:] == [result["caution"]] and "6 images are fewer than the 2048 features" in result["caution"]
     assert lines[0].endswith(f"{result['fid']:.4f} (8 generated, 6 reference images, 2048 features)")
     assert (result["generated"], result["reference"], result["features"]) == (8, 6, 2048)
     assert result["fid"] == result["variants"]["paper"]

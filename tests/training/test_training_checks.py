@@ -1,9 +1,12 @@
 """Trainings that would end in an unprotected encoder without an error: nothing trained, another concept, prompts that collide."""
 
 import json
+import re
 
 from des.data.truncation import truncated_counts, truncated_rows
-from des.training.checks import check_concept, check_guidance, name_concept
+from des.models.encoders import load_encoder
+from des.training.checks import check_concept, check_guidance, name_concept, refuse_equal_concepts
+from des.utils.errors import UserError
 
 import pytest
 from conftest import GOLDEN, flags, training_line
@@ -93,6 +96,24 @@ def test_a_concept_that_the_unsafe_prompts_do_not_name_is_warned_of(caplog, monk
     monkeypatch.setattr("des.utils.logs.logger.propagate", True)
     check_concept(concepts, ["a red Mushroom, in the style of a photo", "toadstools", "红色的蘑菇"])
     assert {record.args[0] for record in caplog.records} == set(named)
+
+
+@pytest.mark.parametrize(
+    ("concepts", "equal"),
+    [
+        (["mushroom", "Mushroom "], True),
+        (["a " * 80 + "mushroom", "a " * 80 + "house"], True),
+        (["mushroom", "house", "MUSHROOM"], True),
+        (["mushroom", "house"], False),
+    ],
+)
+def test_concepts_that_become_the_same_tokens_are_refused(concepts, equal):
+    encoder = load_encoder(str(FOLDER / "model"))
+    if not equal:
+        refuse_equal_concepts(encoder, concepts)
+        return
+    with pytest.raises(UserError, match="names one concept twice"):
+        refuse_equal_concepts(encoder, concepts)
 
 
 @pytest.mark.parametrize(("alpha", "says"), [(0, None), (0.09, "low"), (0.1, None), (0.8, None), (2, None), (2.1, "high")])
