@@ -95,7 +95,10 @@ def _read(path: Path, convert: Callable[[Image.Image], Any]) -> Any:
         except ValueError as error:
             if "MAX_TEXT" not in str(error):  # Pillow's limits of texts and colour profiles in a PNG, which are no pixels
                 raise
-            return read(io.BytesIO(_without_texts(path.read_bytes())))
+            try:
+                return read(io.BytesIO(_without_texts(path.read_bytes())))
+            except UnidentifiedImageError:
+                raise ValueError("it is truncated: its texts are followed by no pixels") from None
     except UnidentifiedImageError:
         reason = f"its format is not one of {', '.join(FORMATS)}"
     except Exception as error:  # Pillow raises errors of any class for damaged bytes

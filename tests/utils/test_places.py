@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import generate
 from des.evaluation.detectors.classifier import Classifier
 from des.evaluation.results import check_place
 from des.evaluation.scored_images import load_processor
@@ -16,6 +17,7 @@ from des.utils import cli, hub
 from des.utils.errors import UserError
 from des.utils.files import write_json
 from des.utils.provenance import provenance
+from scripts import verify
 
 import pytest
 import torch
@@ -153,3 +155,10 @@ def test_both_names_of_the_encoder_number_are_accepted(name):
     for given in ("--encoder_idx", "--text_encoder_idx"):
         assert vars(parser.parse_args([given, "2"])) == {name: 2}
     assert vars(parser.parse_args([])) == {name: 1}
+
+
+@pytest.mark.parametrize("prompt", ["-a cat", "--seed", "-1", "a cat"])
+def test_verify_repeats_a_prompt_that_begins_with_a_dash(prompt):
+    given = generate.parse_args([f"--prompt={prompt}", f"--negative_prompt={prompt}", "--output_path=x", "--device=cpu"])
+    again = generate.parse_args([*verify.command(vars(given), {"row": 0}, keep_scoring=False), "--device=cpu"])
+    assert (again.prompt, again.negative_prompt) == (prompt, prompt)
