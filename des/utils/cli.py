@@ -164,7 +164,7 @@ def device_name(text: str) -> str:
 
 def add_device(parser: argparse._ActionsContainer, flag: str = "--device") -> None:
     """Add the device option, whose value `check_device` turns into a torch.device."""
-    description = "cpu, cuda:0, … (default: the first CUDA device, or cpu if there is none)"
+    description = "cpu, cuda:0, … or mps, which was not run (default: the first CUDA device, or cpu if there is none)"
     parser.add_argument(flag, dest="device", type=device_name, metavar="D", help=description)
 
 
