@@ -179,9 +179,8 @@ def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> a
     name = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     rank = os.environ.get("LOCAL_RANK", "")
     if name.startswith("cuda") and rank.isdecimal() and os.environ.get("WORLD_SIZE", "1") != "1":
-        name = (
-            f"cuda:{int(rank) % max(1, torch.cuda.device_count())}"  # a context on cuda:0 would cost every process memory there
-        )
+        # As accelerate does; a context on cuda:0 would take memory there for every process.
+        name = f"cuda:{int(rank) % max(1, torch.cuda.device_count())}"
     try:
         args.device = torch.device(name)
         torch.empty(0, device=args.device)

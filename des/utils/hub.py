@@ -1,6 +1,5 @@
 """Whether the Hugging Face hub can be reached; without it, the libraries use the models in the local cache at once."""
 
-import os
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +28,8 @@ def missing() -> str:
     """Why a model that is not in the local cache cannot be loaded while `is_offline`, and what to do."""
     from huggingface_hub import constants
 
-    why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"the hub {constants.ENDPOINT} cannot be reached"
+    asked = _ask_hub.cache_info().currsize
+    why = f"the hub {constants.ENDPOINT} cannot be reached" if asked else "HF_HUB_OFFLINE is set"
     return (
         f"it is not on this machine as a whole, neither as a folder nor in the cache {constants.HF_HUB_CACHE}, and {why}; download "
         "it where there is a connection (`hf download`), or name a local folder"

@@ -37,7 +37,6 @@ def unreachable(monkeypatch):
     hub._ask_hub.cache_clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     head = get_session().head
     monkeypatch.setattr(
         "huggingface_hub.utils.get_session", lambda: argparse.Namespace(head=lambda *a, **k: (asked.append(a), head(*a, **k)))
