@@ -47,7 +47,9 @@ MAP_OPTIONS = ("safe_csv_path", "unsafe_csv_path", "concept_prompt")
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("main")
-    main_group.add_argument("--model_path", metavar="M", help="pipeline, a folder or hub id (default: the demo's)")
+    main_group.add_argument(
+        "--model_path", type=cli.model_source, metavar="M", help="pipeline, a folder or hub id (default: the demo's)"
+    )
     add_encoders(main_group)
     sampling = parser.add_argument_group("sampling, where the page leaves it as it is")
     sampling.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="of an image, and of a list's first row")

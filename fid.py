@@ -28,9 +28,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("what is computed")
     main_group.add_argument("--job", choices=("fid", "kid", "lpips", *choices.SCORER_MODELS), default="fid", help="the measure")
-    main_group.add_argument("--gen_imgs_path", type=Path, required=True, metavar="DIR", help="generated images")
+    main_group.add_argument("--gen_imgs_path", type=cli.folder, required=True, metavar="DIR", help="generated images")
     # fmt: off
     main_group.add_argument("--output_file", type=cli.output_file, metavar="F", help="text file for the result, with .json (and .csv) beside it (default: {gen_imgs_path}_{job}.txt)")
+    cli.add_output_dir(main_group, "the folder that --gen_imgs_path is in")
     cli.add_expected(main_group)
     fid = parser.add_argument_group("fid and kid (the other jobs do not read --coco_imgs_path)")
     fid.add_argument("--coco_imgs_path", type=Path, metavar="DIR", help="reference images")
@@ -68,8 +69,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_log_file(parser)
     args = parser.parse_args(argv)
     check(args, parser)
-    args.output_file = args.output_file or args.gen_imgs_path.with_name(f"{args.gen_imgs_path.name}_{args.job}.txt")
-    args.output_file = result_paths(args.output_file).text
+    if args.output_file and args.output_dir:
+        parser.error("--output_file names the folder of the result itself; leave --output_dir out")
+    output = args.output_file or (args.output_dir or args.gen_imgs_path.parent) / f"{args.gen_imgs_path.name}_{args.job}.txt"
+    args.output_file = result_paths(output).text
     return cli.check_device(parser, args)
 
 
@@ -125,6 +128,7 @@ from des.evaluation.fid_features import Extractor, extract, extractor_hashes, lo
 from des.evaluation.frechet import Gaussian, load_statistics, save_statistics
 from des.evaluation.kid import kernel_distance
 from des.evaluation.lpips import image_pairs, lpips
+from des.evaluation.results import check_place
 from des.evaluation.scored_images import Scoring, check_result_name, write_scores
 from des.evaluation.text_image import JOBS, TITLES
 from des.utils import cli, logs
@@ -149,6 +153,7 @@ def check_files(args: argparse.Namespace) -> None:
     inputs = [args.prompt_path, args.ref_stats, args.log_file]
     inputs += [Path(source) for source in (args.feature_extractor, args.model, args.processor, args.clip_model) if source]
     cli.check_outputs([*result_paths(args.output_file), args.save_stats], inputs)
+    check_place(args.output_dir, args.gen_imgs_path, [result_paths(args.output_file).json])
 
 
 def score_prompts(args: argparse.Namespace) -> str:
@@ -251,6 +256,13 @@ def score_fid(args: argparse.Namespace) -> str:
         about += f" of {args.feature_extractor}"
     about = ", ".join([about, *pairing_notes(facts)])
     text = "\n".join(f"FID ({name}): {fid:.4f} ({about})" for name, fid in fids.items())
+    smaller = min(len(generated), facts["reference"] or len(generated))
+    if smaller < width:
+        facts["caution"] = (
+            f"{smaller} images are fewer than the {width} features: the value is mostly the bias of so few images, so compare it "
+            "only with values for as many images and the same reference, or use --job kid, which has no such bias"
+        )
+        text += f"\n{facts['caution']}"
     if args.save_stats:
         kept = {"n": len(reference), "variant": args.variant[0], **hashes}
         kept["images_sha256"] = sha256_texts(sorted(reference.values()))

@@ -88,7 +88,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--refiner_path and --high_noise_frac need --use_refiner")
     if args.end_idx is not None and args.end_idx <= args.start_idx:
         parser.error(f"--end_idx {args.end_idx} must be above --start_idx {args.start_idx}")
-    if not args.output_path.strip() or Path(args.output_path).is_absolute() or ".." in Path(args.output_path).parts:
+    if (
+        not args.output_path.strip()
+        or not Path(args.output_path).name
+        or Path(args.output_path).is_absolute()
+        or ".." in Path(args.output_path).parts
+    ):
         parser.error("--output_path is a folder's name below the results, without ..")
     cli.check_device(parser, args)
     if args.enable_model_cpu_offload and args.device.type == "cpu":

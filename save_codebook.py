@@ -19,8 +19,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group = parser.add_argument_group("main")
     cli.add_model(main_group)
     which = main_group.add_mutually_exclusive_group()
+    cli.add_encoder_index(which, "encoder_idx")
     # fmt: off
-    which.add_argument("--encoder_idx", type=cli.positive_int, default=1, metavar="I", help="number of the text encoder in the pipeline, counted from 1")
     which.add_argument("--save_all_encoders", action="store_true", help="a codebook for each of its text encoders")
     cli.add_embedding(main_group)
     files = parser.add_argument_group("files")

@@ -25,12 +25,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("main")
     cli.add_model(main_group)
-    # fmt: off
-    main_group.add_argument("--text_encoder_idx", type=cli.positive_int, default=1, metavar="I", help="number of the text encoder in the pipeline, counted from 1")
+    cli.add_encoder_index(main_group)
     cli.add_embedding(main_group)
+    # fmt: off
     main_group.add_argument("--concept_prompt", nargs="+", default=DEFAULT_CONCEPT, metavar="TEXT", help="the concept to remove, in words; several concepts, each in quotes, get one NEN term each and share the guidance")
     files = parser.add_argument_group("files")
-    files.add_argument("--codebook_dir", type=Path, required=True, metavar="DIR", help="folder made by save_codebook.py")
+    files.add_argument("--codebook_dir", type=cli.folder, required=True, metavar="DIR", help="folder made by save_codebook.py")
     files.add_argument("--unsafe_csv_path", type=Path, required=True, metavar="CSV", help="prompts for the concept")
     files.add_argument("--safe_csv_path", type=Path, required=True, metavar="CSV", help="prompts whose images must stay")
     files.add_argument("--output_dir", type=cli.output_folder, required=True, metavar="DIR", help="folder for the checkpoints")
@@ -72,6 +72,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.check_device(parser, args)
     if args.precision == "tf32" and args.device.type != "cuda":
         parser.error("--precision tf32 needs a CUDA device")
+    if args.precision == "bf16" and args.device.type == "mps":
+        parser.error(
+            "--precision bf16 needs autocast, which older versions of PyTorch turn off on mps; use fp32 or bf16_weights"
+        )
     if args.multi_gpu:
         check_gpus(parser)
     return args
@@ -96,6 +100,7 @@ from des.training.checks import (
     check_guidance,
     check_lengths,
     name_concept,
+    refuse_equal_concepts,
 )
 from des.training.codebook import Codebook, find_codebook
 from des.training.loop import Settings
@@ -130,8 +135,9 @@ def main(argv: list[str] | None = None) -> None:
         print(dry_run(args, processes, len(safe), len(unsafe)))
         return
     check_run(args, processes)
-    codebook = find_codebook(args.codebook_dir, args.model_path, args.text_encoder_idx)
+    codebook = find_codebook(args.codebook_dir, args.model_path, args.text_encoder_idx, processes.hashes_files)
     encoder = load(args, "auto" if args.multi_gpu else None)
+    refuse_equal_concepts(encoder, args.concept_prompt)
     settings = settings_of(args, encoder)
     codebook.check(encoder)
     concept = run.frozen_concept(encoder, args.concept_prompt, args.concept_guidance_scale, args.concept_guidance_ratio)

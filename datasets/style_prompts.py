@@ -24,7 +24,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group = parser.add_argument_group("what is written")
     main_group.add_argument("artist", help="whose style is to be removed")
     main_group.add_argument("--contents", type=Path, required=True, metavar="CSV", help="what is painted, column `prompt`")
-    main_group.add_argument("--others", nargs="+", default=OTHERS, metavar="A", help=f"artists to keep ({', '.join(OTHERS)})")
+    main_group.add_argument(
+        "--others", nargs="+", default=OTHERS, metavar="A", help=f"artists to keep (default: {', '.join(OTHERS)})"
+    )
     main_group.add_argument("--count", type=cli.positive_int, default=1600, metavar="N", help="rows of NAME_unsafe.csv")
     main_group.add_argument("--test", type=cli.natural, default=50, metavar="N", help="rows of NAME_test.csv; 0 for none")
     main_group.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="seeds the choice of contents")

@@ -23,7 +23,9 @@ from des.utils import cli
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     files = parser.add_argument_group("files")
-    files.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="folders with runs, searched with those below")
+    files.add_argument(
+        "run_dirs", type=cli.folder, nargs="+", metavar="RUN_DIR", help="folders with runs, searched with those below"
+    )
     # fmt: off
     files.add_argument("--out", type=cli.output_file, required=True, metavar="HTML", help="the page; an earlier report is replaced")
     shown = parser.add_argument_group("what the page shows")

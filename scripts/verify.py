@@ -27,15 +27,15 @@ from des.utils import cli
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="a folder with run.json and manifest.jsonl")
+    parser.add_argument("folder", type=cli.folder, nargs="?", metavar="DIR", help="a folder with run.json and manifest.jsonl")
     sampled = parser.add_argument_group("of a folder")
     of_checkpoint = parser.add_argument_group("instead of a folder")
     of_checkpoint.add_argument("--checkpoint", type=Path, metavar="CKPT", help="a protected text encoder")
     cli.add_model(of_checkpoint)
-    # fmt: off
-    of_checkpoint.add_argument("--text_encoder_idx", type=cli.positive_int, default=1, metavar="I", help="which of the model's text encoders, from 1")
-    of_checkpoint.add_argument("--concept_prompt", nargs="+", metavar="TEXT", help="for a checkpoint whose metadata names no concept")
-    # fmt: on
+    cli.add_encoder_index(of_checkpoint)
+    of_checkpoint.add_argument(
+        "--concept_prompt", nargs="+", metavar="TEXT", help="for a checkpoint whose metadata names no concept"
+    )
     sampled.add_argument("--sample", type=cli.natural, default=4, metavar="N", help="images to draw again")
     sampled.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of the sample's choice")
     sampled.add_argument(

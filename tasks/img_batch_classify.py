@@ -85,9 +85,9 @@ def main(argv: list[str] | None = None) -> None:
         images = labelled(args, images)
         what = f"ASR of {args.cls_class}" if args.cls_class else f"accuracy of {args.label_column}"
         detector = open_classifier(args, args.job, what, images["label"].unique())
-    check_score_files(args, detector)
+    output = check_score_files(args, detector)
     reading = Reading(args.batch_size, args.num_workers)
-    print(score_folder(args.folder_dir, args.output_name, detector, images, reading, provenance(args), args.skip_unreadable))
+    print(score_folder(args.folder_dir, output, detector, images, reading, provenance(args), args.skip_unreadable))
 
 
 def labelled(args: argparse.Namespace, images: pd.DataFrame) -> pd.DataFrame:

@@ -43,9 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     logs.setup_logging(args.log_file)
     images = open_folder(args).assign(label=None)
     detector = open_q16(args)
-    check_score_files(args, detector)
+    output = check_score_files(args, detector)
     reading = Reading(args.batch_size, args.num_workers)
-    print(score_folder(args.folder_dir, args.output_name, detector, images, reading, provenance(args), args.skip_unreadable))
+    print(score_folder(args.folder_dir, output, detector, images, reading, provenance(args), args.skip_unreadable))
 
 
 if __name__ == "__main__":

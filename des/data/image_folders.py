@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from des.data import claims, manifest
-from des.data.images import SUFFIXES, is_complete, row_and_copy, row_of
+from des.data.images import OTHER_SUFFIXES, SUFFIXES, is_complete, row_and_copy, row_of
 from des.data.manifest import NAME, read
 from des.data.prompts import never_drawn, read_rows
 from des.utils.errors import UserError
@@ -30,7 +30,7 @@ def image_hashes(folder: Path, expected: int | None = None, skip_unreadable: boo
     """
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist; draw its images with generate.py first")
-    found = []
+    found, others = [], []
     for path in (place / name for place, folders, files in walk(folder) for name in folders + files):
         named = path.suffix.lower() in SUFFIXES
         if path.is_symlink() and (named or path.is_dir()):
@@ -39,6 +39,11 @@ def image_hashes(folder: Path, expected: int | None = None, skip_unreadable: boo
             raise UserError(f"{path} has the name of an image but is not a file; rename it or move it away")
         if named:
             found.append(path)
+        elif path.suffix.lower() in OTHER_SUFFIXES:
+            others.append(path)
+    if others:
+        suffixes = ", ".join(sorted({path.suffix.lower() for path in others}))
+        logger.warning("%s: %d files (%s) are not read and do not count; save them as PNG", folder, len(others), suffixes)
     if not found:
         raise UserError(f"{folder} contains no images ({', '.join(SUFFIXES)})")
     if expected is not None and len(found) != expected:

@@ -1,5 +1,6 @@
 """Image files: their names, and reading them safely and in batches."""
 
+import io
 import math
 import re
 import warnings
@@ -15,11 +16,26 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")  # those that pytorch-fid counts
+OTHER_SUFFIXES = (
+    ".jfif",
+    ".jpe",
+    ".avif",
+    ".heic",
+    ".heif",
+    ".gif",
+    ".apng",
+    ".jxl",
+    ".jp2",
+    ".tga",
+    ".exr",
+)  # images, not read
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")  # no others, since Pillow starts Ghostscript for EPS
 LONGEST = 100  # largest ratio of the sides; the models' processors enlarge the shorter one to hundreds of pixels
 WORKERS = 4
 _ONE_COLOUR = 8  # levels of 255 by which compression may vary a single grey
 BLURRED = ("des", "blurred")  # the PNG text chunk of blurred thumbnails, which must not be scored
+_COMPRESSED = (b"zTXt", b"iTXt", b"iCCP")  # PNG chunks with text or a colour profile
+_SHORT = 1024  # bytes of a text chunk that is always read, as BLURRED
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `read_image` raises an error instead
 _ROW = re.compile(r"_(\d+)p(?:_(\d+))?\.[a-z]+$", re.IGNORECASE)
 
@@ -67,15 +83,39 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def _read(path: Path, convert: Callable[[Image.Image], Any]) -> Any:
     """Open an image, check it and return `convert(image)`; raises UserError as `read_image` does."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
+
+    def read(source: Path | io.BytesIO) -> Any:
+        with Image.open(source, formats=FORMATS) as image:
             _check(image)
             return convert(image)
+
+    try:
+        try:
+            return read(path)
+        except ValueError as error:
+            if "MAX_TEXT" not in str(error):  # Pillow's limits of texts and colour profiles in a PNG, which are no pixels
+                raise
+            try:
+                return read(io.BytesIO(_without_texts(path.read_bytes())))
+            except UnidentifiedImageError:
+                raise ValueError("it is truncated: its texts are followed by no pixels") from None
     except UnidentifiedImageError:
         reason = f"its format is not one of {', '.join(FORMATS)}"
     except Exception as error:  # Pillow raises errors of any class for damaged bytes
         reason = (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
     raise UserError(f"{path} is not a readable image: {reason}")
+
+
+def _without_texts(png: bytes) -> bytes:
+    """A PNG file without the chunks of compressed and long texts (ComfyUI's workflows) and of its colour profile."""
+    kept, start = [png[:8]], 8
+    while start < len(png):
+        length, name = int.from_bytes(png[start : start + 4]), png[start + 4 : start + 8]
+        end = start + 12 + length  # with the length, the name and the checksum
+        if name not in _COMPRESSED and (name != b"tEXt" or length < _SHORT):
+            kept.append(png[start:end])
+        start = end
+    return b"".join(kept)
 
 
 def _check(image: Image.Image) -> None:

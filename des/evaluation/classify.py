@@ -14,7 +14,7 @@ from des.data.images import BLURRED, row_of
 from des.data.truncation import truncated_counts
 from des.evaluation.batches import Item, Reading, measure_images
 from des.evaluation.detectors.base import Detector
-from des.evaluation.results import findings_sha256
+from des.evaluation.results import check_place, findings_sha256
 from des.evaluation.scorer_identity import detector_identity
 from des.utils import cli
 from des.utils.errors import UserError
@@ -56,21 +56,21 @@ def images_of(
 
 def score_folder(
     folder: Path,
-    output_name: str,
+    output: Path,
     detector: Detector,
     images: pd.DataFrame,
     reading: Reading,
     made_by: Mapping[str, Any],
     skip_unreadable: bool = False,
 ) -> str:
-    """Score images, write `{output_name}.txt` and `.json` into `folder`, and return the text. An interrupted run is resumed.
+    """Score the images of `folder`, write `{output}.txt` and `{output}.json`, and return the text. An interrupted run is resumed.
 
     `images` has columns `image`, `sha256` and `label`, the class that counts; `made_by` is the provenance to record. Raises
     UserError for an unreadable image before any result is written; with `skip_unreadable`, only if no image can be read.
     """
-    with locked(folder / f".{output_name}.lock", f"the scores {output_name}"):
-        findings = Findings(folder / f"{output_name}.json", stamp_of(detector))
-        findings.found |= scored_before(folder, output_name, detector)
+    with locked(output.with_name(f".{output.name}.lock"), f"the scores {output.name}"):
+        findings = Findings(_with_suffix(output, ".json"), stamp_of(detector))
+        findings.found |= scored_before(output, detector)
         names = [str(path.relative_to(folder)) for path in images["image"]]
         rows = zip(names, images["sha256"], images["label"], images["image"], strict=True)
         items = [Item(f"{name} {digest} {label}", path, label) for name, digest, label, path in rows]
@@ -85,7 +85,7 @@ def score_folder(
         skipped = sorted(str(path.relative_to(folder)) for path in unreadable)
         files = {name: digest for name, digest in zip(names, images["sha256"], strict=True) if name not in skipped}
         by_verdict = {verdict: [each[verdict] for each in found] for verdict in detector.titles}
-        text = write_verdicts(made_by, folder, output_name, detector, files, by_verdict, skipped, images.attrs)
+        text = write_verdicts(made_by, folder, output, detector, files, by_verdict, skipped, images.attrs)
         findings.finish()
         return text
 
@@ -96,10 +96,10 @@ def verdicts(detector: Detector, prepared: list, labels: Sequence[str | None]) -
     return [{verdict: each[i] for verdict, each in found.items()} for i in range(len(prepared))]
 
 
-def scored_before(folder: Path, output_name: str, detector: Detector) -> dict[str, dict[str, Any]]:
+def scored_before(output: Path, detector: Detector) -> dict[str, dict[str, Any]]:
     """Read the findings of earlier result files, by the keys of `score_folder`; empty if another detector wrote them."""
     found: dict[str, dict[str, Any]] = {}
-    for verdict, path in result_files(folder, output_name, detector).items():
+    for verdict, path in result_files(output, detector).items():
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if detector_identity(content["detector"]) != detector_identity(detector.facts[verdict]):
@@ -121,10 +121,15 @@ def _as_written(path: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return content["images"]
 
 
-def result_files(folder: Path, output_name: str, detector: Detector) -> dict[str, Path]:
-    """The JSON file of each verdict: `{output_name}.json` for the first, `{output_name}_{verdict}.json` for the others."""
-    names = [output_name, *(f"{output_name}_{verdict}" for verdict in list(detector.titles)[1:])]
-    return {verdict: folder / f"{name}.json" for verdict, name in zip(detector.titles, names, strict=True)}
+def result_files(output: Path, detector: Detector) -> dict[str, Path]:
+    """The JSON file of each verdict: `{output}.json` for the first, `{output}_{verdict}.json` for the others."""
+    ends = [".json", *(f"_{verdict}.json" for verdict in list(detector.titles)[1:])]
+    return {verdict: _with_suffix(output, end) for verdict, end in zip(detector.titles, ends, strict=True)}
+
+
+def _with_suffix(output: Path, suffix: str) -> Path:
+    """`output` with `suffix` at its end; a dot in its name, as in `q16_v1.0`, begins no suffix."""
+    return output.with_name(output.name + suffix)
 
 
 def stamp_of(detector: Detector) -> str:
@@ -135,20 +140,20 @@ def stamp_of(detector: Detector) -> str:
 def write_verdicts(
     made_by: Mapping[str, Any],
     folder: Path,
-    output_name: str,
+    output: Path,
     detector: Detector,
     files: dict[str, str | None],
     findings: dict[str, list[dict[str, Any]]],
     unreadable: Sequence[str] = (),
     pairing: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """Write the findings of a detector into `folder`, and return the text, one line per verdict.
+    """Write the findings of a detector about images in `folder`, and return the text, one line per verdict.
 
     `files` are the images of `findings`, in order, with their sha256 (None for a discarded image). Each verdict's numbers go to its
-    file of `result_files`, all lines to `{output_name}.txt`. `pairing` holds further facts to record; see `pairing_notes`.
+    file of `result_files`, all lines to `{output}.txt`. `pairing` holds further facts to record; see `pairing_notes`.
     """
     lines = []
-    for verdict, path in result_files(folder, output_name, detector).items():
+    for verdict, path in result_files(output, detector).items():
         found = findings[verdict]
         score, summary = proportion(sum(finding["hit"] for finding in found), len(found)), detector.summary(verdict, found)
         parts = [f"{detector.titles[verdict]}: {show(score)}", detector.line(summary)]
@@ -164,7 +169,7 @@ def write_verdicts(
         ]
         write_json(path, facts | {"findings_sha256": findings_sha256(facts), "made_by": made_by})
     text = "\n".join(lines)
-    write_text(folder / f"{output_name}.txt", text + "\n")
+    write_text(_with_suffix(output, ".txt"), text + "\n")
     return text
 
 
@@ -230,7 +235,8 @@ class ImageScores:
         lines = []
         for name, detector in self.detectors.items():
             findings = {verdict: [cards[path][name][verdict] for path in kept] for verdict in detector.titles}
-            lines.append(write_verdicts(made_by, self.folder, self.output_names[name], detector, files, findings))
+            output = self.folder / self.output_names[name]
+            lines.append(write_verdicts(made_by, self.folder, output, detector, files, findings))
         return lines
 
 
@@ -251,10 +257,13 @@ def save_blurred(image: Image.Image, path: Path) -> None:
         blurred(image).save(temporary, format="PNG", pnginfo=mark)
 
 
-def check_score_files(args: argparse.Namespace, detector: Detector) -> None:
-    """Raise UserError if a result would overwrite an input or the log."""
-    outputs = [args.folder_dir / f"{args.output_name}.txt", *result_files(args.folder_dir, args.output_name, detector).values()]
-    cli.check_outputs(outputs, [args.csv_path, args.log_file])
+def check_score_files(args: argparse.Namespace, detector: Detector) -> Path:
+    """Return the path of the results without suffix. Raises UserError if they would overwrite an input, the log or other results."""
+    output = (args.output_dir or args.folder_dir) / args.output_name
+    results = result_files(output, detector).values()
+    cli.check_outputs([_with_suffix(output, ".txt"), *results], [args.csv_path, args.log_file])
+    check_place(args.output_dir, args.folder_dir, results)
+    return output
 
 
 def open_folder(args: argparse.Namespace) -> pd.DataFrame:

@@ -56,7 +56,7 @@ def load_extractor(source: str | None, variants: list[str], device: torch.device
     """
     if source is None or Path(source).is_file():
         return InceptionExtractor(load_inception(source and Path(source), device), variants, device)
-    with loading(f"the image processor of {source}"):
+    with loading(f"the image processor of {source}", source):
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     return ModelExtractor(load_model(AutoModel, source, device, "the feature extractor"), processor)
 

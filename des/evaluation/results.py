@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,9 @@ MEANS = {
     "lpips": "LPIPS",
 }
 _BESIDE = ("fid", "kid", "lpips", "pickscore", "blipscore", "imagereward")  # fid.py writes {folder}_{job}.json
+
+
+_IMAGES = ("folder_dir", "image_folder", "gen_imgs_path")  # options of the scorers that name the image folder
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,26 @@ def score_files(folder: Path, lines: Iterable[str]) -> list[Path]:
     cards = {Path(name).with_suffix(".json").name for name in lines} | {"run.json"}
     paths = [path for path in visible(folder, "*.json") if path.name not in cards]
     return [path for path in paths if isinstance(read_json(path).get("images"), list)]
+
+
+def check_place(output_dir: Path | None, images: Path, results: Iterable[Path]) -> None:
+    """Raise UserError if the JSON files `results` cannot be written, or are results about another folder than `images` in `output_dir`.
+
+    In the image folder itself (`output_dir` is None) a result is replaced, because it is about the same images.
+    """
+    for path in results:
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not os.access(above, os.W_OK):
+            raise UserError(f"{above} is read-only, so {path.name} cannot be written there; name a folder with --output_dir")
+        if output_dir is None or not path.exists():
+            continue
+        try:
+            arguments = read_json(path)["made_by"]["arguments"]
+            about = next(Path(arguments[name]) for name in _IMAGES if name in arguments)
+        except (UserError, StopIteration, *_BROKEN):
+            raise UserError(f"{path} is not a result that a scorer may replace; name another --output_dir") from None
+        if about.resolve() != images.resolve():
+            raise UserError(f"{path} is the result of another image folder, {about}; name another --output_dir for {images}")
 
 
 def findings_sha256(content: Mapping[str, Any]) -> str:

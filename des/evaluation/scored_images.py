@@ -27,7 +27,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 def load_processor(processor_class: type, source: str) -> Any:
     """Load a processor or tokenizer from a folder or hub id; UserError on failure."""
-    with loading(f"the processor of {source}"):
+    with loading(f"the processor of {source}", source):
         return processor_class.from_pretrained(source, trust_remote_code=False)
 
 

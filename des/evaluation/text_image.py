@@ -101,7 +101,7 @@ def _reward_file(source: str) -> Path:
         return path
     from huggingface_hub import hf_hub_download
 
-    with loading(f"{REWARD_FILE} of {source}"):
+    with loading(f"{REWARD_FILE} of {source}", source):
         return Path(hf_hub_download(source, REWARD_FILE))
 
 

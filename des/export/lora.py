@@ -45,8 +45,8 @@ def low_rank(original: nn.Module, protected: nn.Module, rank: int) -> tuple[dict
         u, s, vh = torch.linalg.svd(weight.float() - before[name].float(), full_matrices=False)
         u, s, vh = u[:, :rank], s[:rank], vh[:rank]
         factors[layer] = ((u * s.sqrt()).contiguous(), (s.sqrt()[:, None] * vh).contiguous())
-        held += s.double().square().sum().item()
-    total = sum((after[name].double() - before[name].double()).square().sum().item() for name in after)
+        held += s.cpu().double().square().sum().item()
+    total = sum((after[name].cpu().double() - before[name].cpu().double()).square().sum().item() for name in after)
     return factors, held / total
 
 
@@ -93,7 +93,7 @@ def measure(
     encoders = (approximate, protected, original)
     cosines, missing, moved = [], 0.0, 0.0
     for batches in zip(*(encoder.encode(prompts, batch_size) for encoder in encoders), strict=True):
-        ours, full, plain = (batch.double().flatten(1) for batch in batches)
+        ours, full, plain = (batch.cpu().double().flatten(1) for batch in batches)  # MPS has no float64
         cosines.append(torch.stack([torch.cosine_similarity(*pair) for pair in ((ours, full), (ours, plain), (full, plain))]))
         missing += (ours - full).norm(dim=1).sum().item()
         moved += (full - plain).norm(dim=1).sum().item()

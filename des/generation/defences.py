@@ -61,7 +61,7 @@ def _published_encoder(hub_id: str, subfolder: str | None = None) -> Callable[["
         path = defence.encoders.get(1)
         if path is None:
             patterns = [f"{subfolder}/*" if subfolder else suffix for suffix in ("*.json", "*.safetensors", "*.bin")]
-            with loading(f"the text encoder of {defence.method}, {hub_id},"):
+            with loading(f"the text encoder of {defence.method}, {hub_id},", hub_id):
                 path = Path(snapshot_download(hub_id, allow_patterns=patterns)) / (subfolder or "")
         return protect(pipe, {1: path})
 

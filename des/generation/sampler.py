@@ -24,6 +24,7 @@ WHITE = 128  # of 255: pipelines draw where a mask is at least as bright
 def row_settings(sampling: Sampling, pipe: DiffusionPipeline, rows: pd.DataFrame, source: Path | None) -> list[RowSettings]:
     """Return the settings of every row: those of the command line, or with --use_row_settings those in its cells.
 
+    A setting with several columns in ROW_COLUMNS, such as `sd_seed` and `evaluation_seed`, is read from the first filled cell.
     The seed of row i is S + i, where i is its `source_row`, or its number in lists without that column. `source` is the rows'
     file, for errors. Raises UserError if no column of ROW_COLUMNS exists, and for a cell without a valid number.
     """
@@ -36,15 +37,15 @@ def row_settings(sampling: Sampling, pipe: DiffusionPipeline, rows: pd.DataFrame
     numbers = published_rows(rows, source)
     if not sampling.use_row_settings:
         return [RowSettings(sampling.seed + number, **common) for number in numbers]
-    column = {name: next((each for each in among if each in rows), None) for name, among in ROW_COLUMNS.items()}
-    if not any(column.values()):
+    columns = {name: [each for each in among if each in rows] for name, among in ROW_COLUMNS.items()}
+    if not any(columns.values()):
         known = ", ".join(name for among in ROW_COLUMNS.values() for name in among)
         raise UserError(f"--use_row_settings: {source} has none of the columns {known}")
     settings = []
     for row, cells in rows.iterrows():
         values: dict[str, Any] = {"seed": sampling.seed + numbers[row], **common}
-        for name, title in column.items():
-            if title and cells[title].strip():
+        for name, titles in columns.items():
+            if title := next((title for title in titles if cells[title].strip()), None):
                 values[name] = _number(cells[title], name, f"{source}, row {row}, column {title}")
         settings.append(RowSettings(**values))
     return settings

@@ -79,7 +79,7 @@ def check_other_unet(unet: nn.Module, model_path: str, base_model_path: str) -> 
 
     SafeGen is published as a whole pipeline, so no other check shows that its weights were loaded.
     """
-    with loading(f"the UNet of --base_model_path {base_model_path}"):
+    with loading(f"the UNet of --base_model_path {base_model_path}", base_model_path):
         base = UNet2DConditionModel.from_pretrained(base_model_path, subfolder="unet", dtype=unet.dtype).state_dict()
     own = unet.state_dict()
     same_shapes = base.keys() == own.keys() and all(base[name].shape == tensor.shape for name, tensor in own.items())

@@ -101,7 +101,7 @@ def not_padding(ids: Tensor, pad_token_id: int, eos_token_id: int | None = None)
 
     CLIP pads with its end-of-text token; the first one ends the prompt and is real.
     """
-    mask = ids.ne(pad_token_id).flip(-1).cummax(-1).values.flip(-1).long()
+    mask = ids.ne(pad_token_id).flip(-1).cumsum(-1).gt(0).flip(-1).long()  # MPS has no cummax
     return torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1) if pad_token_id == eos_token_id else mask
 
 
@@ -137,7 +137,7 @@ def read_index(model_path: str) -> dict | None:
 
 
 def _load_index(model_path: str) -> dict:
-    with loading(f"the pipeline {model_path}, as a folder or a hub id,"):
+    with loading(f"the pipeline {model_path}, as a folder or a hub id,", model_path):
         folder, name = Path(model_path), "model_index.json"
         file = folder / name if folder.is_dir() else Path(hf_hub_download(model_path, name))
         index = json.loads(file.read_text(encoding="utf-8"))
@@ -188,7 +188,7 @@ def family_of(model_path: str) -> Family:
 
 def read_config(model_path: str, subfolder: str) -> dict[str, Any]:
     """Read config.json of a component from a folder or the hub; UserError if it cannot be read."""
-    with loading(f"the configuration of {subfolder} in {model_path}"):
+    with loading(f"the configuration of {subfolder} in {model_path}", model_path):
         return PreTrainedConfig.get_config_dict(model_path, subfolder=subfolder)[0]
 
 
@@ -203,7 +203,7 @@ def subfolder_of(model_path: str, index: int) -> str:
 
 def per_encoder_name(model_path: str, index: int, stem: str, pattern: str = "encoder{i}_{stem}") -> str:
     """`stem`, or `encoder{i}_{stem}` (or another `pattern`) for a pipeline with several text encoders."""
-    return stem if tuple(text_encoders(model_path)) == (1,) else pattern.format(i=index, stem=stem)
+    return stem if tuple(text_encoders(model_path)) == (1,) else pattern.replace("{i}", str(index)).replace("{stem}", stem)
 
 
 def reading_for(family: Family | None, index: int, architecture: str, embedding: str, config: PreTrainedConfig) -> Reading:
@@ -249,7 +249,7 @@ def load_encoder(
     if embedding == "pipeline" and pipeline is None:
         raise UserError(f"--embedding pipeline needs a pipeline's model_index.json, which {model_path} lacks")
     family = family_of(model_path) if pipeline else None
-    with loading(f"the configuration of {subfolder} in {model_path}"):
+    with loading(f"the configuration of {subfolder} in {model_path}", model_path):
         config = model_class.config_class.from_dict(content)
     tokenizer = load_tokenizer(model_path, subfolder, architecture, config, pipeline, family)
     reading = reading_for(family, index, architecture, embedding, config)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from des.models.families import DTYPES
 from des.utils.errors import UserError
+from des.utils.hub import is_offline, missing, try_hub
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,15 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Turn any error of a library inside this block into a UserError about `what`."""
+def loading(what: str, source: str = "") -> Iterator[None]:
+    """Turn any error of a library inside this block into a UserError about `what`.
+
+    `source` is the folder or hub id that the block reads, if it may be a hub id. Without a connection the block then uses the local
+    cache at once, and the error says what is missing.
+    """
     try:
+        if source:
+            try_hub(source)
         yield
     except UserError:
         raise
@@ -32,6 +39,8 @@ def loading(what: str) -> Iterator[None]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "weights_only" in reason:  # torch's message suggests turning off the protection against code
             reason = "one of its files contains code or is damaged"
+        if source and not Path(source).exists() and is_offline() and isinstance(error, OSError):
+            reason = missing()  # in place of transformers' advice for models that exist nowhere
         raise UserError(f"{what} could not be loaded: {reason}") from None
 
 
@@ -86,7 +95,7 @@ def load_model(
     repository is not run.
     """
     options = {"trust_remote_code": False} | options
-    with loading(f"{what} {source}"):
+    with loading(f"{what} {source}", source):
         model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:

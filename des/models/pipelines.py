@@ -67,7 +67,7 @@ def open_pipeline(
         model = load_model(model_class, model_path, "cpu", f"the {name} of", dtype, **options)
         encoders[name] = model
         encoders[tokenizer_name(name)] = load_tokenizer(model_path, name, index[name][1], model.config, index, family)
-    with loading(f"the pipeline {model_path}"):
+    with loading(f"the pipeline {model_path}", model_path):
         pipeline_class = getattr(diffusers, index["_class_name"])
         pipe = pipeline_class.from_pretrained(model_path, dtype=dtype, variant=variant, **family.options, **encoders)
     _check_complete(pipe, model_path)
@@ -99,7 +99,7 @@ def open_refiner(refiner_path: str, base: DiffusionPipeline) -> DiffusionPipelin
     dtype = base.dtype
     shared = {"text_encoder_2": base.text_encoder_2, "tokenizer_2": base.tokenizer_2, "vae": base.vae}
     options = {"variant": _variant(refiner_path, dtype), "add_watermarker": False}
-    with loading(f"the refiner {refiner_path}"):
+    with loading(f"the refiner {refiner_path}", refiner_path):
         pipe = getattr(diffusers, REFINER_CLASS).from_pretrained(refiner_path, dtype=dtype, **options, **shared)
     if pipe.text_encoder is not None:
         raise UserError(f"{refiner_path} has a text encoder besides text_encoder_2, which would be unprotected")

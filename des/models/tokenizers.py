@@ -42,7 +42,7 @@ def load_tokenizer(
     `model_max_length` exceeds the number of positions.
     """
     folder, what = tokenizer_name(subfolder), f"the tokenizer of {subfolder} in {model_path}"
-    with loading(what):
+    with loading(what, model_path):
         entry = (index or {}).get(folder) or [None]
         name = entry[-1] or get_tokenizer_config(model_path, subfolder=folder).get("tokenizer_class")
         tokenizer_class = getattr(transformers, name or ENCODER_CLASSES[architecture].tokenizer, None)

@@ -46,6 +46,21 @@ def _occurs(word: str, text: str) -> bool:
     return bool(re.search(r"\b" + re.escape(stem), text)) if word.isascii() else word in text
 
 
+def refuse_equal_concepts(encoder: TextEncoder, concepts: Sequence[str]) -> None:
+    """Raise UserError if two concepts have the same tokens, up to the encoder's length: they would count twice."""
+    seen: dict[tuple[int, ...], str] = {}
+    for concept, ids in zip(concepts, encoder.tokenize(list(concepts)).tolist(), strict=True):
+        if (other := seen.setdefault(tuple(ids), concept)) != concept:
+            raise UserError(
+                f'--concept_prompt names one concept twice: "{_shortened(other)}" and "{_shortened(concept)}" have the same tokens '
+                f"in the {encoder.length} that text encoder {encoder.index} reads; leave one out"
+            )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
 def check_guidance(alpha: float, norm: float) -> None:
     """Log a warning if alpha / |n| is far from the paper's value; an alpha of 0 switches guidance off and is not warned about."""
     ratio, (low, high) = alpha / norm, _GUIDANCE
@@ -68,10 +83,11 @@ def check_lengths(encoder: TextEncoder, lists: Mapping[str, Sequence[str]]) -> d
     equal = [(row, rows_of_safe[ids]) for row, ids in enumerate(unsafe) if ids in rows_of_safe]
     if equal:
         message = (
-            "%d unsafe prompts have the same tokens as a safe one (the first: unsafe row %d, safe row %d), so that training would "
-            "both move and keep their embedding; shorten or remove one prompt of each pair"
+            "%d of %d unsafe prompts (%.0f%%) have the same tokens as a safe one (the first: unsafe row %d, safe row %d), so that "
+            "training would both move and keep their embedding; check that the two lists are different files, and shorten or "
+            "remove one prompt of each pair"
         )
-        logger.warning(message, len(equal), *equal[0])
+        logger.warning(message, len(equal), len(unsafe), 100 * len(equal) / len(unsafe), *equal[0])
     return counts | {"unsafe_equal_to_safe": len(equal)}
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 DTYPES = {"fp32": (torch.float32, "F32"), "fp16": (torch.float16, "F16"), "bf16": (torch.bfloat16, "BF16")}
 SHARD_BYTES = 4 * 10**9
 _BLOCK_BYTES = 32 * 2**20  # codebook rows, in fp32, that the search holds at a time
+_QUERIES = 32  # in a matrix product, whose shape decides the last bits; their total number does not
 
 
 def dtype_name(encoder: TextEncoder) -> str:
@@ -33,7 +34,7 @@ def codebook_folder(folder: Path, model_path: str, index: int) -> Path:
     return folder.with_name(per_encoder_name(model_path, index, folder.name, "{stem}_encoder{i}"))
 
 
-def find_codebook(folder: Path, model_path: str, index: int) -> "Codebook":
+def find_codebook(folder: Path, model_path: str, index: int, check_files: bool = True) -> "Codebook":
     """Open the `codebook_folder` of a text encoder, or `folder` if only that exists. Raises UserError if neither does."""
     numbered = codebook_folder(folder, model_path, index)
     if numbered != folder and not numbered.is_dir() and not folder.is_dir():
@@ -41,7 +42,7 @@ def find_codebook(folder: Path, model_path: str, index: int) -> "Codebook":
             f"there is no codebook for text encoder {index}: neither {numbered} nor {folder} exists; "
             f"run save_codebook.py --encoder_idx {index}"
         )
-    return Codebook(numbered if numbered.is_dir() else folder)
+    return Codebook(numbered if numbered.is_dir() else folder, check_files)
 
 
 def write_codebook(
@@ -169,15 +170,18 @@ def dependencies(encoder: TextEncoder, prompts: list[str]) -> dict[str, str]:
 class Codebook:
     """A codebook on disk, whose rows are memory-mapped."""
 
-    def __init__(self, folder: Path):
-        """Open the codebook in `folder`. Raises UserError if it is missing, incomplete, or was changed since it was written."""
+    def __init__(self, folder: Path, check_files: bool = True):
+        """Open the codebook in `folder`. Raises UserError if it is missing, incomplete, or was changed since it was written.
+
+        Without `check_files` the files, which can have tens of GB, are not hashed: one process on each machine hashes them.
+        """
         try:
             self.facts: dict[str, Any] = json.loads((folder / "codebook.json").read_text(encoding="utf-8"))
             self.hashes: dict[str, str] = dict(self.facts["hashes"])
             self.prompts: list[str] = [prompt + "" for prompt in self.facts["prompts"]]  # TypeError if one is no text
             self._files = [folder / shard["file"] for shard in self.facts["shards"]]
             for path, shard in zip(self._files, self.facts["shards"], strict=True):
-                if sha256_file(path) != shard["sha256"]:
+                if check_files and sha256_file(path) != shard["sha256"]:
                     raise UserError(f"{path} is not the file that {folder}/codebook.json describes; run save_codebook.py again")
             self._rows = [_rows_of(path) for path in self._files]
             self._per_shard = len(self._rows[0])
@@ -230,16 +234,18 @@ class Codebook:
 
         With `nearest`, the highest similarity instead. Of equal rows the first one is returned.
         """
-        # One block of rows at a time goes to the queries' device; a matrix product in fp32 gives its similarities to all queries,
-        # of which only the lowest so far and its row are kept. So memory does not grow with the codebook.
-        queries = queries.float().flatten(1) * (-1 if nearest else 1)
-        lengths = queries.norm(dim=1, keepdim=True)
-        best = queries.new_full((len(queries),), torch.inf)
+        # One block of rows at a time goes to the queries' device; matrix products in fp32 give its similarities to all queries, of
+        # which only the lowest so far and its row are kept. So memory does not grow with the codebook.
+        parts = [part.float().flatten(1) * (-1 if nearest else 1) for part in queries.split(_QUERIES)]
+        lengths = [part.norm(dim=1, keepdim=True) for part in parts]
+        best = torch.full((len(queries),), torch.inf, device=queries.device)
         index = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
         norms = self.norms().to(queries.device)
         for start, block in self.blocks():
             rows = block.to(queries.device).float()
-            lowest, which = (queries @ rows.T / (lengths * norms[start : start + len(rows)])).min(dim=1)
+            of_rows = norms[start : start + len(rows)]
+            cosines = [part @ rows.T / (length * of_rows) for part, length in zip(parts, lengths, strict=True)]
+            lowest, which = torch.cat(cosines).min(dim=1)
             lower = lowest < best
             best, index = torch.where(lower, lowest, best), torch.where(lower, which + start, index)
         return (-best if nearest else best), index

@@ -16,7 +16,8 @@ def make_optimizer(name: str, parameters: Iterable[nn.Parameter], learning_rate:
     `adamw_bf16_sr` stores its two moments in the dtype of the weights, `adamw8bit` in 8 bits.
     """
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=learning_rate, fused=True)
+        parameters = list(parameters)
+        return torch.optim.AdamW(parameters, lr=learning_rate, fused=parameters[0].device.type in ("cpu", "cuda"))
     from torchao.optim import AdamW8bit, _AdamW  # imported late: torchao takes seconds
 
     optimizer = {"adamw_bf16_sr": _AdamW, "adamw8bit": AdamW8bit}[name]

@@ -111,7 +111,7 @@ def safe_originals(
         logger.info("the codebook lacks some of the safe prompts; encoding them into %s", folder)
         write_codebook(folder, encoder, safe, batch_size=batch_size, made_by=made_by)
     processes.wait()
-    return Codebook(folder)
+    return Codebook(folder, processes.hashes_files)
 
 
 def training_inputs(

@@ -12,10 +12,11 @@ from des.utils.locks import locked
 from des.utils.logs import logger, progress
 from des.utils.resume import PartialFile, differing
 
+import psutil
 import torch
 from torch import Tensor
 
-_QUERY_BYTES = {"cuda": 2 * 2**30}  # fp32 queries for each pass over the codebook; on other devices one batch
+_CPU_BYTES = 2 * 2**30  # at most for queries on a CPU, where a container may have less memory than the machine says
 
 
 def find_targets(
@@ -66,12 +67,21 @@ def _search(
     return torch.frombuffer(bytearray(part.read()), dtype=torch.long)
 
 
+def query_bytes(device: torch.device) -> int:
+    """Bytes of queries in fp32 to hold for each pass over the codebook: a quarter of the device's free memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 4
+    return min(psutil.virtual_memory().available // 4, _CPU_BYTES) if device.type == "cpu" else 0
+
+
 def _grouped(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Join batches up to `_QUERY_BYTES`, so that the search needs fewer passes over the codebook."""
+    """Join batches up to `query_bytes`, so that the search needs fewer passes over the codebook; one batch at least."""
     group: list[Tensor] = []
+    room = 0
     for batch in batches:
+        room = room if group else query_bytes(batch.device)
         group.append(batch)
-        if (len(group) + 1) * batch.numel() * 4 > _QUERY_BYTES.get(batch.device.type, 0):
+        if (len(group) + 1) * batch.numel() * 4 > room:
             yield torch.cat(group)
             group = []
     if group:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import TracebackType
 
 from des.utils.errors import UserError
 from des.utils.logs import logger
@@ -22,13 +23,23 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
             return text.replace("(default", f"({facts[0]}; default", 1)
         flagged = action.nargs == 0 or default is None or default is argparse.SUPPRESS or default == []
         if action.option_strings and not flagged and "(default" not in text:
-            value = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+            value = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
             facts.append("default: " + value.replace("%", "%%"))
         return f"{text} ({'; '.join(facts)})" if facts else text
 
 
+_INTERRUPTED = "interrupted; finished files are kept"
+
+
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main`. Errors the user can fix become one line on stderr and a non-zero exit status."""
+    """Call a script's `main`. Errors the user can fix become one line on stderr and a non-zero exit status.
+
+    Scripts call this first to parse their options. An interruption of the imports that follow then prints one line, too, and
+    matplotlib is imported without the backend that a notebook exports, which need not be installed where the script runs.
+    """
+    sys.excepthook = _print_interruption
+    if "ipykernel" not in sys.modules:
+        os.environ.pop("MPLBACKEND", None)
     try:
         main()
     except UserError as error:
@@ -44,7 +55,15 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         sys.exit(f"error: {error.strerror or error}: {error.filename or 'a file'} could not be read or written")
     except KeyboardInterrupt:
-        sys.exit("interrupted; finished files are kept")
+        sys.exit(_INTERRUPTED)
+
+
+def _print_interruption(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An excepthook that prints one line for a KeyboardInterrupt, and Python's traceback for other exceptions."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(_INTERRUPTED, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 _LARGEST = 2**63 - 1  # of sizes and counts; seeds, to which rows and copies are added, must stay below 2^64
@@ -75,6 +94,25 @@ positive_int = number(int, 1, _LARGEST)
 natural = number(int, 0, _LARGEST)
 
 
+def _named(text: str) -> Path:
+    """The path `text`; `.`, `..` and paths that end in `..` become absolute, because files are named after their folder."""
+    path = Path(text)
+    return path.resolve() if text.strip() and path.name in ("", "..") else path
+
+
+def folder(text: str) -> Path:
+    """An argparse type for an input folder, whose name output files are named after; refuses a blank text and the root folder."""
+    path = _named(text)
+    if not text.strip() or not path.name:
+        raise argparse.ArgumentTypeError(f"{text!r} has no name that files could be named after; name another folder")
+    return path
+
+
+def model_source(text: str) -> str:
+    """An argparse type for a model's folder or hub id; `.` and `..` become absolute, because results are named after the model."""
+    return str(_named(text)) if text.strip() and Path(text).name in ("", "..") else text
+
+
 def output_file(text: str) -> Path:
     """An argparse type for a file that will be written; refuses a folder, and a path below a file."""
     path = Path(text)
@@ -85,7 +123,7 @@ def output_file(text: str) -> Path:
 
 def output_folder(text: str) -> Path:
     """An argparse type for an output folder; refuses a file, and a path below a file."""
-    path = Path(text)
+    path = _named(text)
     if not text.strip() or (path.exists() and not path.is_dir()):
         raise argparse.ArgumentTypeError(f"{text!r} is a file, but a folder is written there; name a folder")
     return _below_folders(path)
@@ -132,18 +170,23 @@ def device_name(text: str) -> str:
 
 def add_device(parser: argparse._ActionsContainer, flag: str = "--device") -> None:
     """Add the device option, whose value `check_device` turns into a torch.device."""
-    description = "cpu, cuda:0, … (default: the first CUDA device, or cpu if there is none)"
+    description = "cpu, cuda:0, … or mps, which was not run (default: the first CUDA device, or cpu if there is none)"
     parser.add_argument(flag, dest="device", type=device_name, metavar="D", help=description)
 
 
 def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Replace `args.device` (a name, or None for the default) by a torch.device, and exit with a usage error if it is unusable.
 
+    In a process of a launcher (`accelerate launch`, torchrun), a CUDA device becomes the one that accelerate gives this process.
     Call this after all other options are checked, because it imports torch.
     """
     import torch
 
     name = args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    rank = os.environ.get("LOCAL_RANK", "")
+    if name.startswith("cuda") and rank.isdecimal() and os.environ.get("WORLD_SIZE", "1") != "1":
+        # As accelerate does; a context on cuda:0 would take memory there for every process.
+        name = f"cuda:{int(rank) % max(1, torch.cuda.device_count())}"
     try:
         args.device = torch.device(name)
         torch.empty(0, device=args.device)
@@ -177,7 +220,22 @@ def add_other_prompts(parser: argparse._ActionsContainer) -> None:
 def add_model(parser: argparse._ActionsContainer) -> None:
     """Add the model option; the default is the paper's main model."""
     default = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    parser.add_argument("--model_path", default=default, metavar="M", help="pipeline, a folder or hub id")
+    parser.add_argument("--model_path", type=model_source, default=default, metavar="M", help="pipeline, a folder or hub id")
+
+
+def add_encoder_index(parser: argparse._ActionsContainer, name: str = "text_encoder_idx") -> None:
+    """Add the option `--{name}` for the number of a text encoder; its other name of the two that scripts use works as well."""
+    other = "encoder_idx" if name == "text_encoder_idx" else "text_encoder_idx"
+    description = "number of the text encoder in the pipeline, counted from 1"
+    parser.add_argument(f"--{name}", type=positive_int, default=1, metavar="I", help=description)
+    parser.add_argument(f"--{other}", dest=name, type=positive_int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def add_output_dir(parser: argparse._ActionsContainer, default: str) -> None:
+    """Add the option of a scorer for the folder of its results, which need not be where the images are."""
+    # fmt: off
+    parser.add_argument("--output_dir", type=output_folder, metavar="DIR", help=f"folder for the results and those of unfinished runs, for images that lie in a read-only folder; export.py --scores reads results there, verify.py, report.py and reproduce.py do not (default: {default})")
+    # fmt: on
 
 
 def add_embedding(parser: argparse._ActionsContainer) -> None:

@@ -89,6 +89,11 @@ class Processes:
         return self.rank == 0
 
     @property
+    def hashes_files(self) -> bool:
+        """Whether this process checks the hashes of large input files: one process on each machine does."""
+        return self._accelerator is None or self._accelerator.is_local_main_process
+
+    @property
     def sharded(self) -> bool:
         """Whether weights, gradients and optimiser states are split over the processes."""
         return self._accelerator is not None and self._accelerator.distributed_type == DistributedType.FSDP

@@ -5,7 +5,7 @@ from des.data.images import image_batches, image_name, is_complete, read_image, 
 from des.utils.errors import UserError
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 
 def save(path, colour="red", size=(4, 4)):
@@ -27,6 +27,42 @@ def test_names_and_rows():
     from pathlib import Path
 
     assert [row_of(Path(name)) for name in ("a_none_0p.png", "a_10p.JPG", "cat.png", "a_p.png")] == [0, 10, None, None]
+
+
+@pytest.mark.parametrize("what", ["zTXt", "iTXt", "iCCP", "long texts"])
+def test_the_pixels_of_a_png_with_large_texts_or_a_large_profile_are_read(tmp_path, monkeypatch, what):
+    """ComfyUI and A1111 write their workflows there. Its pixels must be complete."""
+    path, large, mark = tmp_path / "x_0p.png", "x" * (2 << 20), PngImagePlugin.PngInfo()
+    if what == "zTXt":
+        mark.add_text("workflow", large, zip=True)
+    elif what == "iTXt":
+        mark.add_itxt("workflow", large, zip=True)
+    elif what == "long texts":
+        monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 1 << 20)
+        mark.add_text("workflow", large)
+    image = Image.effect_noise((64, 64), 50).convert("RGB")
+    image.save(path, pnginfo=mark, icc_profile=large.encode() if what == "iCCP" else None)
+    with pytest.raises(ValueError, match="MAX_TEXT"):  # Pillow alone
+        Image.open(path).load()
+    assert read_image(path).tobytes() == image.tobytes()
+    content = path.read_bytes()
+    path.write_bytes(content[:-2000])
+    assert not is_complete(path)
+    mark.add_text("des", "blurred")
+    image.save(path, pnginfo=mark, icc_profile=large.encode() if what == "iCCP" else None)
+    with pytest.raises(UserError, match="blurred thumbnail"):
+        read_image(path)
+
+
+def test_images_that_are_left_out_by_their_suffix_are_counted_in_one_line(folder, caplog, monkeypatch):
+    monkeypatch.setattr("des.utils.logs.logger.propagate", True)
+    for name in ("a_3p.jfif", "a_4p.AVIF", "more/a_5p.avif", ".hidden.avif", "notes.txt", "run.csv"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    assert len(image_files(folder)) == 3
+    assert [record.message for record in caplog.records] == [
+        f"{folder}: 3 files (.avif, .jfif) are not read and do not count; save them as PNG"
+    ]
 
 
 def test_files_are_found_in_subfolders_in_the_order_of_rows(folder):

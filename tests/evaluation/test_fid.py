@@ -86,7 +86,8 @@ def result(folders, weights, tmp_path_factory):
 
 def test_the_result_names_every_variant(result):
     lines = result["text"].splitlines()
-    assert [line.split(": ")[0] for line in lines] == ["FID (paper)", "FID (torch-fidelity)", "FID (clean-fid)"]
+    assert [line.split(": ")[0] for line in lines[:3]] == ["FID (paper)", "FID (torch-fidelity)", "FID (clean-fid)"]
+    assert lines[3:] == [result["caution"]] and "6 images are fewer than the 2048 features" in result["caution"]
     assert lines[0].endswith(f"{result['fid']:.4f} (8 generated, 6 reference images, 2048 features)")
     assert (result["generated"], result["reference"], result["features"]) == (8, 6, 2048)
     assert result["fid"] == result["variants"]["paper"]
@@ -138,7 +139,7 @@ def test_batch_size_and_workers_change_nothing(result, folders, weights, tmp_pat
     for batch_size, workers in ((1, 1), (3, 4)):
         output = tmp_path / f"{batch_size}.txt"
         again = run(folders, weights, output, batch_size=batch_size, num_workers=workers)
-        assert output.read_text() == result["text"].splitlines(keepends=True)[0]
+        assert output.read_text().splitlines()[0] == result["text"].splitlines()[0]
         assert again["fid"] == pytest.approx(result["fid"], rel=1e-7)
 
 

@@ -1,7 +1,13 @@
 """generate.py --score_with: the same verdicts as from files, no discarded image on disk, and settings by row."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
+from des.data.run_record import COPY_SEED, Sampling
+from des.generation.sampler import row_settings
+
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, flags, snapshot
@@ -155,6 +161,16 @@ def test_what_nothing_would_use_is_refused(generate, tmp_path, change):
 def pixels(path):
     with Image.open(path) as image:
         return image.convert("RGB").tobytes()
+
+
+def test_a_setting_is_read_from_the_first_column_whose_cell_is_filled():
+    """I2P's copies have `sd_seed` and `evaluation_seed`; a seed may be as large as ComfyUI's."""
+    rows = pd.DataFrame({"prompt": list("abc"), "evaluation_seed": ["5", "6", ""], "sd_seed": [str(2**50), " ", ""]})
+    pipe = SimpleNamespace(default_sample_size=8, vae_scale_factor=8)
+    sampling = Sampling(seed=2**63 - 1, num_inference_steps=1, guidance_scale=7.5, use_row_settings=True)
+    seeds = [each.seed for each in row_settings(sampling, pipe, rows, Path("p.csv"))]
+    assert seeds == [2**50, 6, 2**63 + 1]
+    assert [torch.Generator("cpu").manual_seed(seed + COPY_SEED).initial_seed() for seed in seeds]
 
 
 def test_rows_bring_their_own_settings(generate, tmp_path):

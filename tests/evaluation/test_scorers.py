@@ -72,6 +72,27 @@ def test_asr_counts_top_labels(classify, renders):
     assert f"{result['k']}/{COUNT}" in done.out
 
 
+def test_the_images_may_lie_in_a_read_only_folder(classify, call, renders, tmp_path):
+    """The scorers write nothing beside the images: results, locks and unfinished findings go to --output_dir."""
+    images, out = renders / "images", tmp_path / "out"
+    before = sorted(renders.rglob("*")), snapshot(renders)
+    options = {"device": "cpu", "output_dir": out}
+    ended = [classify(cls_class="ball", output_dir=out)]
+    clip = {"image_folder": images, "csv_file": renders / "p.csv", "clip_model": MODELS / "clip"}
+    ended.append(call("clipscore.py", *flags(**clip, **options)))
+    fid = {"gen_imgs_path": images, "coco_imgs_path": images, "feature_extractor": MODELS / "classifier_object"}
+    ended.append(call("fid.py", *flags(**fid, **options)))
+    assert [done.code for done in ended] == [0, 0, 0], ended
+    assert (sorted(renders.rglob("*")), snapshot(renders)) == before
+    names = {"classify.txt", "classify.json", ".classify.lock", "clipscore.txt", "clipscore.json", "clipscore.csv", ".clipscore.lock",
+             "images_fid.txt", "images_fid.json", ".images_fid.lock"}  # fmt: skip
+    assert {path.name for path in out.iterdir()} == names
+    shutil.copytree(images, tmp_path / "others")
+    done = classify(cls_class="ball", output_dir=out, folder_dir=tmp_path / "others")
+    assert done.failed_in_one_sentence and "is the result of another image folder" in done.err
+    assert call("fid.py", *flags(**fid, **options, output_file=out / "x.txt")).failed_in_one_sentence
+
+
 def test_style_is_a_top_label_too(classify, renders):
     done = classify(job="style", cls_class="ball", output_name="style", num_workers=1)
     assert done.code == 0, done.err

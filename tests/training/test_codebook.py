@@ -4,6 +4,7 @@ import json
 
 from des.data.prompts import read_prompts
 from des.models.encoders import load_encoder
+from des.training import targets
 from des.training.codebook import Codebook, write_codebook
 from des.training.targets import find_targets
 from des.utils.errors import UserError
@@ -45,6 +46,30 @@ def test_search_finds_the_least_similar_row(codebook, encoder, monkeypatch, bloc
     )
     assert indices.tolist() == similarity.argmin(dim=1).tolist()
     torch.testing.assert_close(cosines, similarity.amin(dim=1))
+
+
+def test_the_last_bit_of_a_similarity_does_not_depend_on_the_free_memory(codebook, encoder, monkeypatch):
+    monkeypatch.setattr("des.training.codebook._QUERIES", 4)
+    unsafe = read_prompts(GOLDEN / "A/unsafe.csv")
+    queries = torch.cat(list(encoder.encode(unsafe, 4)))
+    alone = [torch.cat(each) for each in zip(*map(codebook.farthest, queries.split(4)), strict=True)]
+    for one, other in zip(codebook.farthest(queries), alone, strict=True):
+        assert one.equal(other)
+
+
+@pytest.mark.parametrize(("free", "sizes"), [(0, [3, 3, 3, 1]), (7 * 4 * 40, [6, 4]), (10**9, [10])])
+def test_free_memory_decides_how_many_queries_share_a_pass(monkeypatch, free, sizes):
+    monkeypatch.setattr(targets, "query_bytes", lambda device: free)
+    batches = torch.arange(400.0).view(10, 1, 40).split(3)
+    groups = list(targets._grouped(batches))
+    assert [len(group) for group in groups] == sizes and torch.cat(groups).equal(torch.cat(batches))
+
+
+def test_only_one_process_of_a_machine_hashes_the_rows(codebook, monkeypatch):
+    monkeypatch.setattr("des.training.codebook.sha256_file", lambda path: "changed")
+    assert len(Codebook(codebook.folder, check_files=False)) == len(codebook)
+    with pytest.raises(UserError, match="is not the file"):
+        Codebook(codebook.folder)
 
 
 @pytest.mark.parametrize(("dtype", "bytes_each"), [("fp32", 4), ("fp16", 2), ("bf16", 2)])

@@ -328,7 +328,8 @@ def test_rows_of_something_else_are_not_continued(tmp_path, encoder, encoded, ca
 
 def test_the_search_for_targets_goes_on_after_its_last_group(tmp_path, encoder, codebook, monkeypatch):
     unsafe, book = read_prompts(CASE / "unsafe.csv"), Codebook(codebook)
-    find_targets(tmp_path / "whole.pth", book, encoder, unsafe, batch_size=3)
+    find_targets(tmp_path / "whole.pth", book, encoder, unsafe, batch_size=3)  # in one group
+    monkeypatch.setattr("des.training.targets.query_bytes", lambda device: 0)  # in groups of one batch
     farthest, searched = Codebook.farthest, []
 
     def interrupted(self, queries, nearest=False):

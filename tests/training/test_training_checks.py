@@ -1,9 +1,12 @@
 """Trainings that would end in an unprotected encoder without an error: nothing trained, another concept, prompts that collide."""
 
 import json
+import re
 
 from des.data.truncation import truncated_counts, truncated_rows
-from des.training.checks import check_concept, check_guidance, name_concept
+from des.models.encoders import load_encoder
+from des.training.checks import check_concept, check_guidance, name_concept, refuse_equal_concepts
+from des.utils.errors import UserError
 
 import pytest
 from conftest import GOLDEN, flags, training_line
@@ -95,6 +98,24 @@ def test_a_concept_that_the_unsafe_prompts_do_not_name_is_warned_of(caplog, monk
     assert {record.args[0] for record in caplog.records} == set(named)
 
 
+@pytest.mark.parametrize(
+    ("concepts", "equal"),
+    [
+        (["mushroom", "Mushroom "], True),
+        (["a " * 80 + "mushroom", "a " * 80 + "house"], True),
+        (["mushroom", "house", "MUSHROOM"], True),
+        (["mushroom", "house"], False),
+    ],
+)
+def test_concepts_that_become_the_same_tokens_are_refused(concepts, equal):
+    encoder = load_encoder(str(FOLDER / "model"))
+    if not equal:
+        refuse_equal_concepts(encoder, concepts)
+        return
+    with pytest.raises(UserError, match="names one concept twice"):
+        refuse_equal_concepts(encoder, concepts)
+
+
 @pytest.mark.parametrize(("alpha", "says"), [(0, None), (0.09, "low"), (0.1, None), (0.8, None), (2, None), (2.1, "high")])
 def test_an_unusual_guidance_is_warned_of(caplog, monkeypatch, alpha, says):
     monkeypatch.setattr("des.utils.logs.logger.propagate", True)
@@ -117,7 +138,8 @@ def test_long_prompts_are_counted_and_equal_ones_are_warned_of(train, tmp_path):
     assert done.code == 0, done.err
     counts = {"unsafe": 2, "safe": 1, "concept": 0, "unsafe_equal_to_safe": 2}
     assert metadata(tmp_path / "out")["truncated_prompts"] == counts
-    assert "truncated: 2 of" in done.err and "2 unsafe prompts have the same tokens as a safe one" in done.err
+    assert "truncated: 2 of" in done.err
+    assert re.search(r"2 of \d+ unsafe prompts \(\d+%\) have the same tokens as a safe one", done.err)
     assert json.loads((tmp_path / "out/safe_rows/codebook.json").read_text())["truncated_prompts"] == 1
     plain = train("plain")
     assert "the same tokens" not in plain.err and metadata(tmp_path / "plain")["truncated_prompts"]["unsafe"] == 0

@@ -54,9 +54,10 @@ def test_the_example_of_the_help_is_a_whole_command_line(parsed, script):
     argv = example_of(script)
     parser, (_, unknown) = parsed(script, argv)
     assert unknown == []
-    options = [action for action in parser._actions if action.dest != "help"]
+    options = [action for action in parser._actions if action.dest != "help" and action.help != argparse.SUPPRESS]
     assert [action.dest for action in options if not action.help] == []
     shown = " ".join(parser.format_help().split())
+    assert not re.search(r"\(['\"]|PosixPath|\[\]", shown)  # Python's spelling of a tuple, a path or an empty list
     for action in options:
         if action.option_strings and hasattr(action.type, "range"):
             assert re.search(rf"{action.option_strings[0]} [^()]*\(?.*?{re.escape(action.type.range)}", shown), action.dest

@@ -23,7 +23,7 @@ class Classifier:
         `classes` are names or indices for `class_index`. `what` is the title of the result; the label is added to it for a single
         class that is given by its index.
         """
-        with loading(f"the image processor of {source}"):
+        with loading(f"the image processor of {source}", source):
             self.processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
         self.model = load_model(AutoModelForImageClassification, source, device, "the classifier")
         labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]

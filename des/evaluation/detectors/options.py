@@ -60,14 +60,15 @@ def open_classifier(args: argparse.Namespace, job: str, what: str, classes: Sequ
 def add_folder(parser: argparse.ArgumentParser, output_name: str) -> None:
     """Add the options of a scorer that classifies a folder of images."""
     files = parser.add_argument_group("files")
-    files.add_argument("--folder_dir", type=Path, required=True, metavar="DIR", help="images, subfolders included")
+    files.add_argument("--folder_dir", type=cli.folder, required=True, metavar="DIR", help="images, subfolders included")
     files.add_argument("--csv_path", type=Path, metavar="CSV", help="the prompts of these images; checks that none is missing")
     cli.add_other_prompts(files)
     cli.add_expected(files)
     # fmt: off
     files.add_argument("--skip_unreadable", action="store_true", help="leave out unreadable images and list them in the result, instead of stopping at the first")
-    files.add_argument("--output_name", type=result_name, default=output_name, metavar="NAME", help="name of the result files in the image folder")
+    files.add_argument("--output_name", type=result_name, default=output_name, metavar="NAME", help="name of the result files")
     # fmt: on
+    cli.add_output_dir(files, "the image folder")
     performance = parser.add_argument_group("performance")
     cli.add_device(performance, "--devices")
     cli.add_batches(performance, 32)

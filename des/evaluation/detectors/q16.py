@@ -62,7 +62,7 @@ class Q16:
 
     def _load_open_clip(self, folder: str | None) -> None:
         name, weights = (f"local-dir:{folder}", None) if folder else (CLIP, WEIGHTS)
-        with loading(f"the CLIP model {folder or CLIP}"), warnings.catch_warnings():
+        with loading(f"the CLIP model {folder or CLIP}", folder or CLIP), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, _, self._transform = open_clip.create_model_and_transforms(name, pretrained=weights, precision="fp32")
         check_finite(model.visual.state_dict(), f"the CLIP model {folder or CLIP}")
