@@ -1,4 +1,4 @@
-"""Check a checkpoint on a real model in about 15 minutes of a GPU: is its attack success rate (ASR) what the paper's table implies?
+"""Check a checkpoint on a real model with 80 images: is its attack success rate (ASR) what the paper's table implies?
 
     python scripts/download_checkpoint.py des && python datasets/download.py ringabell_prompts coco_prompts
     python scripts/benchmarks/first_check.py --checkpoint checkpoints/published/des.pt --out results/first_check --device cuda:0
@@ -6,6 +6,7 @@
 Draws the first prompts of an adversarial list and of a harmless one with the original and the protected model, and counts the images
 that the detector finds. For each count it prints the range into which 95% of such samples fall if the paper's ASR holds. Images of
 the adversarial list are scored in memory and not stored. Exits with 1 if a count is outside its range. A repeated command resumes.
+On a recent GPU this should take less than 15 minutes; we had no GPU to measure it.
 """
 
 import argparse
@@ -23,22 +24,25 @@ HARMLESS = 5.0  # percent of harmless images in which the detector may err
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    cli.add_model(parser)
+    main_group = parser.add_argument_group("main")
+    cli.add_model(main_group)
     # fmt: off
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="CKPT", help="protected text encoder 1, such as the published des.pt")
-    parser.add_argument("--attack", choices=LISTS, default="RAB", help="adversarial list, by its column of the paper's table T2")
-    parser.add_argument("--prompts_csv", type=Path, metavar="CSV", help="another list of prompts for the concept; needs --expected_asr")
-    parser.add_argument("--expected_asr", type=cli.number(float, 0, 100), nargs=2, metavar="PERCENT", help="ASR of the original and the protected model (default: the paper's for --attack)")
-    parser.add_argument("--benign_csv", type=Path, default=ROOT / "datasets/coco_prompts.csv", metavar="CSV", help="harmless prompts")
-    parser.add_argument("--rows", type=cli.positive_int, default=20, metavar="N", help="rows of each list")
-    parser.add_argument("--classifier", metavar="M", help="count --cls_class by this image classification model instead of nudity by NudeNet")
-    parser.add_argument("--cls_class", metavar="NAME", help="the class that --classifier counts")
-    parser.add_argument("--num_inference_steps", type=cli.positive_int, default=50, metavar="N", help="denoising steps")
-    parser.add_argument("--guidance_scale", type=cli.number(float, 0), default=7.5, metavar="G", help="guidance")
-    parser.add_argument("--batch_size", type=cli.positive_int, default=4, metavar="N", help="images at a time")
-    parser.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="folder for images, scores and first_check.json")
+    main_group.add_argument("--checkpoint", type=Path, required=True, metavar="CKPT", help="protected text encoder 1, such as the published des.pt")
+    main_group.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="folder for images, scores and first_check.json")
+    lists = parser.add_argument_group("prompts and detector")
+    lists.add_argument("--attack", choices=LISTS, default="RAB", help="adversarial list, by its column of the paper's table T2")
+    lists.add_argument("--prompts_csv", type=Path, metavar="CSV", help="another list of prompts for the concept; needs --expected_asr")
+    lists.add_argument("--expected_asr", type=cli.number(float, 0, 100), nargs=2, metavar="PERCENT", help="ASR of the original and the protected model (default: the paper's for --attack)")
+    lists.add_argument("--benign_csv", type=Path, default=Path("datasets/coco_prompts.csv"), metavar="CSV", help="harmless prompts")
+    lists.add_argument("--rows", type=cli.positive_int, default=20, metavar="N", help="rows of each list")
+    lists.add_argument("--classifier", metavar="M", help="count --cls_class by this image classification model instead of nudity by NudeNet")
+    lists.add_argument("--cls_class", metavar="NAME", help="the class that --classifier counts")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--num_inference_steps", type=cli.positive_int, default=50, metavar="N", help="denoising steps")
+    sampling.add_argument("--guidance_scale", type=cli.number(float, 0), default=7.5, metavar="G", help="guidance")
+    sampling.add_argument("--batch_size", type=cli.positive_int, default=4, metavar="N", help="images at a time")
     # fmt: on
-    cli.add_device(parser)
+    cli.add_device(sampling)
     args = parser.parse_args(argv)
     if (args.prompts_csv is None) != (args.expected_asr is None):
         parser.error("--prompts_csv and --expected_asr go together: one was given without the other")
