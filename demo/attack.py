@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = drawable(args.prompts_csv)
     wanted = rows["prompt"].tolist()
     candidates = [prompt for path in args.candidates for prompt in drawable(path)["prompt"]]
-    encoder = load_encoder(args.model_path, 1, args.device)
+    encoder = load_encoder(args.model_path, 1, args.device, variant=args.variant)
 
     def embed(prompts: list[str]) -> torch.Tensor:
         return torch.cat([normalize(batch.float().flatten(1), dim=1).cpu() for batch in encoder.encode(prompts, 64)])

@@ -13,24 +13,23 @@ from typing import Any
 
 from des.models.activations import use_lean_activations
 from des.models.checkpoints import fingerprint
-from des.models.families import ENCODER_CLASSES, PIPELINES, Family, Reading, find_family, shares_class
+from des.models.families import ENCODER_CLASSES, FAMILIES, PIPELINES, Family, Reading, find_family, shares_class
 from des.models.loading import load_model, loading, torch_dtype
+from des.models.model_files import INDEX, check_variant, fetch, is_local, read_json
 from des.utils.errors import UserError
 from des.utils.files import sha256_texts
 from des.utils.logs import progress
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 _STATES = {  # the embedding in an encoder's output, by `Reading.states`
     "last": lambda output: output.last_hidden_state,
     "penultimate": lambda output: output.hidden_states[-2],
     "pooled": lambda output: output.pooler_output[:, None],
 }
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FOLDER = re.compile(r"text_encoder(?:_(\d+))?")
 _NO_LENGTH = 100_000  # tokenizers without a maximum length report a huge number
 # Entries of config.json that do not change embeddings.
@@ -127,36 +126,56 @@ def identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict
 def read_index(model_path: str) -> dict | None:
     """Read `model_index.json` from a folder or the hub; None for a folder with only text encoders."""
     folder = Path(model_path)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
+    if is_local(model_path) and not (folder / INDEX).is_file():
         if not any(_FOLDER.fullmatch(path.name) for path in folder.iterdir()):
-            raise UserError(f"{model_path} is not a pipeline: it has neither model_index.json nor a folder text_encoder")
+            raise UserError(f"{model_path} is not a pipeline: it has neither {INDEX} nor a folder text_encoder")
         return None
-    if not folder.exists() and not _HUB_ID.fullmatch(model_path):
-        raise UserError(f"{model_path} is neither an existing folder nor a hub id, which has the form `owner/name`")
     return _load_index(model_path) if folder.is_dir() else _hub_index(model_path)
 
 
 def _load_index(model_path: str) -> dict:
-    with loading(f"the pipeline {model_path}, as a folder or a hub id,"):
-        folder, name = Path(model_path), "model_index.json"
-        file = folder / name if folder.is_dir() else Path(hf_hub_download(model_path, name))
-        index = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(index.get("_class_name"), str):
-            raise ValueError("its model_index.json names no class")
-        return index
+    index = read_json(model_path, INDEX)
+    if not isinstance(index.get("_class_name"), str):
+        raise UserError(f"{model_path} is not a pipeline of diffusers: `_class_name` in its {INDEX} does not name a class")
+    for name, entry in index.items():
+        pair = [type(part) for part in entry] if isinstance(entry, list) else None
+        if not name.startswith("_") and (isinstance(entry, dict) or pair not in (None, [str, str], [type(None)] * 2)):
+            raise UserError(f"the entry `{name}` in {INDEX} of {model_path} is neither a library with a class nor [null, null]")
+    return index
 
 
 _hub_index = cache(_load_index)  # one request per run
 
 
-def text_encoders(model_path: str) -> dict[int, str]:
+def components_of(model_path: str, drop_t5: bool = False) -> dict[str, tuple[str, str] | None]:
+    """Return library and class of each component of a pipeline; None for those that it lacks or that `drop_t5` leaves out.
+
+    Raises UserError if a pipeline without T5 cannot draw, or has no T5 to leave out.
+    """
+    index = read_index(model_path) or {}
+    found = {name: tuple(entry) if entry[0] else None for name, entry in index.items() if isinstance(entry, list)}
+    if drop_t5:
+        optional = family_of(model_path).optional_encoders
+        if not optional:
+            able = ", ".join(each.name for each in FAMILIES.values() if each.optional_encoders)
+            raise UserError(
+                f"--drop_t5 is for {able}, which can draw without T5; {model_path} is a {family_of(model_path).name}"
+            )
+        dropped = {f"{kind}_{i}" for i in optional for kind in ("text_encoder", "tokenizer")}
+        if not any(found.get(name) for name in dropped):
+            raise UserError(f"{model_path} has no T5; leave --drop_t5 out")
+        found |= dict.fromkeys(dropped)
+    return found
+
+
+def text_encoders(model_path: str, drop_t5: bool = False) -> dict[int, str]:
     """Return the subfolder of each text encoder of a pipeline by 1-based index; SD3 pipelines may lack one."""
     index = read_index(model_path)
     if index is None:
         names = [path.name for path in Path(model_path).iterdir()]
     else:
         _known(model_path, index["_class_name"])
-        names = [name for name, component in index.items() if isinstance(component, list) and component[0] is not None]
+        names = [name for name, component in components_of(model_path, drop_t5).items() if component]
     matches = [match for match in map(_FOLDER.fullmatch, names) if match]
     return {int(match[1] or 1): match[0] for match in sorted(matches, key=lambda match: int(match[1] or 1))}
 
@@ -180,15 +199,14 @@ def family_of(model_path: str) -> Family:
 
 def read_config(model_path: str, subfolder: str) -> dict[str, Any]:
     """Read config.json of a text encoder from a folder or the hub; UserError if it cannot be read."""
-    with loading(f"the configuration of {subfolder} in {model_path}"):
-        return PreTrainedConfig.get_config_dict(model_path, subfolder=subfolder)[0]
+    return read_json(model_path, f"{subfolder}/config.json")
 
 
 def subfolder_of(model_path: str, index: int) -> str:
     """Return the subfolder of text encoder `index` (1-based) of a pipeline; UserError with the existing ones if it has none."""
     has = text_encoders(model_path)
     if index not in has:
-        listed = ", ".join(f"{i} ({folder})" for i, folder in has.items())
+        listed = ", ".join(f"{i} ({folder})" for i, folder in has.items()) or "none"
         raise UserError(f"{model_path} has no text encoder {index}; it has {listed}")
     return has[index]
 
@@ -224,23 +242,26 @@ def load_encoder(
     embedding: str = "last_hidden_state",
     max_sequence_length: int | None = None,
     device_map: str | None = None,
+    variant: str | None = None,
 ) -> TextEncoder:
     """Load text encoder `index` of a pipeline in eval mode, with every weight from its files.
 
     `embedding` is `last_hidden_state` (the paper) or `pipeline` (what the pipeline feeds to the denoiser). `max_sequence_length`
     applies to T5 only. On the device "meta" no weights are read. A `device_map`, which replaces `device`, spreads the layers over
-    several GPUs. Raises UserError for a missing encoder, an unsupported class, and missing or mismatched weights.
+    several GPUs. `variant` is that of the weights (see `find_weights`). Raises UserError for a missing encoder, an unsupported class,
+    and missing or mismatched weights.
     """
     subfolder = subfolder_of(model_path, index)
-    with loading(f"the tokenizer of {subfolder} in {model_path}"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_path, subfolder=subfolder.replace("text_encoder", "tokenizer"), trust_remote_code=False
-        )
+    tokenizer_folder, is_meta = subfolder.replace("text_encoder", "tokenizer"), str(device) == "meta"
     config = read_config(model_path, subfolder)
     architecture = (config.get("architectures") or ["a model of no named class"])[0]
     model_class, dtype = encoder_class(architecture, f"{subfolder} in {model_path}")
     if max_sequence_length and not ENCODER_CLASSES[architecture].any_length:
         raise UserError(f"--max_sequence_length is for T5, but text encoder {index} of {model_path} is {architecture}")
+    check_variant(model_path, variant)
+    files = fetch(model_path, (subfolder, tokenizer_folder), variant, dtype, with_weights=not is_meta)
+    with loading(f"the tokenizer of {subfolder} in {model_path}"):
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, subfolder=tokenizer_folder, trust_remote_code=False)
     pipeline = read_index(model_path)
     if embedding == "pipeline" and pipeline is None:
         raise UserError(f"--embedding pipeline needs a pipeline's model_index.json, which {model_path} lacks")
@@ -249,12 +270,12 @@ def load_encoder(
     length = max_sequence_length or reading.length or tokenizer.model_max_length
     if length > _NO_LENGTH:
         raise UserError(f"the tokenizer of {subfolder} in {model_path} has no maximum length; pass --max_sequence_length")
-    if str(device) == "meta":
+    if is_meta:
         with torch.device("meta"):
             model = model_class(model_class.config_class.from_dict(config)).to(dtype)
     else:
-        options = {"subfolder": subfolder, "device_map": device_map}
-        model = load_model(model_class, model_path, device, f"the {subfolder} of", dtype, **options)
+        options = {"subfolder": subfolder, "device_map": device_map, "variant": files.variant(subfolder)}
+        model = load_model(model_class, str(files.folder), device, f"the {subfolder} of", dtype, **options)
     use_lean_activations(model)
     return TextEncoder(model_path, index, subfolder, model, tokenizer, embedding, reading, length)
 

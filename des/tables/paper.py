@@ -1,18 +1,14 @@
 """The paper's set-up: Stable Diffusion and FLUX, the public prompt sets, NudeNet and Q16."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from des.data.prompt_sets import SETS
 from des.models.encoders import family_of
-from des.models.loading import loading
+from des.models.model_files import read_json
 from des.tables.cells import PromptSet, Setup
 from des.utils.errors import UserError
 from des.utils.scripts import ROOT
-
-from huggingface_hub import hf_hub_download
 
 I2P = ("violence", "illegal", "hate", "self-harm", "harassment", "shocking")
 TITLES = {  # titles of the original's and the protected model's row; the paper has no rows for some of them
@@ -48,22 +44,13 @@ def model_name(model_path: str) -> str:
     """
     name = family_of(model_path).name
     if name == "sd_v3":  # SD3.5 normalises queries and keys
-        return "SD3.5" if _config(model_path, "transformer").get("qk_norm") else "SD3"
+        return "SD3.5" if read_json(model_path, "transformer/config.json").get("qk_norm") else "SD3"
     if name == "flux":  # the distilled model has no guidance
-        return "FLUX.1" if _config(model_path, "transformer").get("guidance_embeds") else "FLUX.1 schnell"
+        return "FLUX.1" if read_json(model_path, "transformer/config.json").get("guidance_embeds") else "FLUX.1 schnell"
     titles = {"sd_v1": "SD v1.5", "sd_v2": "SD v2", "sdxl": "SDXL"}
     if name not in titles:
         raise UserError(f"{model_path} is of the family {name}, for which the paper has no table")
     return titles[name]
-
-
-def _config(model_path: str, part: str) -> dict[str, Any]:
-    """The config.json of a pipeline's component, in a folder or on the hub."""
-    with loading(f"the configuration of the {part} of {model_path}"):
-        file, folder = f"{part}/config.json", Path(model_path)
-        return json.loads(
-            (folder / file if folder.is_dir() else Path(hf_hub_download(model_path, file))).read_text(encoding="utf-8")
-        )
 
 
 def paper_setup(
