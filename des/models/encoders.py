@@ -139,8 +139,13 @@ def _load_index(model_path: str) -> dict:
         raise UserError(f"{model_path} is not a pipeline of diffusers: `_class_name` in its {INDEX} does not name a class")
     for name, entry in index.items():
         pair = [type(part) for part in entry] if isinstance(entry, list) else None
-        if not name.startswith("_") and (isinstance(entry, dict) or pair not in (None, [str, str], [type(None)] * 2)):
-            raise UserError(f"the entry `{name}` in {INDEX} of {model_path} is neither a library with a class nor [null, null]")
+        is_odd = (
+            isinstance(entry, dict) or pair not in (None, [str, str], [type(None)] * 2) or (pair and not name.isidentifier())
+        )
+        if is_odd and not name.startswith("_"):
+            raise UserError(
+                f"the entry `{name}` in {INDEX} of {model_path} is not a component with [library, class] or [null, null]"
+            )
     return index
 
 
@@ -161,8 +166,8 @@ def components_of(model_path: str, drop_t5: bool = False) -> dict[str, tuple[str
             raise UserError(
                 f"--drop_t5 is for {able}, which can draw without T5; {model_path} is a {family_of(model_path).name}"
             )
-        dropped = {f"{kind}_{i}" for i in optional for kind in ("text_encoder", "tokenizer")}
-        if not any(found.get(name) for name in dropped):
+        dropped = [f"{kind}_{i}" for i in optional for kind in ("text_encoder", "tokenizer")]
+        if not found.get(dropped[0]):
             raise UserError(f"{model_path} has no T5; leave --drop_t5 out")
         found |= dict.fromkeys(dropped)
     return found

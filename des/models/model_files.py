@@ -207,7 +207,8 @@ def fetch(
             variants[component] = weights.variant
             wanted += [f"{component}/{name}" for name in _shards(model_path, component, weights.head)]
             if weights.variant != (variant or ("fp16" if dtype == torch.float16 else None)) and (variant or weights.variant):
-                logger.info("%s is read from %s, because it has no files of the variant wanted", what, weights.head)
+                wanted_files = f"of the variant {variant}" if variant else "without a variant"
+                logger.info("%s is read from %s, because it has no weights %s", what, weights.head, wanted_files)
     if is_local(model_path):
         return Files(Path(model_path), variants)
     repository, revision = split_revision(model_path)

@@ -25,8 +25,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {name: torch_dtype(name) for name in _DTYPES}
+_ENCODER_PART = re.compile("text_encoder|tokenizer")
 _FROM_PIPE = {"image": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpainting}
-MOST_STEPS = 100_000  # of a scheduler's training; published ones have 1000
+MOST_TRAINING_STEPS = 100_000  # of a scheduler's training; published ones have 1000
 LATENT_DIFFUSION = {  # from Stable Diffusion's published scheduler files; without them, latents would be clipped to -1..1
     "clip_sample": False,
     "set_alpha_to_one": False,
@@ -65,11 +66,11 @@ def open_pipeline(
         raise UserError(f"--scheduler {scheduler} does not suit a {family.name}, which takes {', '.join(family.schedulers)}")
     if mode not in family.modes:
         raise UserError(f"{model_path} is a {family.name}, which draws from text only; leave --init_images out")
-    lacking = [
-        name for i in family.encoders if i not in family.optional_encoders and not components.get(name := _encoder_name(i))
-    ]
-    if lacking:
-        raise UserError(f"{model_path} has no {lacking[0]}, without which a {family.name} cannot draw")
+    for i in family.encoders:  # classes such as SDXL's accept None for all of them, and would fail or draw noise later
+        names = _encoder_name(i), _encoder_name(i).replace("text_encoder", "tokenizer")
+        lacking = [name for name in names if not components.get(name)]
+        if lacking and (components.get(names[0]) or i not in family.optional_encoders):
+            raise UserError(f"{model_path} has no {lacking[0]}, without which a {family.name} cannot draw")
     check_variant(model_path, variant)
     pipe = _open(model_path, family.pipeline, components, family.options, dtype, variant)
     scheduler = scheduler or family.scheduler
@@ -92,6 +93,10 @@ def _open(
     """Open a pipeline whose `components` are `components_of`'s; those in `given`, and other arguments of its class, are not read."""
     given = {name: None for name, kind in components.items() if kind is None} | dict(given)
     read = {name: kind for name, kind in components.items() if name not in given}
+    optional = getattr(diffusers, pipeline_class)._optional_components
+    lacking = [name for name, part in given.items() if part is None and not (name in optional or _ENCODER_PART.match(name))]
+    if lacking:
+        raise UserError(f"{model_path} has no {lacking[0]}, without which a {pipeline_class} cannot draw")
     files = fetch(model_path, read, variant, dtype)
     _check_scheduler(files.folder, model_path)
     models = {}
@@ -101,7 +106,8 @@ def _open(
         if name.startswith("text_encoder"):
             encoder_class(class_name, f"{name} of {model_path}")
         if issubclass(model_class, ModelMixin):
-            read_config(model_path, name), files.variant(name)
+            files.variant(name)  # raises for a folder without weights, as read_config does for a damaged configuration
+            read_config(model_path, name)
             with loading(f"the {name} of {model_path}"):
                 models[name] = model_class.from_pretrained(files.folder, dtype=dtype, **options)
         elif issubclass(model_class, PreTrainedModel):
@@ -119,9 +125,9 @@ def _check_scheduler(folder: Path, model_path: str) -> None:
     """Raise UserError for a number of training steps that is none, or for which diffusers would fill the memory."""
     name = "scheduler/scheduler_config.json"
     steps = read_json(str(folder), name).get("num_train_timesteps", 1000) if (folder / name).is_file() else 1000
-    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+    if type(steps) is not int or not 1 <= steps <= MOST_TRAINING_STEPS:
         raise UserError(
-            f"num_train_timesteps in {name} of {model_path} must be a whole number from 1 to {MOST_STEPS}, not {steps!r}"
+            f"num_train_timesteps in {name} of {model_path} must be a whole number from 1 to {MOST_TRAINING_STEPS}, not {steps!r}"
         )
 
 

@@ -181,13 +181,18 @@ def test_exports_of_sd3_without_t5(call, without_t5, family, tmp_path):
         assert done.failed_in_one_sentence and says in done.err, done.err
 
 
-@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
-def test_a_pipeline_that_cannot_draw_without_an_encoder_is_refused(family, tmp_path, name):
-    shutil.copytree(family("flux"), tmp_path / "m")
-    index = json.loads((tmp_path / "m/model_index.json").read_text())
-    (tmp_path / "m/model_index.json").write_text(json.dumps(index | {name: [None, None]}))
-    with pytest.raises(UserError, match=f"has no {name}, without which a flux cannot draw"):
-        open_pipeline(str(tmp_path / "m"), torch.float32)
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("flux", "text_encoder_2"), ("sdxl", "text_encoder"), ("sdxl", "tokenizer"), ("sd_v3", "tokenizer_3"), ("sd_v3", "text_encoder_2"),
+     ("sd_v3", "transformer"), ("sd_v1", "scheduler"), ("sd_v1", "vae")],
+)  # fmt: skip
+def test_a_pipeline_that_cannot_draw_without_a_component_is_refused(family, tmp_path, model, name):
+    index = json.loads((family(model) / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {name: [None, None]}))
+    if model == "sd_v1":
+        shutil.copytree(family(model) / "text_encoder", tmp_path / "text_encoder")
+    with pytest.raises(UserError, match=f"has no {name}, without which a .* cannot draw"):
+        open_pipeline(str(tmp_path), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +202,7 @@ def test_a_pipeline_that_cannot_draw_without_an_encoder_is_refused(family, tmp_p
         ({"_class_name": "StableDiffusionPipeline", "text_encoder": []}, "`text_encoder`"), ({"_class_name": "StableDiffusionPipeline", "unet": {}}, "`unet`"),
         ({"_class_name": "StableDiffusionPipeline", "vae": [None, "AutoencoderKL"]}, "`vae`"),
         ({"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", ["AutoencoderKL"]]}, "`vae`"),
+        ({"_class_name": "StableDiffusionPipeline", "../vae": ["diffusers", "AutoencoderKL"]}, "`../vae`"),
     ],
 )  # fmt: skip
 def test_an_odd_index_is_one_sentence(tmp_path, change, says):
