@@ -5,9 +5,11 @@ import json
 import shutil
 
 from des.export.formats import READERS, WRITERS, load_protected, verify
+from des.generation.unet_defences import check_other_unet
 from des.models.encoders import components_of, load_encoder, read_index, text_encoders
 from des.models.model_files import check_variant, find_weights, model_name, split_revision
 from des.models.pipelines import component_identities, encoder_modules, open_pipeline, open_refiner
+from des.tables.pipeline_jobs import PipelineJobs
 from des.utils.cli import add_model
 from des.utils.errors import UserError
 
@@ -70,6 +72,7 @@ def test_two_variants_that_cannot_be_told_apart_are_refused():
 
 
 def test_a_folder_with_fp16_files_only_is_read_and_cast(halves, family, tmp_path, caplog):
+    caplog.set_level("INFO", "des")
     encoder = load_encoder(str(halves), 2)
     whole = load_encoder(str(family("sdxl")), 2)
     assert encoder.model.dtype == torch.float32
@@ -83,6 +86,8 @@ def test_a_folder_with_fp16_files_only_is_read_and_cast(halves, family, tmp_path
         open_pipeline(str(halves), torch.float32, variant="fp61")
     with pytest.raises(UserError, match="its variants: none"):
         load_encoder(str(family("sdxl")), variant="fp16")
+    assert "the unet of" in caplog.text and "is read from diffusion_pytorch_model.fp16.safetensors" in caplog.text
+    assert PipelineJobs("m", torch.device("cpu"), "fp16").common[:4] == ("--model_path", "m", "--variant", "fp16")
 
 
 def test_the_variant_is_chosen_for_each_component(halves, family, tmp_path):
@@ -96,6 +101,8 @@ def test_the_variant_is_chosen_for_each_component(halves, family, tmp_path):
         opened = open_pipeline(str(mixed), torch.float32, variant=variant)
         assert all(torch.equal(opened.unet.state_dict()[name], tensor) for name, tensor in exact.items()) == same
         assert opened.text_encoder.dtype == torch.float32
+        with pytest.raises(UserError, match="its UNet equals the one of"):
+            check_other_unet(opened.unet, "safegen", str(halves))
     refiner = open_refiner(str(family("sdxl_refiner")), opened, "fp16")  # it has no such files
     component_identities(opened, str(mixed), refiner, str(family("sdxl_refiner")), "fp16")
 
