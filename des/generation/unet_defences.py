@@ -86,7 +86,7 @@ def check_other_unet(unet: nn.Module, model_path: str, base_model_path: str) -> 
         base = UNet2DConditionModel.from_pretrained(files.folder, **options).state_dict()
     own = unet.state_dict()
     same_shapes = base.keys() == own.keys() and all(base[name].shape == tensor.shape for name, tensor in own.items())
-    if same_shapes and (same_weights(base, own) or same_weights(own, base)):  # either may be read from files of fp16
+    if same_shapes and same_weights(base, own):
         raise UserError(f"{model_path} is not SafeGen's pipeline: its UNet equals the one of {base_model_path} up to rounding")
 
 

@@ -6,6 +6,7 @@ import shutil
 
 from des.export.formats import READERS, WRITERS, load_protected, verify
 from des.generation.unet_defences import check_other_unet
+from des.models.checkpoints import load_checkpoint
 from des.models.encoders import components_of, load_encoder, read_index, text_encoders
 from des.models.model_files import check_variant, find_weights, model_name, split_revision
 from des.models.pipelines import component_identities, encoder_modules, open_pipeline, open_refiner
@@ -78,6 +79,9 @@ def test_a_folder_with_fp16_files_only_is_read_and_cast(halves, family, tmp_path
     assert encoder.model.dtype == torch.float32
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(encoder.model.state_dict()[name], tensor.half().float())
+    torch.save({"model_state_dict": whole.model.state_dict()}, tmp_path / "original.pt")
+    with pytest.raises(UserError, match="up to rounding"):  # the unrounded original is no protected encoder
+        load_checkpoint(encoder.model, tmp_path / "original.pt")
     pipe = open_pipeline(str(halves), torch.float32)
     assert pipe.unet.dtype == pipe.vae.dtype == pipe.text_encoder.dtype == torch.float32
     found = component_identities(pipe, str(halves))
