@@ -24,7 +24,6 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 INDEX = "model_index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".msgpack", ".onnx", ".gguf", ".h5", ".pb")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_DIFFUSERS = ("unet", "transformer", "vae")  # all other models of a pipeline are transformers'
 # A file that `from_pretrained` opens first: the weights themselves, or the index of their shards, with a variant in its name.
 _HEAD = re.compile(
     r"(diffusion_pytorch_model|model|pytorch_model)(?:\.([\w-]+))?\.(safetensors|bin)(\.index(?:\.([\w-]+))?\.json)?"
