@@ -47,9 +47,8 @@ MAP_OPTIONS = ("safe_csv_path", "unsafe_csv_path", "concept_prompt")
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("main")
-    main_group.add_argument(
-        "--model_path", type=cli.model_source, metavar="M", help="pipeline, a folder or hub id (default: the demo's)"
-    )
+    cli.add_model(main_group, default=None)
+    cli.add_drop_t5(main_group)
     add_encoders(main_group)
     sampling = parser.add_argument_group("sampling, where the page leaves it as it is")
     sampling.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="of an image, and of a list's first row")
@@ -83,6 +82,8 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in the demo's defaults, and refuse options that have no effect or need another one."""
     is_demo = args.model_path is None or Path(args.model_path).resolve() == PIPELINE
     if is_demo:
+        if args.revision or args.variant or args.drop_t5:
+            parser.error("--revision, --variant and --drop_t5 are for other pipelines than the demo; give its --model_path")
         args.model_path = str(PIPELINE)
         if any(getattr(args, option) is not None for option in MAP_OPTIONS):
             parser.error("--safe_csv_path, --unsafe_csv_path and --concept_prompt are for other pipelines than the demo")
@@ -184,7 +185,8 @@ def open_pair(args: argparse.Namespace) -> dict[str, DiffusionPipeline]:
             )
         args.text_encoder_path = QUICKSTART
     family = family_of(args.model_path)
-    original = open_pipeline(args.model_path, dtype_for(family, args.device, args.dtype), scheduler=args.scheduler)
+    files = {"scheduler": args.scheduler, "variant": args.variant, "drop_t5": args.drop_t5}
+    original = open_pipeline(args.model_path, dtype_for(family, args.device, args.dtype), **files)
     twin, applied = protected_twin(original, open_encoders(args))
     args.doubts = [f"{open_encoders(args)[i].name}: {facts['doubt']}" for i, facts in applied.items() if facts["doubt"]]
     pipes = dict(zip(SIDES, (original, twin), strict=True))

@@ -35,6 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group = parser.add_argument_group("main")
     cli.add_model(main_group)
     main_group.add_argument("--model_type", choices=MODEL_TYPES, help="refuse a model that is not of this type")
+    cli.add_drop_t5(main_group)
     add_method(main_group)
     files = parser.add_argument_group("prompts and images")
     source = files.add_mutually_exclusive_group(required=True)
@@ -116,6 +117,7 @@ from des.generation.defences import open_defence
 from des.generation.image_run import RunFolder, finish, lines_of, reserved, settings_of
 from des.generation.sampler import Sampler, batches, check_inputs, check_refiner, check_sizes, row_settings
 from des.models import pipelines
+from des.models.model_files import model_name
 from des.models.pipelines import (
     dtype_for,
     family_of,
@@ -156,19 +158,19 @@ def main(argv: list[str] | None = None) -> None:
     folders = {name: getattr(args, f"{name}s") for name in INPUTS[mode]}
     inputs = {name: image_of_row(path, rows) for name, path in folders.items()}
     scorers = open_scorers(args)
-    pipe = open_pipeline(args.model_path, dtype, args.model_type, args.scheduler, mode)
+    pipe = open_pipeline(args.model_path, dtype, args.model_type, args.scheduler, mode, args.variant, args.drop_t5)
     sampling = Sampling.of(vars(args))
     drawn_with = row_settings(sampling, pipe, table, args.prompts_csv)
     check_sizes(pipe, (drawn_with[row] for row in rows))
     check_inputs(inputs, drawn_with)
     defence = open_defence(args)
     applied = defence.apply(pipe)
-    refiner = open_refiner(args.refiner_path, pipe) if args.use_refiner else None
+    refiner = open_refiner(args.refiner_path, pipe, args.variant) if args.use_refiner else None
     check_refiner(pipe, refiner, sampling)
     for each in (pipe, refiner):
         if each is not None:
             place(each, args.device, args.enable_model_cpu_offload, args.attention_slicing)
-    folder = args.results_dir / args.training_method / Path(args.model_path).name / args.output_path
+    folder = args.results_dir / args.training_method / model_name(args.model_path) / args.output_path
     names = {
         (row, copy): folder / image_name(Path(args.output_path).name, args.training_method, row, copy)
         for row in rows
@@ -182,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     cards = ImageScores(scorers, OUTPUT_NAMES, args.cls_class, folder)
     with reserved(folder, rows) if processes.is_main else contextlib.nullcontext():
         if processes.is_main:
-            settings = settings_of(sampler, defence, args.refiner_path, folders, args.discard_images)
+            settings = settings_of(sampler, defence, args.refiner_path, folders, args.discard_images, args.variant)
             claim(folder, provenance(args), prompts, settings, applied, names, truncated)
         processes.wait()
         settings = recorded_settings(folder)

@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     indices = text_encoders(args.model_path) if args.save_all_encoders else [args.encoder_idx]
     for index in indices:
         folder = codebook_folder(args.save_dir, args.model_path, index)
-        encoder = load_encoder(args.model_path, index, args.device, args.embedding, args.max_sequence_length)
+        encoder = load_encoder(
+            args.model_path, index, args.device, args.embedding, args.max_sequence_length, variant=args.variant
+        )
         write_codebook(folder, encoder, prompts, args.dtype, args.batch_size, made_by=provenance(args))
         size = sum(file.stat().st_size for file in folder.glob("codebook*.safetensors")) / 1e6
         logger.info("codebook of %d safe prompts in %s (%.1f MB)", len(prompts), folder, size)

@@ -178,7 +178,7 @@ def output_path(args: argparse.Namespace, stem: str, pattern: str = "encoder{i}_
 
 def load(args: argparse.Namespace, device_map: str | None = None, device: torch.device | str | None = None) -> TextEncoder:
     """The frozen text encoder, with gradient checkpointing where that is chosen."""
-    chosen = args.embedding, args.max_sequence_length, device_map
+    chosen = args.embedding, args.max_sequence_length, device_map, args.variant
     encoder = load_encoder(args.model_path, args.text_encoder_idx, device or args.device, *chosen)
     if args.gradient_checkpointing:
         encoder.model.activation_checkpointing_enable()

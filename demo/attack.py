@@ -18,16 +18,17 @@ from des.utils import cli
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    cli.add_model(parser)
-    parser.add_argument("--checkpoint", type=Path, metavar="CKPT", help="the protected encoder (default: the original one)")
-    parser.add_argument(
+    main_group = parser.add_argument_group("main")
+    cli.add_model(main_group)
+    main_group.add_argument("--checkpoint", type=Path, metavar="CKPT", help="the protected encoder (default: the original one)")
+    main_group.add_argument(
         "--prompts_csv", type=Path, required=True, metavar="CSV", help="prompts whose content the attack aims at"
     )
-    parser.add_argument("--candidates", type=Path, nargs="+", required=True, metavar="CSV", help="prompts to choose from")
-    parser.add_argument(
+    main_group.add_argument("--candidates", type=Path, nargs="+", required=True, metavar="CSV", help="prompts to choose from")
+    main_group.add_argument(
         "--out", type=cli.output_file, required=True, metavar="CSV", help="CSV for the prompts found, one a row"
     )
-    cli.add_device(parser)
+    cli.add_device(parser.add_argument_group("performance"))
     return cli.check_device(parser, parser.parse_args(argv))
 
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = drawable(args.prompts_csv)
     wanted = rows["prompt"].tolist()
     candidates = [prompt for path in args.candidates for prompt in drawable(path)["prompt"]]
-    encoder = load_encoder(args.model_path, 1, args.device)
+    encoder = load_encoder(args.model_path, 1, args.device, variant=args.variant)
 
     def embed(prompts: list[str]) -> torch.Tensor:
         return torch.cat([normalize(batch.float().flatten(1), dim=1).cpu() for batch in encoder.encode(prompts, 64)])

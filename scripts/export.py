@@ -23,6 +23,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("main")
     cli.add_model(main_group)
+    cli.add_drop_t5(main_group)
     for i, option in ENCODER_OPTIONS.items():
         description = f"the protected text encoder {i}: .pt, .safetensors or a folder"
         main_group.add_argument(f"--{option}", type=Path, metavar="CKPT", help=description)
@@ -43,8 +44,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.checkpoints = {i: getattr(args, o) for i, o in ENCODER_OPTIONS.items() if getattr(args, o) is not None}
     if not args.checkpoints:
         parser.error("nothing to export: pass " + " or ".join(f"--{option}" for option in ENCODER_OPTIONS.values()))
-    for option, owner in {"base_checkpoint": "a1111", "rank": "lora", "prompts_csv": "lora"}.items():
-        if getattr(args, option) is not None and args.format != owner:
+    for option, owner in {"base_checkpoint": "a1111", "rank": "lora", "prompts_csv": "lora", "drop_t5": "pipeline"}.items():
+        if getattr(args, option) and args.format != owner:
             parser.error(f"--{option} goes with --format {owner} only")
     if args.scores and args.format == "lora":
         reason = "scores describe images of the full encoder, and a LoRA keeps only part of its protection"
@@ -66,6 +67,7 @@ from des.export.model_card import model_card
 from des.models import pipelines
 from des.models.encoders import load_encoder
 from des.models.loading import loading
+from des.models.model_files import split_revision
 from des.models.pipelines import family_of
 from des.models.shift import in_doubt
 from des.utils import cli, logs
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     scores = read_measured(args.scores)
     prompts = read_prompts(args.prompts_csv) if args.prompts_csv else PROMPTS
     dtype = pipelines.DTYPES[args.dtype] if args.dtype else base_dtype(args.base_checkpoint) if args.base_checkpoint else None
-    export = load_protected(args.model_path, args.checkpoints)
+    export = load_protected(args.model_path, args.checkpoints, args.variant, args.drop_t5)
     check_drawn_by(scores, {i: (encoder.subfolder, encoder.model) for i, encoder in export.encoders.items()})
     if args.format != "lora":
         cast(export, dtype)
@@ -116,14 +118,14 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out} is inside the model {model}, which an export must not change")
     if args.base_checkpoint and not args.base_checkpoint.is_file():
         raise UserError(f"there is no file --base_checkpoint {args.base_checkpoint}")
-    check_fits(args.format, args.model_path, sorted(args.checkpoints))
+    check_fits(args.format, args.model_path, sorted(args.checkpoints), args.drop_t5)
     if args.format == "lora":
         lora.need_peft()
 
 
 def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: torch.dtype, prompts: list[str]) -> list[str]:
     """Write a LoRA, check that it reads back correctly, and return lines that describe the protection it loses."""
-    originals = {i: load_encoder(args.model_path, i) for i in export.encoders}
+    originals = {i: load_encoder(args.model_path, i, variant=args.variant) for i in export.encoders}
     factors, lines, encoders = {}, [], {}
     for i, protected in export.encoders.items():
         layers, held = lora.low_rank(originals[i].model, protected.model, args.rank)
@@ -135,7 +137,7 @@ def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: to
         figures = lora.measure(originals[i], protected, encoders[i], prompts)
         lines += lora.describe(i, args.rank, held, figures).splitlines()
     lora.write(folder, factors)
-    read = lora.read(args.model_path, folder, {i: encoder.subfolder for i, encoder in encoders.items()})
+    read = lora.read(args.model_path, folder, {i: encoder.subfolder for i, encoder in encoders.items()}, args.variant)
     verify(Export(args.model_path, encoders, export.loaded), read, exact=False)
     if args.prompts_csv is None:
         lines.append(
@@ -146,14 +148,19 @@ def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: to
 
 def card_of(args: argparse.Namespace, export: Export, folder: Path, scores: list[Measured], lost: list[str]) -> str:
     """The model card of an export whose files are in `folder`."""
-    base = args.base_model or (Path(args.model_path).resolve().name if Path(args.model_path).is_dir() else args.model_path)
+    base = args.base_model or (
+        Path(args.model_path).resolve().name if Path(args.model_path).is_dir() else split_revision(args.model_path)[0]
+    )
     kinds = {encoder.subfolder: type(encoder.model).__name__ for encoder in export.encoders.values()}
     metadata = {encoder.subfolder: export.loaded[i] for i, encoder in export.encoders.items()}
     where = args.push_to_hub or args.out.name
+    absent = [
+        name for name, kind in export.components.items() if kind is None and name.startswith(("text_encoder", "tokenizer"))
+    ]
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     rows, title = [each.row() for each in scores], where.rsplit("/", 1)[-1]
     dtype = pipelines.DTYPES[args.dtype or family_of(args.model_path).dtype]
-    return model_card(title, args.format, base, where, dtype, kinds, metadata, files, rows, lost)
+    return model_card(title, args.format, base, where, dtype, kinds, metadata, files, rows, lost, absent)
 
 
 def push(folder: Path, repo: str) -> None:

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     setup = setup_of(args)
     tables = list(TITLES) if "all" in args.table else list(dict.fromkeys(args.table))
     common = (setup, args.model_path, args.out, args.scale, args.device, args.batch_size, args.seed, args.discard_images)
-    plan = TableRunner(*common, dry=True)
+    plan = TableRunner(*common, dry=True, variant=args.variant)
     inputs = plan.inputs(files_of(args))
     check_inputs(args.out, inputs)
     for name in tables:
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     logger.info("%d of %d jobs are left to do", left, len(plan.planned))
     record_inputs(args.out, inputs)
-    runner = TableRunner(*common, dry=False)
+    runner = TableRunner(*common, dry=False, variant=args.variant)
     for name in tables:
         table = build(name, args, runner)
         for suffix, content in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):

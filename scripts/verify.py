@@ -99,7 +99,9 @@ def check_checkpoint(args: argparse.Namespace) -> None:
     recorded = concepts_of(read_metadata(args.checkpoint))
     if recorded and args.concept_prompt and recorded != args.concept_prompt:
         raise UserError(f"the metadata of {args.checkpoint} names the concept itself; leave out --concept_prompt")
-    encoder = load_encoder(args.model_path, args.text_encoder_idx, args.device, embedding_of(args.checkpoint))
+    encoder = load_encoder(
+        args.model_path, args.text_encoder_idx, args.device, embedding_of(args.checkpoint), variant=args.variant
+    )
     metadata = measure(encoder, args.checkpoint, args.concept_prompt)
     print(describe(metadata["shift"]))
     if metadata["doubt"]:

@@ -135,6 +135,29 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Put folders into a cache of the hub, as the revisions of a repository; HF_HUB_OFFLINE is set, so nothing else is read."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    from des.models import encoders, model_files
+
+    encoders._hub_index.cache_clear()
+    model_files._hub_names.cache_clear()
+
+    def store(hub_id: str, revisions: dict[str, Path]) -> None:
+        repository = tmp_path / "hub" / f"models--{hub_id.replace('/', '--')}"
+        for i, (revision, folder) in enumerate(revisions.items()):
+            commit = f"{i:040x}"
+            (repository / "refs").mkdir(parents=True, exist_ok=True)
+            (repository / "refs" / revision).write_text(commit)
+            for file in folder.rglob("*.*"):
+                link = repository / "snapshots" / commit / file.relative_to(folder)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file)
+
+    return store
+
+
 @contextmanager
 def serving() -> Iterator[Server]:
     """Run a server on loopback inside the `with` block."""

@@ -8,6 +8,7 @@ from typing import Any
 from des.data.run_record import Lines, read_json, read_run
 from des.evaluation.results import Score, read_score
 from des.models.checkpoints import plain_names
+from des.models.model_files import model_name
 from des.models.pipelines import DTYPES
 from des.utils.errors import UserError
 from des.utils.files import sha256_tensors
@@ -40,7 +41,7 @@ class Measured:
         named = Path(str(detector.get("classifier") or detector.get("weights") or detector.get("prompts_file") or "")).name
         digest = next((str(detector[name])[:8] for name in _NETWORKS if name in detector), "")
         prompts = Path(str(made_by.get("prompts_csv") or "one prompt")).name
-        model = Path(str(made_by.get("model_path"))).name
+        model = model_name(str(made_by.get("model_path")))
         return (
             kind + measure, variant.removesuffix(")") or "-", " ".join(filter(None, (named, digest))) or "-",
             f"{Path(str(made_by.get('output_path'))).name} ({prompts})", f"{self.method} on {model}", figure(self.score),

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from des.models.checkpoints import PROJECTION, fingerprint, plain_names, published_names, read_tensors, save_published
-from des.models.encoders import TextEncoder, family_of, load_encoder, read_index, subfolder_of, text_encoders
+from des.models.encoders import TextEncoder, components_of, family_of, load_encoder, read_index, subfolder_of, text_encoders
 from des.models.families import FAMILIES, exports_to
 from des.models.loading import load_model, loading
+from des.models.model_files import INDEX, WEIGHT_SUFFIXES, copy_weights, fetch, read_json
 from des.models.shift import embedding_of, is_unprotected, load_measured
 from des.utils.errors import UserError
+from des.utils.files import write_json
 from des.utils.logs import logger
 
 import torch
@@ -29,7 +31,6 @@ PROMPTS = ["", "a red bicycle in front of a brick wall", "an oil painting of mou
 LDM_ENCODER = "cond_stage_model.transformer.text_model."
 _BUFFER = LDM_ENCODER + "embeddings.position_ids"  # a constant in single files
 _T5_COPY = "encoder.embed_tokens.weight"  # the same tensor as `shared.weight`
-_WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".msgpack", ".onnx", ".gguf")
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of rounding, relative to the largest value
 
 
@@ -41,22 +42,33 @@ class Export:
     encoders: dict[int, TextEncoder]
     loaded: dict[int, dict]  # results of `load_measured`
     base: Path | None = None  # a1111: the single file from which the other tensors are copied
+    variant: str | None = None  # of the model's files
+    drop_t5: bool = False  # pipeline: without T5
+
+    @property
+    def components(self) -> dict[str, tuple[str, str] | None]:
+        """The components of the model, as `components_of` returns them."""
+        return components_of(self.model_path, self.drop_t5)
 
 
-def load_protected(model_path: str, checkpoints: Mapping[int, Path]) -> Export:
+def load_protected(
+    model_path: str, checkpoints: Mapping[int, Path], variant: str | None = None, drop_t5: bool = False
+) -> Export:
     """Load the encoders that have a checkpoint, with the checkpoint's weights.
 
     Raises UserError as `load_encoder` and `load_checkpoint` do, and for a checkpoint that does not move its concept's embedding.
     """
-    encoders = {i: load_encoder(model_path, i, embedding=embedding_of(path)) for i, path in checkpoints.items()}
+    encoders = {
+        i: load_encoder(model_path, i, embedding=embedding_of(path), variant=variant) for i, path in checkpoints.items()
+    }
     loaded = {i: load_measured(encoders[i], path) for i, path in checkpoints.items()}
     for i, measured in loaded.items():
         if is_unprotected(measured):
             raise UserError(f"{checkpoints[i]} is not exported as protected: {measured['doubt']}")
-    rest = [str(i) for i in text_encoders(model_path) if i not in checkpoints]
+    rest = [str(i) for i in text_encoders(model_path, drop_t5) if i not in checkpoints]
     if rest:
         logger.warning("text encoder %s of the model is the original, NOT protected", " and ".join(rest))
-    return Export(model_path, encoders, loaded)
+    return Export(model_path, encoders, loaded, variant=variant, drop_t5=drop_t5)
 
 
 def cast(export: Export, dtype: torch.dtype | None) -> None:
@@ -69,12 +81,13 @@ def cast(export: Export, dtype: torch.dtype | None) -> None:
             )
 
 
-def check_fits(name: str, model_path: str, indices: list[int]) -> None:
+def check_fits(name: str, model_path: str, indices: list[int], drop_t5: bool = False) -> None:
     """Raise UserError if a format does not support a model or one of its text encoders; reads no weights."""
     if read_index(model_path) is None:
         raise UserError(f"{model_path} has no model_index.json; exports need a whole pipeline")
     for i in indices:
-        subfolder_of(model_path, i)
+        if subfolder_of(model_path, i) not in text_encoders(model_path, drop_t5).values():
+            raise UserError(f"--drop_t5 leaves out text encoder {i}, for which a checkpoint is given; leave one of them out")
     family = family_of(model_path)
     if not exports_to(family, name):
         suits = ", ".join(each.name for each in FAMILIES.values() if exports_to(each, name))
@@ -114,28 +127,35 @@ def comfyui_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_pipeline(export: Export, folder: Path) -> None:
-    with loading(f"the pipeline {export.model_path}"):
-        local = Path(export.model_path).is_dir()
-        source = Path(export.model_path if local else DiffusionPipeline.download(export.model_path))
-    replaced = {encoder.subfolder for encoder in export.encoders.values()}
+    """Write a folder with each component's weights once, under names without a variant.
 
-    def left_out(where: str, names: list[str]) -> set[str]:
-        if Path(where) != source:
-            return set()
-        # Single files beside the components, as hub repositories have, hold the unprotected encoder.
-        return {name for name in names if name in replaced or name.startswith(".") or name == "README.md"} | {
-            name for name in names if name.endswith(_WEIGHTS)
-        }
-
-    shutil.copytree(source, folder, ignore=left_out)
-    for encoder in export.encoders.values():
-        save_published(encoder.model, folder / encoder.subfolder)
+    Everything else that may contain weights is left out: single files beside the components, as hub repositories have, and other
+    variants and formats hold the unprotected encoder.
+    """
+    encoders = {encoder.subfolder: encoder.model for encoder in export.encoders.values()}
+    kept = [name for name, kind in export.components.items() if kind and name not in encoders]
+    files = fetch(export.model_path, kept, export.variant)
+    folder.mkdir()
+    for name in (".", *kept):
+        (folder / name).mkdir(exist_ok=True)
+        for path in (files.folder / name).glob("*"):
+            is_weights = path.name.endswith(WEIGHT_SUFFIXES) or ".index." in path.name
+            if path.is_file() and not (is_weights or path.name.startswith(".") or path.name == "README.md"):
+                shutil.copyfile(path, folder / name / path.name)
+        if name in files.variants:
+            copy_weights(files.folder / name, folder / name, files.variants[name])
+    if export.drop_t5:
+        index = {name: [None, None] for name, kind in export.components.items() if kind is None}
+        write_json(folder / INDEX, read_json(str(folder), INDEX) | index)
+    for name, model in encoders.items():
+        save_published(model, folder / name)
 
 
 def _read_pipeline(export: Export, folder: Path) -> dict[int, nn.Module]:
     dtypes = {encoder.subfolder: encoder.model.dtype for encoder in export.encoders.values()}
+    absent = {name: None for name, kind in export.components.items() if kind is None}
     with loading("the exported pipeline"):
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype={"default": torch.bfloat16} | dtypes)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype={"default": torch.bfloat16} | dtypes, **absent)
     return {i: getattr(pipe, encoder.subfolder).to(encoder.model.dtype) for i, encoder in export.encoders.items()}
 
 
@@ -230,7 +250,8 @@ def _read_a1111(export: Export, folder: Path) -> dict[int, nn.Module]:
     if written.keys() != base.keys() or not all(_same_bytes(written[name], base[name]) for name in kept):
         raise UserError("the export changed tensors beside the text encoder's; nothing was kept")
     ldm = {name: tensor for name, tensor in written.items() if name.startswith(LDM_ENCODER) and name != _BUFFER}
-    options = {"subfolder": encoder.subfolder, "config": export.model_path, "torch_dtype": encoder.model.dtype}
+    config = fetch(export.model_path, [encoder.subfolder], with_weights=False).folder
+    options = {"subfolder": encoder.subfolder, "config": str(config), "torch_dtype": encoder.model.dtype}
     with loading("the exported checkpoint"):
         return {1: create_diffusers_clip_model_from_ldm(type(encoder.model), ldm, **options)}
 

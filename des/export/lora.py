@@ -71,9 +71,9 @@ def write(folder: Path, factors: Mapping[str, Mapping[str, tuple[Tensor, Tensor]
     save_file(named, folder / NAME, {"format": "pt"})
 
 
-def read(model_path: str, folder: Path, subfolders: Mapping[int, str]) -> dict[int, nn.Module]:
+def read(model_path: str, folder: Path, subfolders: Mapping[int, str], variant: str | None = None) -> dict[int, nn.Module]:
     """Return these encoders of the original pipeline in fp32 after loading and fusing the LoRA as the model card describes."""
-    pipe = open_pipeline(model_path, torch.float32)
+    pipe = open_pipeline(model_path, torch.float32, variant=variant)
     with loading("the exported LoRA"):
         pipe.load_lora_weights(folder, weight_name=NAME)
         pipe.fuse_lora(components=list(subfolders.values()))

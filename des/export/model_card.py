@@ -15,17 +15,17 @@ LOADING = {  # the values are Python literals
     "pipeline": """import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained({folder}, dtype={dtype})""",
+pipe = DiffusionPipeline.from_pretrained({folder}, {absent}dtype={dtype})""",
     "hf": """import torch
 from diffusers import DiffusionPipeline
 from transformers import {classes}
 
 # The text encoder and the rest of the pipeline need one dtype.
-pipe = DiffusionPipeline.from_pretrained({base}, {hf}, dtype={dtype})""",
+pipe = DiffusionPipeline.from_pretrained({base}, {hf}, {absent}dtype={dtype})""",
     "lora": """import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained({base}, dtype={dtype})
+pipe = DiffusionPipeline.from_pretrained({base}, {absent}dtype={dtype})
 pipe.load_lora_weights({folder})
 # A LoRA that is only loaded is an adapter, and loading or choosing another one for the text encoder switches it off: the original
 # model would draw. Fusing writes it into the weights, and unloading removes the adapter, so that nothing can take it out again.
@@ -66,12 +66,14 @@ def model_card(
     files: Sequence[str],
     scores: Sequence[Sequence[str]],
     lost: Sequence[str] = (),
+    absent: Sequence[str] = (),
 ) -> str:
     """Return the text of a card.
 
     `base` is the original model (a hub id or a folder's name), `folder` the path or hub id of the export, `dtype` the one to load
     it in; `encoders` and `metadata` are the class and the checkpoint's metadata by subfolder; `scores` are rows under
-    `des.export.card_scores.HEAD`; `lost` describes the LoRA's loss of protection. All names are escaped for YAML, Markdown and
+    `des.export.card_scores.HEAD`; `lost` describes the LoRA's loss of protection; `absent` are the text encoders
+    and tokenizers that the pipeline lacks. All names are escaped for YAML, Markdown and
     Python.
     """
     parts = [
@@ -88,7 +90,7 @@ def model_card(
         "Drawing images without the removed concept, in a service or on a machine whose users run the model as it is, and research "
         "on such defences. Not for commercial use. It does not replace a detector.",
         "## How to load",
-        _how(file_format, base, folder, dtype, encoders, files),
+        _how(file_format, base, folder, dtype, encoders, files, absent),
         "## Measured figures",
         _table(HEAD, scores) if scores else "None given.",
     ]
@@ -115,7 +117,13 @@ def _front(file_format: str, base: str) -> str:
 
 
 def _how(
-    file_format: str, base: str, folder: str, dtype: torch.dtype, encoders: Mapping[str, str], files: Sequence[str]
+    file_format: str,
+    base: str,
+    folder: str,
+    dtype: torch.dtype,
+    encoders: Mapping[str, str],
+    files: Sequence[str],
+    absent: Sequence[str],
 ) -> str:
     if file_format in _BY_HAND:
         named = ", ".join(map(_code, files))
@@ -131,6 +139,7 @@ def _how(
         "dtype": dtype,
         "classes": ", ".join(sorted(set(encoders.values()))),
         "hf": ", ".join(load(name, kind) for name, kind in encoders.items()),
+        "absent": "".join(f"{name}=None, " for name in absent),
         "components": f"[{', '.join(map(_python, encoders))}]",
     }
     return f"```python\n{LOADING[file_format].format(**values)}\n```"

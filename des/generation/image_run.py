@@ -22,12 +22,17 @@ from PIL import Image
 
 
 def settings_of(
-    sampler: Sampler, defence: Defence, refiner_path: str | None, input_folders: dict[str, Path], discard_images: bool
+    sampler: Sampler,
+    defence: Defence,
+    refiner_path: str | None,
+    input_folders: dict[str, Path],
+    discard_images: bool,
+    variant: str | None = None,
 ) -> dict[str, Any]:
     """Return the settings that determine the images: the sampling, and hashes of the model's components, prompts and input images.
 
     Two kinds of entries do not affect pixels: the paths of `run_record.LABELS`, for readers, and `discard_images`, since a folder
-    contains either images or only their scores. `input_folders` has the keys of `Sampler.inputs`.
+    contains either images or only their scores. `input_folders` has the keys of `Sampler.inputs`; `variant` is that of --variant.
     """
     sampling, pipe = sampler.sampling, sampler.pipe
     settings = {"training_method": defence.method, "model_path": defence.model_path, "base_model_path": defence.base_model_path}
@@ -40,7 +45,7 @@ def settings_of(
         found = sorted(image_files(folder))
         settings[f"{name}s_sha256"] = sha256_texts(f"{path.name} {sha256_file(path)}" for path in found)
     settings |= {"scheduler": type(pipe.scheduler).__name__, "scheduler_sha256": scheduler_sha256(pipe.scheduler)}
-    settings["components"] = component_identities(pipe, defence.model_path, sampler.refiner, refiner_path)
+    settings["components"] = component_identities(pipe, defence.model_path, sampler.refiner, refiner_path, variant)
     return settings | encoder_sha256s(pipe) | {"prompts_sha256": sha256_texts(sampler.prompts)}
 
 

@@ -13,16 +13,16 @@ from typing import Any
 
 from des.models.activations import use_lean_activations
 from des.models.checkpoints import fingerprint
-from des.models.families import ENCODER_CLASSES, PIPELINES, Family, Reading, find_family
+from des.models.families import ENCODER_CLASSES, FAMILIES, PIPELINES, Family, Reading, find_family
 from des.models.loading import load_model, loading, torch_dtype
-from des.models.tokenizers import NO_LENGTH, load_tokenizer
+from des.models.model_files import INDEX, check_variant, fetch, file_names, is_local, read_json
+from des.models.tokenizers import NO_LENGTH, load_tokenizer, tokenizer_name
 from des.utils.errors import UserError
 from des.utils.files import sha256_texts
 from des.utils.logs import progress
 
 import torch
 import transformers
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,7 +31,6 @@ _STATES = {  # the embedding in an encoder's output, by `Reading.states`
     "penultimate": lambda output: output.hidden_states[-2],
     "pooled": lambda output: output.pooler_output[:, None],
 }
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FOLDER = re.compile(r"text_encoder(?:_(\d+))?")
 # Entries of config.json that do not change embeddings.
 _NOTES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
@@ -127,36 +126,61 @@ def identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict
 def read_index(model_path: str) -> dict | None:
     """Read `model_index.json` from a folder or the hub; None for a folder with only text encoders."""
     folder = Path(model_path)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
+    if is_local(model_path) and not (folder / INDEX).is_file():
         if not any(_FOLDER.fullmatch(path.name) for path in folder.iterdir()):
-            raise UserError(f"{model_path} is not a pipeline: it has neither model_index.json nor a folder text_encoder")
+            raise UserError(f"{model_path} is not a pipeline: it has neither {INDEX} nor a folder text_encoder")
         return None
-    if not folder.exists() and not _HUB_ID.fullmatch(model_path):
-        raise UserError(f"{model_path} is neither an existing folder nor a hub id, which has the form `owner/name`")
     return _load_index(model_path) if folder.is_dir() else _hub_index(model_path)
 
 
 def _load_index(model_path: str) -> dict:
-    with loading(f"the pipeline {model_path}, as a folder or a hub id,", model_path):
-        folder, name = Path(model_path), "model_index.json"
-        file = folder / name if folder.is_dir() else Path(hf_hub_download(model_path, name))
-        index = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(index.get("_class_name"), str):
-            raise ValueError("its model_index.json names no class")
-        return index
+    index = read_json(model_path, INDEX)
+    if not isinstance(index.get("_class_name"), str):
+        raise UserError(f"{model_path} is not a pipeline of diffusers: `_class_name` in its {INDEX} does not name a class")
+    for name, entry in index.items():
+        pair = [type(part) for part in entry] if isinstance(entry, list) else None
+        is_odd = (
+            isinstance(entry, dict) or pair not in (None, [str, str], [type(None)] * 2) or (pair and not name.isidentifier())
+        )
+        if is_odd and not name.startswith("_"):
+            raise UserError(
+                f"the entry `{name}` in {INDEX} of {model_path} is not a component with [library, class] or [null, null]"
+            )
+    return index
 
 
 _hub_index = cache(_load_index)  # one request per run
 
 
-def text_encoders(model_path: str) -> dict[int, str]:
+def components_of(model_path: str, drop_t5: bool = False) -> dict[str, tuple[str, str] | None]:
+    """Return library and class of each component of a pipeline; None for those that it lacks or that `drop_t5` leaves out.
+
+    Raises UserError if a pipeline without T5 cannot draw, or has no T5 to leave out.
+    """
+    index = read_index(model_path) or {}
+    found = {name: tuple(entry) if entry[0] else None for name, entry in index.items() if isinstance(entry, list)}
+    if drop_t5:
+        optional = family_of(model_path).optional_encoders
+        if not optional:
+            able = ", ".join(each.name for each in FAMILIES.values() if each.optional_encoders)
+            raise UserError(
+                f"--drop_t5 is for {able}, which can draw without T5; {model_path} is a {family_of(model_path).name}"
+            )
+        dropped = [f"{kind}_{i}" for i in optional for kind in ("text_encoder", "tokenizer")]
+        if not found.get(dropped[0]):
+            raise UserError(f"{model_path} has no T5; leave --drop_t5 out")
+        found |= dict.fromkeys(dropped)
+    return found
+
+
+def text_encoders(model_path: str, drop_t5: bool = False) -> dict[int, str]:
     """Return the subfolder of each text encoder of a pipeline by 1-based index; SD3 pipelines may lack one."""
     index = read_index(model_path)
     if index is None:
         names = [path.name for path in Path(model_path).iterdir()]
     else:
         _known(model_path, index["_class_name"])
-        names = [name for name, component in index.items() if isinstance(component, list) and component[0] is not None]
+        names = [name for name, component in components_of(model_path, drop_t5).items() if component]
     matches = [match for match in map(_FOLDER.fullmatch, names) if match]
     return {int(match[1] or 1): match[0] for match in sorted(matches, key=lambda match: int(match[1] or 1))}
 
@@ -176,27 +200,21 @@ def family_of(model_path: str) -> Family:
     _known(model_path, name)
 
     def config_of(component: str) -> dict[str, Any] | None:  # training needs no files of UNet and transformer
-        file = f"{component}/config.json"
-        if Path(model_path).is_dir():
-            exists = (Path(model_path) / file).is_file()
-        else:
-            exists = not constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(model_path, file), str)
-        return read_config(model_path, component) if exists else None
+        return read_config(model_path, component) if f"{component}/config.json" in file_names(model_path) else None
 
     return find_family(name, config_of)
 
 
 def read_config(model_path: str, subfolder: str) -> dict[str, Any]:
     """Read config.json of a component from a folder or the hub; UserError if it cannot be read."""
-    with loading(f"the configuration of {subfolder} in {model_path}", model_path):
-        return PreTrainedConfig.get_config_dict(model_path, subfolder=subfolder)[0]
+    return read_json(model_path, f"{subfolder}/config.json")
 
 
 def subfolder_of(model_path: str, index: int) -> str:
     """Return the subfolder of text encoder `index` (1-based) of a pipeline; UserError with the existing ones if it has none."""
     has = text_encoders(model_path)
     if index not in has:
-        listed = ", ".join(f"{i} ({folder})" for i, folder in has.items())
+        listed = ", ".join(f"{i} ({folder})" for i, folder in has.items()) or "none"
         raise UserError(f"{model_path} has no text encoder {index}; it has {listed}")
     return has[index]
 
@@ -232,36 +250,40 @@ def load_encoder(
     embedding: str = "last_hidden_state",
     max_sequence_length: int | None = None,
     device_map: str | None = None,
+    variant: str | None = None,
 ) -> TextEncoder:
     """Load text encoder `index` of a pipeline in eval mode, with every weight from its files.
 
     `embedding` is `last_hidden_state` (the paper) or `pipeline` (what the pipeline feeds to the denoiser). `max_sequence_length`
     applies to T5 only. On the device "meta" no weights are read. A `device_map`, which replaces `device`, spreads the layers over
-    several GPUs. Raises UserError for a missing encoder, an unsupported class, and missing or mismatched weights.
+    several GPUs. `variant` is that of the weights (see `find_weights`). Raises UserError for a missing encoder, an unsupported class,
+    and missing or mismatched weights.
     """
     subfolder = subfolder_of(model_path, index)
-    content = read_config(model_path, subfolder)
+    content, is_meta = read_config(model_path, subfolder), str(device) == "meta"
     architecture = (content.get("architectures") or ["a model of no named class"])[0]
     model_class, dtype = encoder_class(architecture, f"{subfolder} in {model_path}")
     if max_sequence_length and not ENCODER_CLASSES[architecture].any_length:
         raise UserError(f"--max_sequence_length is for T5, but text encoder {index} of {model_path} is {architecture}")
+    check_variant(model_path, variant)
+    files = fetch(model_path, (subfolder, tokenizer_name(subfolder)), variant, dtype, with_weights=not is_meta)
     pipeline = read_index(model_path)
     if embedding == "pipeline" and pipeline is None:
         raise UserError(f"--embedding pipeline needs a pipeline's model_index.json, which {model_path} lacks")
     family = family_of(model_path) if pipeline else None
     with loading(f"the configuration of {subfolder} in {model_path}", model_path):
         config = model_class.config_class.from_dict(content)
-    tokenizer = load_tokenizer(model_path, subfolder, architecture, config, pipeline, family)
+    tokenizer = load_tokenizer(files.folder, model_path, subfolder, architecture, config, components_of(model_path), family)
     reading = reading_for(family, index, architecture, embedding, config)
     length = max_sequence_length or reading.length or tokenizer.model_max_length
     if length > NO_LENGTH:
         raise UserError(f"the tokenizer of {subfolder} in {model_path} has no maximum length; pass --max_sequence_length")
-    if str(device) == "meta":
+    if is_meta:
         with torch.device("meta"):
             model = model_class(config).to(dtype)
     else:
-        options = {"subfolder": subfolder, "device_map": device_map}
-        model = load_model(model_class, model_path, device, f"the {subfolder} of", dtype, **options)
+        options = {"subfolder": subfolder, "device_map": device_map, "variant": files.variant(subfolder)}
+        model = load_model(model_class, str(files.folder), device, f"the {subfolder} of", dtype, **options)
     use_lean_activations(model)
     return TextEncoder(model_path, index, subfolder, model, tokenizer, embedding, reading, length)
 

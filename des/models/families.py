@@ -81,6 +81,7 @@ class Family:
     schedulers: dict[str, str] = field(default_factory=lambda: DIFFUSION)  # diffusers' class by the option's name
     scheduler: str | None = None  # the default; None for the scheduler in the model's files
     modes: tuple[str, ...] = MODES
+    optional_encoders: tuple[int, ...] = ()  # text encoders without which the pipeline draws, too (their embeddings are zeros)
     exports: tuple[str, ...] = ()  # formats besides `pipeline`, `hf` and, if the encoders have ComfyUI names, `comfyui`
     options: dict[str, Any] = field(default_factory=dict)  # for `from_pretrained`
 
@@ -136,6 +137,7 @@ _FAMILIES = (
         num_inference_steps=28,
         guidance_scale=7.0,
         schedulers=FLOW,
+        optional_encoders=(3,),
     ),
     _FLUX,
     replace(  # FLUX.1-schnell, with the settings of its model card

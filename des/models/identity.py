@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from des.models.encoders import read_index
-from des.utils.errors import UserError
+from des.models.model_files import INDEX, is_local, split_revision, weight_files
 from des.utils.files import sha256_file, sha256_texts
 from des.utils.logs import logger
 
@@ -26,7 +26,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 CACHED_FROM = 64 * 2**20  # bytes; hashes of smaller files are not cached
 _UNSETTLED = 2.0  # seconds in which a file may change again without a new time stamp
 _VERSIONS = ("transformers_version", "torch_dtype", "dtype")  # entries of config.json without effect; --dtype sets the last two
-_WEIGHTS = "diffusion_pytorch_model"
 _TOKENIZER_FILES = (".json", ".txt", ".model")
 
 
@@ -37,7 +36,7 @@ def component_sha256s(
 
     UNet, transformer and VAE are identified by configuration and weight files, tokenizers by their files. Text encoders are
     identified by their configuration only; their weights may come from a checkpoint and are hashed by
-    `des.models.checkpoints.fingerprint`. `variant` is that of the opened files; components in `without` are skipped.
+    `des.models.checkpoints.fingerprint`. `variant` is the one that `pipe` was opened with; components in `without` are skipped.
     """
     folder = pipeline_folder(model_path)
     index = read_index(model_path) or {}
@@ -53,7 +52,7 @@ def component_sha256s(
         elif isinstance(component, PreTrainedModel):
             found[name] = _sha256_small(place / "config.json")
         elif hasattr(component, "state_dict"):
-            files = weight_files(place, variant)
+            files = weight_files(place, variant, pipe.dtype)
             found[name] = sha256_texts([_sha256_small(place / "config.json"), *map(sha256_of, files)])
     return found
 
@@ -71,29 +70,11 @@ def scheduler_sha256(scheduler: SchedulerMixin) -> str:
 
 def pipeline_folder(model_path: str) -> Path:
     """Return the folder of a pipeline's files: `model_path`, or the snapshot in the hub's cache."""
-    if Path(model_path).is_dir():
+    if is_local(model_path):
         return Path(model_path)
-    cached = try_to_load_from_cache(model_path, "model_index.json")
-    return Path(cached if isinstance(cached, str) else hf_hub_download(model_path, "model_index.json")).parent
-
-
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """Return the files from which diffusers reads the weights of a component; UserError if there are none.
-
-    The order is that of `ModelMixin.from_pretrained`: files of the variant before others, shards listed in an index before a
-    single file, safetensors before pickles.
-    """
-    for kind in dict.fromkeys((variant, None)):
-        dot = f".{kind}" if kind else ""
-        indices = (f"{_WEIGHTS}.safetensors.index{dot}.json", f"{_WEIGHTS}{dot}.safetensors.index.json")
-        for index in map(folder.joinpath, indices):
-            if index.is_file():
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                return [folder / name for name in sorted(set(names))]
-        for file in map(folder.joinpath, (f"{_WEIGHTS}{dot}.safetensors", f"{_WEIGHTS}{dot}.bin")):
-            if file.is_file():
-                return [file]
-    raise UserError(f"{folder} has no weight file in a supported format, so the model cannot be identified")
+    repository, revision = split_revision(model_path)
+    cached = try_to_load_from_cache(repository, INDEX, revision=revision)
+    return Path(cached if isinstance(cached, str) else hf_hub_download(repository, INDEX, revision=revision)).parent
 
 
 def _sha256_small(path: Path) -> str:

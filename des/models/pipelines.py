@@ -1,17 +1,18 @@
 """Opening a diffusers pipeline for generation, and putting protected text encoders into it."""
 
-import contextlib
 import copy
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from des.models.checkpoints import fingerprint
-from des.models.encoders import TextEncoder, encoder_class, family_of, read_index, reading_for, text_encoders
+from des.models.encoders import TextEncoder, components_of, encoder_class, family_of, read_config, read_index, reading_for
 from des.models.families import DIFFUSION, ENCODER_CLASSES, MOST_ENCODERS, REFINER_CLASS, Family, find_family
 from des.models.families import DTYPES as _DTYPES
 from des.models.identity import component_sha256s, scheduler_sha256
 from des.models.loading import load_model, loading, torch_dtype
+from des.models.model_files import check_variant, fetch, read_json
 from des.models.shift import embedding_of, load_measured
 from des.models.tokenizers import load_tokenizer, tokenizer_name
 from des.utils.errors import UserError
@@ -19,14 +20,15 @@ from des.utils.logs import logger
 
 import diffusers
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline, SchedulerMixin
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+import transformers
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {name: torch_dtype(name) for name in _DTYPES}
+_ENCODER_PART = re.compile("text_encoder|tokenizer")
 _FROM_PIPE = {"image": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpainting}
+MOST_TRAINING_STEPS = 100_000  # of a scheduler's training; published ones have 1000
 LATENT_DIFFUSION = {  # from Stable Diffusion's published scheduler files; without them, latents would be clipped to -1..1
     "clip_sample": False,
     "set_alpha_to_one": False,
@@ -44,40 +46,96 @@ def dtype_for(family: Family, device: torch.device, asked: str | None) -> torch.
 
 
 def open_pipeline(
-    model_path: str, dtype: torch.dtype, model_type: str | None = None, scheduler: str | None = None, mode: str = "text"
+    model_path: str,
+    dtype: torch.dtype,
+    model_type: str | None = None,
+    scheduler: str | None = None,
+    mode: str = "text",
+    variant: str | None = None,
+    drop_t5: bool = False,
 ) -> DiffusionPipeline:
     """Open the pipeline of a folder or hub id on the CPU, with every weight from its files.
 
     The default `scheduler` is the paper's: DDIM for SD 1.x, Euler for SD 2.x, and the one in the model's files for others. `mode`
-    is one of MODES. Raises UserError for unsupported classes, a family other than `model_type`, incomplete files, and tokenizers that
-    do not fit their encoders.
+    is one of MODES; `variant` is that of the weights (see `find_weights`); `drop_t5` opens SD3 without T5. Raises UserError for
+    unsupported classes, a family other than `model_type`, incomplete files, and tokenizers that do not fit their encoders.
     """
-    family, index = family_of(model_path), read_index(model_path)
+    family, components = family_of(model_path), components_of(model_path, drop_t5)
     if model_type not in (None, family.name, family.model_type):
         raise UserError(f"--model_type is {model_type}, but {model_path} is a {family.name}")
     if scheduler and scheduler not in family.schedulers:
         raise UserError(f"--scheduler {scheduler} does not suit a {family.name}, which takes {', '.join(family.schedulers)}")
     if mode not in family.modes:
         raise UserError(f"{model_path} is a {family.name}, which draws from text only; leave --init_images out")
-    variant = _variant(model_path, dtype)
-    encoders = {}
-    for name in text_encoders(model_path).values():
-        model_class, _ = encoder_class(index[name][1], f"{name} of {model_path}")
-        options = {"subfolder": name, "variant": variant}
-        model = load_model(model_class, model_path, "cpu", f"the {name} of", dtype, **options)
-        encoders[name] = model
-        encoders[tokenizer_name(name)] = load_tokenizer(model_path, name, index[name][1], model.config, index, family)
-    with loading(f"the pipeline {model_path}", model_path):
-        pipeline_class = getattr(diffusers, index["_class_name"])
-        pipe = pipeline_class.from_pretrained(model_path, dtype=dtype, variant=variant, **family.options, **encoders)
-    _check_complete(pipe, model_path)
+    for i in family.encoders:  # classes such as SDXL's accept None for all of them, and would fail or draw noise later
+        names = _encoder_name(i), tokenizer_name(_encoder_name(i))
+        lacking = [name for name in names if not components.get(name)]
+        if lacking and (components.get(names[0]) or i not in family.optional_encoders):
+            raise UserError(f"{model_path} has no {lacking[0]}, without which a {family.name} cannot draw")
+    check_variant(model_path, variant)
+    pipe = _open(model_path, family.pipeline, components, family.options, dtype, variant, family)
     scheduler = scheduler or family.scheduler
     if scheduler:
         pipe.scheduler = as_scheduler(pipe.scheduler, getattr(diffusers, family.schedulers[scheduler]))
     if mode in _FROM_PIPE:
         pipe = _FROM_PIPE[mode].from_pipe(pipe, **family.options)
+        pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _open(
+    model_path: str,
+    pipeline_class: str,
+    components: Mapping[str, tuple[str, str] | None],
+    given: Mapping[str, Any],
+    dtype: torch.dtype,
+    variant: str | None,
+    family: Family | None = None,
+) -> DiffusionPipeline:
+    """Open a pipeline whose `components` are `components_of`'s; those in `given`, and other arguments of its class, are not read."""
+    given = {name: None for name, kind in components.items() if kind is None} | dict(given)
+    read = {name: kind for name, kind in components.items() if name not in given}
+    optional = getattr(diffusers, pipeline_class)._optional_components
+    lacking = [name for name, part in given.items() if part is None and not (name in optional or _ENCODER_PART.match(name))]
+    if lacking:
+        raise UserError(f"{model_path} has no {lacking[0]}, without which a {pipeline_class} cannot draw")
+    files = fetch(model_path, read, variant, dtype)
+    _check_scheduler(files.folder, model_path)
+    models = {}
+    for name, (library, class_name) in read.items():
+        model_class = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), class_name, object)
+        options = {"subfolder": name, "variant": files.variants.get(name)}
+        if name.startswith("text_encoder"):
+            encoder_class(class_name, f"{name} of {model_path}")
+        if issubclass(model_class, ModelMixin):
+            files.variant(name)  # raises for a folder without weights, as read_config does for a damaged configuration
+            read_config(model_path, name)
+            with loading(f"the {name} of {model_path}"):
+                models[name] = model_class.from_pretrained(files.folder, dtype=dtype, **options)
+        elif issubclass(model_class, PreTrainedModel):
+            files.variant(name)
+            models[name] = load_model(model_class, str(files.folder), "cpu", f"the {name} of", dtype, **options)
+            if tokenizer_name(name) in read:
+                config = models[name].config
+                models[tokenizer_name(name)] = load_tokenizer(
+                    files.folder, model_path, name, class_name, config, components, family
+                )
+    with loading(f"the pipeline {model_path}"):
+        pipe = getattr(diffusers, pipeline_class).from_pretrained(files.folder, dtype=dtype, **given, **models)
+    pipe.register_to_config(_name_or_path=model_path)
+    _check_complete(pipe, model_path)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _check_scheduler(folder: Path, model_path: str) -> None:
+    """Raise UserError for a number of training steps that is none, or for which diffusers would fill the memory."""
+    name = "scheduler/scheduler_config.json"
+    steps = read_json(str(folder), name).get("num_train_timesteps", 1000) if (folder / name).is_file() else 1000
+    if type(steps) is not int or not 1 <= steps <= MOST_TRAINING_STEPS:
+        raise UserError(
+            f"num_train_timesteps in {name} of {model_path} must be a whole number from 1 to {MOST_TRAINING_STEPS}, not {steps!r}"
+        )
 
 
 def as_scheduler(source: SchedulerMixin, target: type[SchedulerMixin]) -> SchedulerMixin:
@@ -91,21 +149,16 @@ def as_scheduler(source: SchedulerMixin, target: type[SchedulerMixin]) -> Schedu
     return target.from_config(LATENT_DIFFUSION | effective if target.__name__ in DIFFUSION.values() else effective)
 
 
-def open_refiner(refiner_path: str, base: DiffusionPipeline) -> DiffusionPipeline:
+def open_refiner(refiner_path: str, base: DiffusionPipeline, variant: str | None = None) -> DiffusionPipeline:
     """Open SDXL's refiner with the base's VAE and text encoder 2, so that it is protected like the base."""
     index = read_index(refiner_path)
     if index is None or index["_class_name"] != REFINER_CLASS:
         raise UserError(f"{refiner_path} is not an SDXL refiner, whose class is {REFINER_CLASS}")
-    dtype = base.dtype
-    shared = {"text_encoder_2": base.text_encoder_2, "tokenizer_2": base.tokenizer_2, "vae": base.vae}
-    options = {"variant": _variant(refiner_path, dtype), "add_watermarker": False}
-    with loading(f"the refiner {refiner_path}", refiner_path):
-        pipe = getattr(diffusers, REFINER_CLASS).from_pretrained(refiner_path, dtype=dtype, **options, **shared)
-    if pipe.text_encoder is not None:
+    components = components_of(refiner_path)
+    if components.get("text_encoder"):
         raise UserError(f"{refiner_path} has a text encoder besides text_encoder_2, which would be unprotected")
-    _check_complete(pipe, refiner_path)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    shared = {"text_encoder_2": base.text_encoder_2, "tokenizer_2": base.tokenizer_2, "vae": base.vae}
+    return _open(refiner_path, REFINER_CLASS, components, shared | {"add_watermarker": False}, base.dtype, variant)
 
 
 def place(pipe: DiffusionPipeline, device: torch.device, cpu_offload: bool = False, attention_slicing: bool = False) -> None:
@@ -118,20 +171,6 @@ def place(pipe: DiffusionPipeline, device: torch.device, cpu_offload: bool = Fal
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
-
-
-def _variant(model_path: str, dtype: torch.dtype) -> str | None:
-    """Return `fp16` if that dtype is asked for and the pipeline has files of that variant (tested by its text encoders)."""
-    if dtype != torch.float16:
-        return None
-    for name in ("text_encoder/model.fp16.safetensors", "text_encoder_2/model.fp16.safetensors"):
-        if (Path(model_path) / name).is_file():
-            return "fp16"
-        if not Path(model_path).is_dir():
-            with loading(f"{name} of {model_path}"), contextlib.suppress(EntryNotFoundError):
-                hf_hub_download(model_path, name)
-                return "fp16"
-    return None
 
 
 def _check_complete(pipe: DiffusionPipeline, model_path: str) -> None:
@@ -209,13 +248,20 @@ def encoder_sha256s(pipe: DiffusionPipeline) -> dict[str, str]:
 
 
 def component_identities(
-    pipe: DiffusionPipeline, model_path: str, refiner: DiffusionPipeline | None = None, refiner_path: str | None = None
+    pipe: DiffusionPipeline,
+    model_path: str,
+    refiner: DiffusionPipeline | None = None,
+    refiner_path: str | None = None,
+    variant: str | None = None,
 ) -> dict[str, str]:
-    """Return the identities of an opened pipeline's components (`des.models.identity`), the refiner's prefixed with `refiner_`."""
-    found = component_sha256s(pipe, model_path, _variant(model_path, pipe.dtype))
+    """Return the identities of an opened pipeline's components (`des.models.identity`), the refiner's prefixed with `refiner_`.
+
+    `variant` is the one that both were opened with.
+    """
+    found = component_sha256s(pipe, model_path, variant)
     if refiner is not None:
         shared = {name for name, part in refiner.components.items() if part is getattr(pipe, name, None)}
-        unshared = component_sha256s(refiner, refiner_path, _variant(refiner_path, refiner.dtype), without=shared)
+        unshared = component_sha256s(refiner, refiner_path, variant, without=shared)
         found |= {f"refiner_{name}": digest for name, digest in unshared.items()}
         found["refiner_scheduler"] = scheduler_sha256(refiner.scheduler)
     return found

@@ -23,16 +23,18 @@ def tokenizer_name(encoder: str) -> str:
 
 
 def load_tokenizer(
+    files: Path,
     model_path: str,
     subfolder: str,
     architecture: str,
     config: PreTrainedConfig,
-    index: Mapping[str, Any] | None,
+    components: Mapping[str, Any],
     family: Family | None,
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the text encoder in `subfolder`, whose class and configuration are `architecture` and `config`.
+    """Load the tokenizer of the text encoder in `subfolder`, whose class and configuration are `architecture` and `config`, from the
+    folder `files` of the pipeline `model_path`.
 
-    The tokenizer's class is the one in `index`, the pipeline's model_index.json, or else in tokenizer_config.json, or else the usual
+    The tokenizer's class is the one in `components` (see `components_of`), or else in tokenizer_config.json, or else the usual
     one of the encoder. AutoTokenizer would also ask the hub for `tokenizer/config.json`, which no pipeline has and which is therefore
     missing in a complete offline cache.
 
@@ -42,16 +44,16 @@ def load_tokenizer(
     `model_max_length` exceeds the number of positions.
     """
     folder, what = tokenizer_name(subfolder), f"the tokenizer of {subfolder} in {model_path}"
-    with loading(what, model_path):
-        entry = (index or {}).get(folder) or [None]
-        name = entry[-1] or get_tokenizer_config(model_path, subfolder=folder).get("tokenizer_class")
+    with loading(what):
+        entry = components.get(folder) or [None]
+        name = entry[-1] or get_tokenizer_config(files, subfolder=folder).get("tokenizer_class")
         tokenizer_class = getattr(transformers, name or ENCODER_CLASSES[architecture].tokenizer, None)
         if not (isinstance(tokenizer_class, type) and issubclass(tokenizer_class, PreTrainedTokenizerBase)):
             raise ValueError(f"transformers has no tokenizer class {name}")
-        files = tokenizer_class.vocab_files_names.values()
-        if Path(model_path).is_dir() and not any((Path(model_path) / folder / file).is_file() for file in files):
-            raise ValueError(f"the folder {folder} has none of the files {', '.join(files)}")  # transformers makes an empty one
-        tokenizer = tokenizer_class.from_pretrained(model_path, subfolder=folder)
+        names = tokenizer_class.vocab_files_names.values()
+        if not any((files / folder / each).is_file() for each in names):  # transformers would make an empty one
+            raise ValueError(f"the folder {folder} has none of the files {', '.join(names)}")
+        tokenizer = tokenizer_class.from_pretrained(files, subfolder=folder)
     _check_vocabulary(tokenizer, config.vocab_size, what)
     _settle_length(tokenizer, getattr(config, "max_position_embeddings", None), family and family.t5_length, what)
     return tokenizer

@@ -12,13 +12,19 @@ _SAMPLES = 4  # of each matrix, in a sketch
 
 
 def same_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> bool:
-    """Whether every tensor of `given` equals the one of that name in `own`, exactly or up to rounding to a coarser float type.
+    """Whether every tensor of `given` equals the one of that name in `own`, exactly or up to rounding of either to a coarser type.
 
     Storing a model in fp16, bf16 or fp8 changes nearly every number but does not protect. Values are compared, not dtypes: weights
     rounded to bf16 and stored in fp32 count as rounded.
     """
     by_size = sorted(given, key=lambda name: given[name].numel())  # the comparison stops at the first difference
-    return all(_same(own[name].detach().cpu(), given[name].detach().cpu()) for name in by_size)
+    if all(_same(own[name].detach().cpu(), given[name].detach().cpu()) for name in by_size):
+        return True
+    # `own` may have been read from files of the variant fp16 or bf16, and `given` may be the original of those files.
+    halves = (torch.float16, torch.bfloat16)
+    return any(
+        all(torch.equal(own[n].detach().cpu().float(), given[n].cpu().to(half).float()) for n in by_size) for half in halves
+    )
 
 
 def _same(own: Tensor, given: Tensor) -> bool:

@@ -148,7 +148,7 @@ def map_of(run: TrainingRun, device: torch.device) -> EmbeddingMap:
             "concept": concept if isinstance(concept, list) else [concept], "empty": [""],
         }  # fmt: skip
         how = made_by["model_path"], made_by["text_encoder_idx"], device, made_by["embedding"], made_by["max_sequence_length"]
-        original, protected = load_encoder(*how), load_encoder(*how)
+        original, protected = (load_encoder(*how, variant=made_by.get("variant")) for _ in range(2))
         load_checkpoint(protected.model, trained)
     except UserError as error:
         raise UserError(f"the map of embeddings of {run.folder} cannot be drawn: {error}; --no_map leaves it out") from None

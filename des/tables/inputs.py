@@ -7,6 +7,7 @@ from pathlib import Path
 
 from des.data.images import SUFFIXES
 from des.data.run_record import read_json
+from des.models.model_files import split_revision
 from des.utils.errors import UserError
 from des.utils.files import sha256_file, sha256_texts, write_json
 
@@ -36,8 +37,9 @@ def model_identity(model: str) -> str:
     """The `identity` of a model's folder, or a hub id with the commit of its cached files, if there are any."""
     if Path(model).exists():
         return identity(Path(model)) or ""
-    cached = try_to_load_from_cache(model, "model_index.json")
-    return f"{model}@{Path(cached).parent.name}" if isinstance(cached, str) else model
+    repository, revision = split_revision(model)
+    cached = try_to_load_from_cache(repository, "model_index.json", revision=revision)
+    return f"{repository}@{Path(cached).parent.name}" if isinstance(cached, str) else model
 
 
 def check_inputs(out: Path, inputs: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from des.models.encoders import per_encoder_name
+from des.models.model_files import model_name
 from des.tables.jobs import Job
 
 import torch
@@ -22,10 +23,11 @@ class PipelineJobs:
 
     model_path: str
     device: torch.device
+    variant: str | None = None
 
     def codebook(self, safe_csv: Path, folder: Path, *options: object) -> Job:
         """The job that encodes the safe prompts; `folder` is its --save_dir, `options` are further ones."""
-        argv = (*self._common, "--csv_path", safe_csv, "--save_dir", folder, *options)
+        argv = (*self.common, "--csv_path", safe_csv, "--save_dir", folder, *options)
         return _job("codebook", "save_codebook.py", argv, (safe_csv,), (self._encoded(folder),))
 
     def training(
@@ -37,7 +39,7 @@ class PipelineJobs:
         """
         unsafe, safe = lists
         run = per_encoder_name(self.model_path, 1, f"{float(options['learning_rate'])}_{float(options['lambda_safe'])}")
-        argv = (*self._common, "--codebook_dir", codebook, "--unsafe_csv_path", unsafe, "--safe_csv_path", safe, "--output_dir", folder,
+        argv = (*self.common, "--codebook_dir", codebook, "--unsafe_csv_path", unsafe, "--safe_csv_path", safe, "--output_dir", folder,
                 *flags(options))  # fmt: skip
         inputs, checkpoint = (unsafe, safe, self._encoded(codebook)), folder / run / f"checkpoint-{options['num_epochs']}.pt"
         steps = options["num_epochs"] * -(-rows // options["batch_size"])
@@ -45,13 +47,13 @@ class PipelineJobs:
 
     def image_folder(self, results: Path, method: Options, name: str) -> Path:
         """Where generate.py puts the images of a prompt set; `method` starts with --training_method."""
-        return results / str(method[1]) / Path(self.model_path).name / name
+        return results / str(method[1]) / model_name(self.model_path) / name
 
     def drawing(
         self, what: str, csv: Path, folder: Path, options: Options, inputs: Sequence[Path], outputs: Sequence[Path], images: int
     ) -> Job:
         """The job that draws a list into an `image_folder`; `inputs` and `outputs` are those beside the list and run.json."""
-        argv = (*self._common, "--prompts_csv", csv, "--output_path", folder.name, "--results_dir", folder.parents[2], *options)
+        argv = (*self.common, "--prompts_csv", csv, "--output_path", folder.name, "--results_dir", folder.parents[2], *options)
         return _job(f"draw {what}", "generate.py", argv, (csv, *inputs), (folder / "run.json", *outputs), images=images)
 
     def fid(self, what: str, folder: Path, csv: Path, reference: Path, output: Path, options: Options) -> Job:
@@ -73,8 +75,9 @@ class PipelineJobs:
         return scoring(what, "tasks/img_batch_classify.py", folder, csv, argv, folder / f"{stem}.json", files_in(options))
 
     @property
-    def _common(self) -> tuple[object, ...]:
-        return ("--model_path", self.model_path, "--device", self.device)
+    def common(self) -> tuple[object, ...]:
+        variant = ("--variant", self.variant) if self.variant else ()
+        return ("--model_path", self.model_path, *variant, "--device", self.device)
 
     def _encoded(self, codebook: Path) -> Path:
         name = per_encoder_name(self.model_path, 1, codebook.name, "{stem}_encoder{i}")

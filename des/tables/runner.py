@@ -36,6 +36,7 @@ class TableRunner:
     seed: int
     discard_images: bool
     dry: bool
+    variant: str | None = None
     planned: list[Job] = field(default_factory=list)
     _rows: dict[str, pd.DataFrame] = field(default_factory=dict)  # rows by list, as read
     _copied: set[Path] = field(default_factory=set)  # lists that are already written or checked
@@ -48,7 +49,7 @@ class TableRunner:
     @cached_property
     def jobs(self) -> PipelineJobs:
         """Builds the jobs."""
-        return PipelineJobs(self.model_path, self.device)
+        return PipelineJobs(self.model_path, self.device, self.variant)
 
     def need(self, job: Job) -> bool:
         """Run a job unless it is done; False where it is only listed. Raises UserError where its script stops."""
@@ -132,7 +133,7 @@ class TableRunner:
     def _searched(self, variant: Variant, csv: Path, chosen: PromptSet, inputs: tuple[Path, ...]) -> Path:
         """Search prompts against a variant's text encoder; returns their CSV."""
         out = self.out / "prompts" / f"{csv.stem}_{variant.name}.csv"
-        argv = ("--model_path", self.model_path, "--device", self.device, "--prompts_csv", csv, "--candidates", *chosen.search,
+        argv = (*self.jobs.common, "--prompts_csv", csv, "--candidates", *chosen.search,
                 "--out", out, *(("--checkpoint", inputs[0]) if inputs else ()))  # fmt: skip
         files = (csv, *chosen.search, *inputs)
         self.need(Job(f"search prompts against {variant.name}", "demo/attack.py", tuple(map(str, argv)), files, (out,)))
@@ -265,7 +266,10 @@ class TableRunner:
         _, files = self.method(variant)
         if self.dry or not files:
             return Cell(missing="planned" if files else "no encoder of its own")
-        base = sum(tensor.numel() for tensor in load_encoder(self.model_path, 1, "cpu").model.state_dict().values())
+        base = sum(
+            tensor.numel()
+            for tensor in load_encoder(self.model_path, 1, "cpu", variant=self.variant).model.state_dict().values()
+        )
         return Cell(sum(tensor.numel() for tensor in read_tensors(files[0]).values()) - base, digits=0)
 
     def extra_seconds(self, variant: Variant) -> Cell:
@@ -319,5 +323,6 @@ class TableRunner:
         """The inputs on which all images depend, by option, for `inputs.check_inputs`; `given` are further files by option."""
         found = {"--scale": self.scale, "--seed": str(self.seed), "--model_path": model_identity(self.model_path)}
         found["--discard_images"] = "given" if self.discard_images else "not given"
+        found["--variant"] = self.variant or "not given"
         files = {**given, **{path.name: path for each in self.setup.sets.values() for path in each.search}}
         return found | {option: digest for option, path in files.items() if path is not None and (digest := identity(path))}

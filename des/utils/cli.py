@@ -157,6 +157,7 @@ def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path | None])
         written.add(path.resolve())
 
 
+MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # the paper's main model
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "npu", "xla")
 _DEVICE = re.compile(rf"(?:{'|'.join(DEVICES)})(?::\d+)?|\d+")
 
@@ -217,10 +218,30 @@ def add_other_prompts(parser: argparse._ActionsContainer) -> None:
     # fmt: on
 
 
-def add_model(parser: argparse._ActionsContainer) -> None:
-    """Add the model option; the default is the paper's main model."""
-    default = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    parser.add_argument("--model_path", type=model_source, default=default, metavar="M", help="pipeline, a folder or hub id")
+def add_model(parser: argparse._ActionsContainer, default: str | None = MODEL) -> None:
+    """Add the options that name a model and choose among its files; the default None stands for the demo's model."""
+    # fmt: off
+    parser.add_argument("--model_path", type=model_source, action=_ModelPath, default=default, metavar="M", help=f"pipeline, a folder or hub id (default: {default or 'that of the demo'})")
+    parser.add_argument("--revision", action=_ModelPath, metavar="R", help="branch, tag or commit of a model on the hub (default: its main branch)")
+    parser.add_argument("--variant", metavar="V", help="weights to prefer in each component that has them, such as fp16 for model.fp16.safetensors (default: fp16 for that dtype, else those without a variant)")
+    # fmt: on
+
+
+class _ModelPath(argparse.Action):
+    """Joins --model_path M and --revision R, in any order, to `M@R`, the name that is opened and recorded."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        setattr(namespace, self.dest, value)
+        model, suffix = namespace.model_path, f"@{namespace.revision}"
+        if namespace.revision and model and not model.endswith(suffix):
+            namespace.model_path = model + suffix
+
+
+def add_drop_t5(parser: argparse._ActionsContainer) -> None:
+    """Add the option that leaves out T5."""
+    parser.add_argument(
+        "--drop_t5", action="store_true", help="SD3: leave out T5 (text encoder 3), whose embeddings become zeros"
+    )
 
 
 def add_encoder_index(parser: argparse._ActionsContainer, name: str = "text_encoder_idx") -> None:

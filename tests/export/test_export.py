@@ -1,6 +1,7 @@
 """Exports read back, by each format's own reader, as the encoder that was exported; what does not fit leaves nothing."""
 
 import json
+import shutil
 
 from des.export.formats import LDM_ENCODER, PROMPTS, READERS, WRITERS, comfyui_names, load_protected, outputs, verify
 from des.models.encoders import load_encoder
@@ -138,17 +139,13 @@ def test_a_pipeline_leaves_no_unprotected_encoder_beside_it(call, tiny_pipeline,
     assert "DES" in (tmp_path / "out/README.md").read_text()
 
 
-def test_a_pipeline_of_the_hub_is_copied_from_its_snapshot(call, tiny_pipeline, tmp_path, monkeypatch):
+def test_a_pipeline_of_the_hub_is_copied_from_its_snapshot(call, tiny_pipeline, tmp_path, hub):
     """A snapshot in the hub's cache is a folder of links."""
-    snapshot_folder = tmp_path / "snapshot"
-    for file in tiny_pipeline.rglob("*.*"):
-        link = snapshot_folder / file.relative_to(tiny_pipeline)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(file)
-    (snapshot_folder / "old.ckpt").write_bytes(b"the original encoder")
-    made = load_protected(str(tiny_pipeline), {1: protected(tiny_pipeline, 1, tmp_path)[1]})
-    made.model_path = "owner/name"
-    monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda name: {"owner/name": str(snapshot_folder)}[name])
+    model = tmp_path / "model"
+    shutil.copytree(tiny_pipeline, model)
+    (model / "old.ckpt").write_bytes(b"the original encoder")
+    hub("owner/name", {"main": model})
+    made = load_protected("owner/name", {1: protected("owner/name", 1, tmp_path)[1]})
     WRITERS["pipeline"](made, tmp_path / "out")
     verify(made, READERS["pipeline"](made, tmp_path / "out"))
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_symlink() or path.suffix == ".ckpt"]

@@ -8,14 +8,13 @@ from des.data.run_record import Sampling
 from des.generation.sampler import check_refiner
 from des.models.checkpoints import fingerprint, published_names
 from des.models.encoders import load_encoder
-from des.models.pipelines import _variant, encoder_modules, open_pipeline, open_refiner, protect, text_encoder
+from des.models.pipelines import encoder_modules, open_pipeline, open_refiner, protect, text_encoder
 from des.utils.errors import UserError
 
 import numpy as np
 import pytest
 import torch
 from conftest import flags, snapshot
-from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
 NAMES = ("sd_v1", "sd_v2", "sdxl", "sd_v3", "flux")
@@ -261,21 +260,6 @@ def test_fp16_files_are_used_where_they_are(family, tmp_path, variant):
     opened = open_pipeline(str(folder), torch.float16)
     assert opened.unet.dtype == opened.text_encoder.dtype == torch.float16
     assert (opened.unet.conv_in.bias == 3).all() == bool(variant)
-
-
-@pytest.mark.parametrize(("there", "variant"), [("text_encoder/model.fp16.safetensors", "fp16"), (None, None)])
-def test_the_hub_is_asked_for_fp16_files(monkeypatch, there, variant):
-    asked = []
-
-    def download(hub_id, name):
-        asked.append((hub_id, name))
-        if name != there:
-            raise EntryNotFoundError("no such file")
-
-    monkeypatch.setattr("des.models.pipelines.hf_hub_download", download)
-    assert _variant("owner/model", torch.float16) == variant
-    assert _variant("owner/model", torch.float32) is None
-    assert len(asked) == (1 if there else 2)
 
 
 def test_a_base_model_that_lacks_weights_is_refused(generate, family, tmp_path):

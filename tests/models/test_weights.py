@@ -58,13 +58,23 @@ def test_types_may_be_mixed_and_a_trained_encoder_may_be_rounded(encoder, tmp_pa
 
 
 def test_a_change_below_rounding_is_no_rounding():
-    own = {"weight": torch.full((4, 4), 1.0), "bias": torch.zeros(4)}
-    assert not same_weights(own, own | {"weight": torch.full((4, 4), 1.0001)})
+    own = {"weight": torch.full((4, 4), 0.3), "bias": torch.zeros(4)}
+    assert not same_weights(own, own | {"weight": torch.full((4, 4), 0.30003)})
     assert not same_weights(own, own | {"bias": torch.full((4,), 1e-9)})
     assert not same_weights(own, own | {"bias": torch.full((4,), torch.nan)})
     half_way = {"weight": torch.tensor([1 + 2**-8])}  # between two numbers of bf16: rounded to either, but not beyond
     assert same_weights(half_way, {"weight": torch.tensor([1 + 2**-7])}) and same_weights(half_way, {"weight": torch.ones(1)})
     assert not same_weights(half_way, {"weight": torch.tensor([1 + 2**-6])})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_original_of_a_rounded_model_is_no_change(dtype):
+    torch.manual_seed(0)
+    exact = {"weight": torch.randn(64, 64), "bias": torch.randn(64)}
+    rounded = {name: tensor.to(dtype).float() for name, tensor in exact.items()}
+    assert same_weights(rounded, exact)
+    step = 1e-4 * torch.randn(64, 64)  # ten steps of training at 1e-5
+    assert not same_weights(rounded, exact | {"weight": rounded["weight"] + step})
 
 
 @pytest.mark.parametrize("dtype", ROUNDED)
