@@ -84,7 +84,9 @@ def _legend(figure: Figure, handles: Sequence[matplotlib.artist.Artist], **optio
     columns = max(1, min(3, len(labels), _LEGEND // (longest + 4)))
     rows = math.ceil(len(labels) / columns) * max(label.count("\n") + 1 for label in labels)
     figure.set_figheight(figure.get_figheight() + 0.16 * (rows - 1))
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, fontsize=9, frameon=False, columnspacing=1.2, **options)
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=columns, fontsize=9, frameon=False, columnspacing=1.2, **options
+    )
 
 
 def _markers(comparison: Comparison) -> list[matplotlib.lines.Line2D]:
