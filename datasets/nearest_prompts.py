@@ -24,7 +24,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--concept_prompt", required=True, metavar="TEXT", help="the concept")
     parser.add_argument("--share", type=cli.number(float, 0, 0.5, low_open=True), default=0.25, metavar="X", help="share of the prompts in each list")
     parser.add_argument("--out", type=cli.output_file, nargs=2, required=True, metavar="CSV", help="files for the nearest and the farthest prompts")
-    parser.add_argument("--batch_size", type=cli.positive_int, default=64, metavar="N", help="prompts a forward pass")
     # fmt: on
     cli.add_device(parser)
     return cli.check_device(parser, parser.parse_args(argv))
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     encoder = load_encoder(args.model_path, 1, args.device)
     concept = next(encoder.encode([args.concept_prompt], 1)).float().flatten(1)
-    batches = encoder.encode(rows["prompt"].tolist(), args.batch_size, "prompts")
+    batches = encoder.encode(rows["prompt"].tolist(), 64, "prompts")
     cosines = torch.cat([cosine_similarity(batch.float().flatten(1), concept).cpu() for batch in batches])
     rows = rows.assign(row=rows.index, cosine=cosines.tolist())
     order = cosines.argsort(descending=True, stable=True).tolist()

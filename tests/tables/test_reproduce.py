@@ -62,7 +62,7 @@ def test_a_table_and_its_figures(reproduce, tmp_path, checkpoint):
 
     before = {path: path.stat().st_mtime_ns for path in (out / "images").rglob("*") if path.is_file()}
     again = reproduce(checkpoint=checkpoint)
-    assert again.code == 0 and "0 of 7 jobs are left" in again.err and again.out.strip() == text.strip()
+    assert again.code == 0 and "0 of 7 jobs are left" in again.err and again.out.startswith(text.strip())
     assert {path: path.stat().st_mtime_ns for path in before} == before
     changed = next(path for path in before if path.suffix == ".png" and "plain" in str(path) and "des" in str(path))
     changed.write_bytes(changed.read_bytes() + b"another end")
