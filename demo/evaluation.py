@@ -52,6 +52,9 @@ EXPERIMENTS = {
     ),
 }
 REFERENCE_IMAGES = 1100
+TRAINING = {  # the demo's options of train_des.py; docs/demo.md says how they were chosen
+    "learning_rate": 2e-3, "num_epochs": 20, "batch_size": 128, "lambda_safe": 0.3, "concept_guidance_ratio": 0.3,
+}  # fmt: skip
 SHARE = ("k", "n", "fraction", "low", "high", "mean_probability")  # what a classifier's JSON says of the images counted
 
 
@@ -91,7 +94,7 @@ def evaluate(
     scores: dict[str, dict] = {}
     for name, csv in prompts.items():
         what, folder = f"{name} with {results.name}", jobs.image_folder(results, method, name)
-        records.run(jobs.drawing(what, csv, folder, options, reads, (folder,), len(read_rows(csv))))
+        records.run(jobs.drawing(what, csv, folder, options, reads, (), len(read_rows(csv))))
         scores[name] = classify(records, jobs, what, folder, csv, concept_of(name))
         if SETS[name] == OTHERS:
             draw_reference(results.parent / "reference", removed)
@@ -106,8 +109,8 @@ def classify(
     counted = {"object": ("--cls_class", concept)} if concept else {label: ("--label_column", label) for label in CLASSIFIERS}
     found = {}
     for label, rule in counted.items():
-        options = ("--classifier", CLASSIFIERS[label])
-        content = records.result(jobs.classes(f"{label} of {what}", folder, csv, rule, f"classify_{label}", options))
+        options = ("object", *rule, "--classifier", CLASSIFIERS[label])
+        content = records.result(jobs.detection(f"{label} of {what}", folder, csv, f"classify_{label}", *options))
         found["concept" if concept else label] = {key: content[key] for key in SHARE}
     return found
 

@@ -1,6 +1,6 @@
 """The whole experiment on the demo: codebook, DES training, images and scores before and after, a table and a picture.
 
-    python demo/experiment.py --out results/quickstart --limit 60        # as scripts/quickstart.sh does
+    python demo/experiment.py --out results/quickstart --limit 66        # as scripts/quickstart.sh does
     python demo/experiment.py --out results/full --seeds 1 2 3           # the README's table
     python demo/experiment.py --out results/both --concept both          # a second concept, the house, together with the first
 
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from demo.evaluation import CLASSIFIERS, EXPERIMENTS, OTHERS, PIPELINE, SETS, Sampling, concept_of, evaluate
+from demo.evaluation import CLASSIFIERS, EXPERIMENTS, OTHERS, PIPELINE, SETS, TRAINING, Sampling, concept_of, evaluate
 from demo.world import CONCEPT
 from des.utils import cli
 
@@ -33,17 +33,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--limit", type=cli.positive_int, metavar="N", help="images a set, evenly over the objects (default: all)")
     files.add_argument("--seeds", type=cli.natural, nargs="+", default=[42], metavar="S", help="training seeds")
     training = parser.add_argument_group("DES training")
-    training.add_argument("--learning_rate", type=cli.number(float, 0, 1, low_open=True), default=2e-3, metavar="LR", help="learning rate of AdamW")
-    # fmt: on
-    training.add_argument("--num_epochs", type=cli.positive_int, default=20, metavar="N", help="passes over the pairs")
-    training.add_argument("--batch_size", type=cli.positive_int, default=128, metavar="N", help="pairs a step")
-    training.add_argument("--concept_guidance_ratio", type=cli.number(float, 0), default=0.3, metavar="R", help="alpha / |n|")
-    training.add_argument("--lambda_safe", type=cli.number(float, 0, 1), default=0.3, metavar="L", help="weight of SEP")
+    training.add_argument("--learning_rate", type=cli.number(float, 0, 1, low_open=True), metavar="LR", help="learning rate of AdamW")
+    training.add_argument("--num_epochs", type=cli.positive_int, metavar="N", help="passes over the pairs")
+    training.add_argument("--batch_size", type=cli.positive_int, metavar="N", help="pairs a step")
+    training.add_argument("--concept_guidance_ratio", type=cli.number(float, 0), metavar="R", help="alpha / |n|")
+    training.add_argument("--lambda_safe", type=cli.number(float, 0, 1), metavar="L", help="weight of SEP")
     training.add_argument("--ablation", nargs="+", default=["1", "2", "3"], help="losses that are ON")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--num_inference_steps", type=cli.positive_int, default=20, metavar="N", help="denoising steps")
-    sampling.add_argument("--guidance_scale", type=cli.number(float, 0), default=3.0, metavar="G", help="guidance")
-    sampling.add_argument("--image_batch_size", type=cli.positive_int, default=32, metavar="N", help="images at a time")
+    sampling.add_argument("--num_inference_steps", type=cli.positive_int, default=Sampling.num_inference_steps, metavar="N", help="denoising steps")
+    sampling.add_argument("--guidance_scale", type=cli.number(float, 0), default=Sampling.guidance_scale, metavar="G", help="guidance")
+    sampling.add_argument("--image_batch_size", type=cli.positive_int, default=Sampling.batch_size, metavar="N", help="images at a time")
+    # fmt: on
+    parser.set_defaults(**TRAINING)
     cli.add_device(sampling)
     args = parser.parse_args(argv)
     offered = EXPERIMENTS[args.concept].sets
@@ -72,7 +73,7 @@ import pandas as pd
 MARKER = "experiment.json"
 WRITES = (
     MARKER, "prompts", "codebook", "original", "protected-*", "reference", "checkpoints-*", "safe_embeddings.pth*", "jobs",
-    "report.json", "table.md", "comparison.png", ".*",
+    "report.json", "report.html", "table.md", "comparison.png", ".*",
 )  # fmt: skip
 
 
@@ -100,7 +101,14 @@ def main(argv: list[str] | None = None) -> None:
     write_text(args.out / "table.md", table + "\n")
     seed = args.seeds[0]
     draw_comparison(args.out, seed, {name: args.out / f"prompts/demo_{name}.csv" for name in args.sets}, SETS)
-    print(f"\n{table}\n\n{minutes:.1f} minutes. Numbers: {args.out}/report.json. Pictures: {args.out}/comparison.png")
+    checkpoint = training_job(args, jobs, lists, seed).outputs[0]
+    python = ".venv/bin/python" if Path(sys.prefix) == ROOT / ".venv" else "python"
+    print(
+        f"\n{in_words(args, before, after)}\n\n{table}\n\n{minutes:.1f} minutes. Numbers: {args.out}/report.json. Pictures: "
+        f"{args.out}/comparison.png.\n\nNext, make a page of all images and scores, or draw prompts of your own in the browser:\n\n"
+        f"    {python} scripts/report.py {args.out} --out {args.out}/report.html\n"
+        f"    {python} -m pip install -r requirements-app.txt && {python} app.py --text_encoder_path {checkpoint}"
+    )
 
 
 def begin(args: argparse.Namespace) -> None:
@@ -139,16 +147,37 @@ def unsafe_list(args: argparse.Namespace) -> Path:
 
 def training_job(args: argparse.Namespace, jobs: PipelineJobs, lists: tuple[Path, Path], seed: int) -> Job:
     """The training with one seed on the unsafe and the safe list; its output is the last checkpoint."""
-    same = ("concept_guidance_ratio", "learning_rate", "num_epochs", "batch_size", "lambda_safe", "ablation")
     options = {
         "safe_embedding_path": args.out / "safe_embeddings.pth",
         "concept_prompt": EXPERIMENTS[args.concept].concepts,
         "save_every": args.num_epochs,
         "seed": seed,
     }
-    options |= {name: getattr(args, name) for name in same}
+    options |= {name: getattr(args, name) for name in (*TRAINING, "ablation")}
     rows = max(len(read_rows(path)) for path in lists)
     return jobs.training(f"seed {seed}", lists, args.out / "codebook", args.out / f"checkpoints-{seed}", options, rows)
+
+
+def in_words(args: argparse.Namespace, before: dict, after: dict[int, dict]) -> str:
+    """The result in sentences: images of each concept and of other objects, k of n before and after, and what ASR means."""
+
+    def counted(run: dict, names: list[str], key: str) -> str:
+        return f"{sum(run[name][key]['k'] for name in names)} of {sum(run[name][key]['n'] for name in names)}"
+
+    def sentence(title: str, names: list[str], key: str) -> list[str]:
+        if not names:
+            return []
+        old = counted(before, names, key)
+        new = " / ".join(dict.fromkeys(counted(run, names, key) for run in after.values()))
+        return [f"{title}: {old} before and after." if old == new else f"{title}: {old} before, {new} after."]
+
+    lines = []
+    for concept in EXPERIMENTS[args.concept].concepts:
+        lines += sentence(
+            f"{concept.capitalize()}s drawn", [name for name in args.sets if concept_of(name) == concept], "concept"
+        )
+    lines += sentence("Other objects", [name for name in args.sets if not concept_of(name)], "object")
+    return " ".join([*lines, "ASR, the attack success rate, is the share of prompts for the concept whose image shows it."])
 
 
 def summary_table(args: argparse.Namespace, before: dict, after: dict[int, dict]) -> str:

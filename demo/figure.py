@@ -42,12 +42,13 @@ def draw_comparison(out: Path, seed: int, prompts: dict[str, Path], titles: dict
 
 
 def _pairs(out: Path, seed: int, name: str, csv_path: Path) -> list[tuple[str, Path, Path]]:
-    """Evenly spaced (prompt, original image, protected image) of a set."""
+    """(prompt, original image, protected image) of evenly spaced rows of a set; of different objects, if it has several."""
     original = pair_with_prompts(next(out.glob(f"original/none/*/{name}")), csv_path)
     protected = pair_with_prompts(next(out.glob(f"protected-{seed}/des/*/{name}")), csv_path)
-    step = max(1, len(original) // PAIRS)
-    picks = [row * step for row in range(min(PAIRS, len(original)))]
-    return [(original["prompt"].iloc[i], original["image"].iloc[i], protected["image"].iloc[i]) for i in picks]
+    distinct = original.drop_duplicates("object").index
+    rows = distinct if len(distinct) > 1 else original.index
+    picks = [rows[i * len(rows) // PAIRS] for i in range(PAIRS)] if len(rows) > PAIRS else rows
+    return [(original["prompt"][row], original["image"][row], protected["image"][row]) for row in picks]
 
 
 def _draw_set(figure, grid, row: int, pairs: list[tuple[str, Path, Path]]) -> None:

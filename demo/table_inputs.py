@@ -2,7 +2,7 @@
 
     python demo/table_inputs.py --out results/tables/inputs
 
-Writes reference/ (renders of benign scenes) and q16_prompts.pt: the mean embeddings [2, width] by the demo's CLIP of renders
+Writes reference/ (renders of benign scenes), reference_both/ (renders of scenes without the second concept, too) and q16_prompts.pt: the mean embeddings [2, width] by the demo's CLIP of renders
 without and with the concept, so that the nearer one says which an image shows.
 """
 
@@ -18,7 +18,7 @@ from des.utils import cli
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="folder for both")
+    parser.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="folder for all of them")
     cli.add_device(parser)
     return cli.check_device(parser, parser.parse_args(argv))
 
@@ -27,7 +27,7 @@ if __name__ == "__main__":
     cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
 
 from demo.evaluation import CLIP, draw_reference
-from demo.world import BENIGN_KINDS, CONCEPT, random_scene, render
+from demo.world import BENIGN_KINDS, CONCEPT, SECOND, random_scene, render
 from des.models.loading import load_model
 from des.utils.files import replacing
 
@@ -41,9 +41,10 @@ RENDERS = 330  # of each class
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    for path in (args.out / "reference").glob("reference_*p.png"):  # of an earlier call, and perhaps changed since
-        path.unlink()
-    draw_reference(args.out / "reference")
+    for name, removed in (("reference", (CONCEPT,)), ("reference_both", (CONCEPT, SECOND))):
+        for path in (args.out / name).glob("reference_*p.png"):  # of an earlier call, and perhaps changed since
+            path.unlink()
+        draw_reference(args.out / name, removed)
     model, processor = load_model(CLIPModel, str(CLIP), args.device, "the CLIP model"), CLIPImageProcessor.from_pretrained(CLIP)
     rng = random.Random("q16")
     means = []

@@ -1,41 +1,50 @@
 """The paper's tables in the demo's world: its drawn concept, its prompt lists, its classifiers."""
 
+from dataclasses import asdict
 from pathlib import Path
 
-from demo.evaluation import CLASSIFIERS, CLIP, REFERENCE_IMAGES
-from demo.world import CONCEPT
-from des.tables.cells import PromptSet, Setup
+from demo.evaluation import CLASSIFIERS, CLIP, CONCEPT_SETS, EXPERIMENTS, REFERENCE_IMAGES, SECOND_SETS, TRAINING, Sampling
+from demo.world import CONCEPT, SECOND
+from des.tables.cells import Concept, PromptSet, Setup
 from des.tables.jobs import Job
 from des.utils.scripts import ROOT
 
-PAPERS_ALPHA, RATIO = 200.0, 0.3  # the demo's alpha / |n| where the paper's alpha is 200
-CONCEPT_SETS = {"plain": "plain name", "synonyms": "held-out names", "indirect": "held-out phrases"}
+PAPERS_ALPHA, RATIO = 200.0, TRAINING["concept_guidance_ratio"]  # the demo's alpha / |n| where the paper's alpha is 200
+COLUMNS = dict(zip(("plain name", "held-out names", "held-out phrases"), CONCEPT_SETS, strict=True))
+STYLE_COLUMNS = dict(zip(("plain name", "held-out name", "misspelt name"), SECOND_SETS, strict=True))
 
 
 def demo_setup(out: Path, device: str) -> Setup:
     """The set-up of the demo; its reference images and Q16 prompts are made in `out`/inputs."""
     inputs, datasets = out / "inputs", ROOT / "datasets"
-    lists = {name: datasets / f"demo_{name}.csv" for name in (*CONCEPT_SETS, "benign")}
-    sets = {name: PromptSet(title, lists[name]) for name, title in CONCEPT_SETS.items()}
+    lists = {name: datasets / f"demo_{name}.csv" for name in (*CONCEPT_SETS, *SECOND_SETS, "benign", "both_benign")}
+    sets = {name: PromptSet(title, lists[name]) for title, name in COLUMNS.items()}
+    second = {"classify_object": ("object", "--classifier", CLASSIFIERS["object"], "--cls_class", SECOND)}
+    sets |= {name: PromptSet(title, lists[name], scoring=second) for title, name in STYLE_COLUMNS.items()}
     sets["benign"] = PromptSet("benign prompts", lists["benign"])
+    sets["both_benign"] = PromptSet(
+        f"prompts without {CONCEPT} and {SECOND}", lists["both_benign"], reference=inputs / "reference_both"
+    )
+    for name in ("nearest", "farthest"):
+        sets[name] = PromptSet(f"benign prompts {name}", lists["benign"], part_of="benign", farthest=name == "farthest")
     candidates = tuple(datasets / f"demo_{part}.csv" for part in ("synonyms", "indirect", "val_synonyms", "val_indirect"))
     sets["whitebox"] = PromptSet("prompts searched against the encoder", lists["plain"], search=candidates)
     sets["i2i_text"] = PromptSet("concept prompts on benign images", lists["plain"], init="benign")
     sets["i2i_both"] = PromptSet("concept prompts on images of the concept", lists["plain"], init="plain")
-    names = {title: name for name, title in CONCEPT_SETS.items()}
     prompts = inputs / "q16_prompts.pt"
     return Setup(
         original="demo, original",
         protected="demo, DES",
-        concept_prompt=CONCEPT,
-        unsafe_csv=datasets / "demo_unsafe_train.csv",
-        safe_csv=datasets / "demo_safe_train.csv",
-        training={"learning_rate": 2e-3, "num_epochs": 20, "batch_size": 128, "lambda_safe": 0.3, "concept_guidance_ratio": RATIO},
+        concepts={"main": _concept(CONCEPT), "style": _concept(SECOND)},
+        concept_of={"T5_style": "style", "T16_style": "style"},
+        benign_of={"T5_style": "both_benign", "T16_style": "both_benign", "T21": "nearest", "T22": "farthest"},
+        training=TRAINING,
         alpha=lambda alpha: ("concept_guidance_ratio", RATIO * alpha / PAPERS_ALPHA),
-        sampling=("--num_inference_steps", "20", "--guidance_scale", "3.0"),
+        sampling=tuple(part for name, value in asdict(Sampling()).items() if name != "batch_size" for part in (f"--{name}", str(value))),
         sets=sets,
         columns={
-            "T2": names, "T5": names, "T6": names, "T7": names,
+            **dict.fromkeys(("T2", "T5", "T6", "T7", "T9"), COLUMNS),
+            "T5_style": STYLE_COLUMNS,
             "T3": {"searched prompts": "whitebox"},
             "T4": {"text": "i2i_text", "text + image": "i2i_both"},
         },
@@ -53,11 +62,17 @@ def demo_setup(out: Path, device: str) -> Setup:
         differences=(
             f"The demo's world: the concept is the {CONCEPT}, its lists stand in for the paper's prompt sets, a classifier for NudeNet, and "
             "the nearer of two mean CLIP embeddings of drawn scenes for Q16. Only the shape of an effect compares, no figure.",
+            f"In the tables of a style, the concept is the {SECOND}, and its benign prompts and reference images show neither concept.",
             f"The paper's alpha 200 stands for alpha = {RATIO} |n| here, and its other alphas in proportion.",
             "FID is on the classifier's features, against drawn scenes; CLIP score is the demo's own CLIP's.",
         ),
         prepare=(
             Job("inputs of the demo's tables", "demo/table_inputs.py", ("--out", str(inputs), "--device", device), (CLIP,),
-                (prompts, inputs / "reference")),
+                (prompts, inputs / "reference", inputs / "reference_both")),
         ),
     )  # fmt: skip
+
+
+def _concept(name: str) -> Concept:
+    lists = EXPERIMENTS[name]
+    return Concept(name, tuple(ROOT / f"datasets/{each}.csv" for each in lists.unsafe), (ROOT / f"datasets/{lists.safe}.csv",))

@@ -4,15 +4,20 @@
         --checkpoint checkpoints/published/des.pt --scale paper --out results/tables
     python scripts/reproduce.py --table all --model_path demo/models/pipeline --scale small --out results/demo_tables
 
-Work that is done is not repeated as long as everything that it reads is the same: run it again after an interruption, or with
-further tables. One --out is for one --scale, --seed, model and set of checkpoints. Without --checkpoint the DES
-model is trained with the paper's settings; the ablations (T15, T17, T18, T19) always train their own. --dry_run lists the
-jobs, images and hours. Writes {table}.md, .csv and .tex. With a model of demo/ the tables are about the demo's harmless concept.
+Work that is done is not repeated as long as everything that it reads and wrote, images included, is the same: run it again after
+an interruption, or with further tables. One --out is for one --scale, --seed, model and set of checkpoints. Without --checkpoint the
+DES model is trained with the paper's settings; the ablations (T15 to T19) always train their own. T5 and T16 are about two other DES
+models, which remove violence and illegal activity as well (--multi_checkpoint) or Van Gogh's style (--style_checkpoint; T5_style,
+T16_style). --dry_run lists the jobs, images and hours. Writes {table}.md, .csv and .tex. With a model of demo/ the tables are about
+the demo's harmless concepts.
+
+A row of other images: --baseline SAFREE=DIR, with the images of each set in DIR/SET, named by the rows of its list.
+Left out are T9's rows of a prompt filter, T11 to T14, and T20.
 """
 
 import argparse
+import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,26 +27,35 @@ from des.utils import cli
 
 TITLES = {
     "T1": "explicit prompts, images with a detection of each class", "T2": "adversarial prompts, black box (ASR, %)", "T3": "adversarial prompts, white box (ASR, %)",
-    "T4": "image to image (ASR, %)", "T5": "other categories, Q16 (%)", "T6": "Q16 in place of the main detector (%)",
-    "T7": "other models (ASR, %)", "T8": "cost", "T10": "quality of benign images",
-    "T15": "choice of targets, and alpha", "T17": "losses", "T18": "losses, SEP's concept term", "T19": "lambda",
+    "T4": "image to image (ASR, %)", "T5": "other categories, Q16 (%)", "T5_style": "Van Gogh's style (ASR, %)",
+    "T6": "Q16 in place of the main detector (%)", "T7": "other models (ASR, %)", "T8": "cost",
+    "T9": "combinations with a negative prompt (ASR, %)", "T10": "quality of benign images",
+    "T15": "choice of targets, and alpha", "T16": "alpha for other categories, Q16 (%)", "T16_style": "alpha for Van Gogh's style",
+    "T17": "losses", "T18": "losses, SEP's concept term", "T19": "lambda",
+    "T21": "benign captions nearest to the concept", "T22": "benign captions farthest from the concept",
 }  # fmt: skip
+LEFT_OUT_TABLES = ("T11", "T12", "T13", "T14", "T20")
+HALVES = {"T5": ("T5", "T5_style"), "T16": ("T16", "T16_style")}  # tables of the paper that are two here
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("main")
     # fmt: off
-    main_group.add_argument("--table", nargs="+", choices=(*TITLES, "all"), required=True, metavar="T", help=f"{', '.join(TITLES)}, all")
+    main_group.add_argument("--table", nargs="+", choices=(*TITLES, *LEFT_OUT_TABLES, "all"), required=True, metavar="T", help=f"{', '.join(TITLES)}, all")
     cli.add_model(main_group)
     main_group.add_argument("--checkpoint", type=Path, nargs="+", metavar="C", help="protected text encoders 1, 2, 3 (default: encoder 1, trained here)")
+    main_group.add_argument("--multi_checkpoint", type=Path, nargs="+", metavar="C", help="T5: the same, for violence and illegal activity as well (default: trained here, or --checkpoint in a row of its own name)")
+    main_group.add_argument("--style_checkpoint", type=Path, nargs="+", metavar="C", help="T5_style: the same, for Van Gogh's style (default: trained here)")
     main_group.add_argument("--scale", choices=("smoke", "small", "paper"), default="small", help="smoke: does it run; small: 100 prompts a set; paper: all")
-    main_group.add_argument("--baseline", nargs="*", default=[], metavar="METHOD=FILE", help="further rows: esd=esd.safetensors, advunlearn, …")
+    main_group.add_argument("--baseline", nargs="*", default=[], metavar="NAME=PATH", help="further rows: a method and its file (esd=esd.safetensors, advunlearn, …), or a title and a folder of images (SAFREE=DIR)")
+    main_group.add_argument("--negative_prompt", metavar="TEXT", help="T9: the negative prompt (default: the concept prompt)")
     files = parser.add_argument_group("files")
     files.add_argument("--out", type=cli.output_folder, default=Path("results/tables"), metavar="DIR", help="folder for tables, images and models")
     files.add_argument("--prompts", nargs="*", default=[], metavar="SET=CSV", help="prompt lists that are not in datasets/")
     files.add_argument("--coco_images", type=Path, metavar="DIR", help="reference images for FID (default: datasets/coco_images)")
-    files.add_argument("--q16_prompts", type=Path, metavar="FILE", help="Q16's prompts.pt; without it T5 and T6 stay empty")
+    files.add_argument("--q16_prompts", type=Path, metavar="FILE", help="Q16's prompts.pt; without it T5, T6 and T16 stay empty")
+    files.add_argument("--style_classifier", type=Path, metavar="DIR", help="UnlearnDiffAtk's style classifier; without it T5_style and T16_style have no ASR")
     files.add_argument("--i2i_images", type=Path, metavar="DIR", help="T4: the images to start from")
     files.add_argument("--i2i_masks", type=Path, metavar="DIR", help="T4: the regions to redraw")
     files.add_argument("--discard_images", action="store_true", help="score images of the concept as they are drawn and keep none")
@@ -54,7 +68,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     performance.add_argument("--seconds_per_step", type=cli.number(float, 0, low_open=True), metavar="X", help="measured seconds of a training step, for the estimated hours")
     # fmt: on
     cli.add_log_file(parser)
-    return cli.check_device(parser, parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    if left_out := [name for name in args.table if name in LEFT_OUT_TABLES]:
+        parser.error(f"--table {left_out[0]}: this table of the paper is left out; docs/tables.md says why")
+    return cli.check_device(parser, args)
 
 
 if __name__ == "__main__":
@@ -62,8 +79,9 @@ if __name__ == "__main__":
 
 from demo.tables import demo_setup
 from des.generation.defences import METHODS
-from des.tables.build import Cell, Table, paired_note, paper_figures
-from des.tables.cells import ORIGINAL, TRAINED, Setup, Variant, ablations
+from des.tables.build import Cell, Table, paper_figures
+from des.tables.cells import LEFT_OUT, ORIGINAL, Setup, Variant, ablations, trained
+from des.tables.columns import ABLATIONS, COUNTED_AS, columns_of, count_of, paired_notes, sets_of
 from des.tables.inputs import check_inputs, record_inputs
 from des.tables.paper import paper_setup
 from des.tables.runner import TableRunner
@@ -73,24 +91,23 @@ from des.utils.files import write_json, write_text
 from des.utils.logs import logger
 from des.utils.provenance import provenance
 
-TRIO = ("ASR", "FID", "CLIP")
-Column = Callable[[Variant], Cell]
-
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logs.setup_logging(args.log_file)
     setup = setup_of(args)
-    tables = list(TITLES) if "all" in args.table else list(dict.fromkeys(args.table))
+    halves = [half for name in args.table for half in HALVES.get(name, (name,))]
+    tables = list(TITLES) if "all" in args.table else list(dict.fromkeys(halves))
     common = (setup, args.model_path, args.out, args.scale, args.device, args.batch_size, args.seed, args.discard_images)
     plan = TableRunner(*common, dry=True, variant=args.variant)
-    inputs = plan.inputs(files_of(args))
+    inputs = plan.inputs(files_of(args, setup))
     check_inputs(args.out, inputs)
     for name in tables:
         build(name, args, plan)
     text, left = describe(plan, args)
+    left_out = "Left out: " + "; ".join(f"{what}, because {why}" for what, why in LEFT_OUT.items()) + "."
     if args.dry_run:
-        print(text)
+        print(text, left_out, sep="\n")
         return
     logger.info("%d of %d jobs are left to do", left, len(plan.planned))
     record_inputs(args.out, inputs)
@@ -102,12 +119,13 @@ def main(argv: list[str] | None = None) -> None:
         facts = {"table": name, "scale": args.scale, "sets": {each: count_of(each, runner) for each in sets_of(name, setup)}}
         write_json(args.out / f"{name}.json", facts | {"inputs": inputs, "made_by": provenance(args)})
         print(table.markdown())
+    print(left_out)
 
 
 def setup_of(args: argparse.Namespace) -> Setup:
     """The demo's set-up for a model of demo/, else the paper's."""
     if (ROOT / "demo") in Path(args.model_path).resolve().parents:
-        for option in ("prompts", "q16_prompts", "i2i_images", "i2i_masks"):
+        for option in ("prompts", "q16_prompts", "i2i_images", "i2i_masks", "multi_checkpoint", "style_classifier"):
             if getattr(args, option):
                 raise UserError(f"--{option} cannot be used with the demo, which brings its prompts and detector")
         return demo_setup(args.out, str(args.device))
@@ -125,6 +143,7 @@ def setup_of(args: argparse.Namespace) -> Setup:
         args.q16_prompts,
         args.i2i_images,
         args.i2i_masks,
+        args.style_classifier,
     )
     unknown = given.keys() - setup.sets.keys()
     if unknown:
@@ -132,21 +151,29 @@ def setup_of(args: argparse.Namespace) -> Setup:
     return setup
 
 
-def protected(args: argparse.Namespace) -> Variant:
-    """The DES model: the given checkpoints, else one trained here."""
-    if not args.checkpoint:
-        return TRAINED
+def checkpoints_of(args: argparse.Namespace) -> dict[str, list[Path]]:
+    """The given checkpoints by the concept that they remove."""
+    given = {"main": args.checkpoint, "multi": args.multi_checkpoint, "style": args.style_checkpoint}
+    return {concept: paths for concept, paths in given.items() if paths}
+
+
+def protected(args: argparse.Namespace, concept: str = "main") -> Variant:
+    """The DES model that removes a concept: the given checkpoints, else one trained here."""
+    paths = checkpoints_of(args).get(concept)
+    if not paths:
+        return trained(concept)
     options = ("--text_encoder_path", "--text_encoder_2_path", "--text_encoder_3_path")
-    if len(args.checkpoint) > len(options):
-        raise UserError("--checkpoint takes three files at most: text encoders 1, 2, 3")
-    for path in args.checkpoint:
+    if len(paths) > len(options):
+        raise UserError("a list of checkpoints has three files at most: text encoders 1, 2, 3")
+    for path in paths:
         if not path.is_file():
             raise UserError(f"there is no checkpoint {path}")
-    return Variant("des_given", "des", tuple(zip(options, args.checkpoint, strict=False)))
+    name = "des_given" if concept == "main" else f"{concept}_des_given"
+    return Variant(name, "des", tuple(zip(options, paths, strict=False)))
 
 
-def baselines(args: argparse.Namespace) -> dict[str, Variant]:
-    """The defences of --baseline, by the titles of their rows in the paper."""
+def baselines(args: argparse.Namespace, setup: Setup) -> dict[str, Variant]:
+    """The rows of --baseline by title: defences, by the titles of their rows in the paper, and folders of images."""
     titles = {
         "esd": "ESD",
         "uce": "UCE",
@@ -159,17 +186,39 @@ def baselines(args: argparse.Namespace) -> dict[str, Variant]:
     found = {}
     for pair in args.baseline:
         method, _, file = pair.partition("=")
-        if method not in titles or (not file and METHODS[method].needs):
-            raise UserError(f"--baseline {pair}: it takes one of {', '.join(titles)}, with =FILE where the method needs one")
-        files = ((f"--{METHODS[method].options[0]}", Path(file)),) if file else ()
-        found[titles[method]] = Variant(method, method, files)
+        if method in titles and (file or not METHODS[method].needs):
+            files = ((f"--{METHODS[method].options[0]}", Path(file)),) if file else ()
+            found[titles[method]] = Variant(method, method, files)
+        elif method in titles or not method or not file or not Path(file).is_dir():
+            raise UserError(
+                f"--baseline {pair}: it takes METHOD=FILE, with one of {', '.join(titles)}, or NAME=DIR, with a folder of images"
+            )
+        else:
+            found[method] = images_of(method, Path(file), setup)
+    if len({variant.name.lower() for variant in found.values()}) < len(args.baseline):
+        raise UserError("--baseline names a row twice, or two that differ only in signs and capitals; give each its own name")
     return found
 
 
-def files_of(args: argparse.Namespace) -> dict[str, Path | None]:
+def images_of(title: str, folder: Path, setup: Setup) -> Variant:
+    """A row of images that another program drew."""
+    if title in (setup.original, setup.protected, *setup.original_of.values()) or title.startswith(f"{setup.protected} "):
+        raise UserError(f"--baseline {title}: this is the title of a row of the table's own; choose another name")
+    if not any((folder / name).is_dir() for name in setup.sets):
+        raise UserError(
+            f"{folder} has no folder that is named like a set ({', '.join(setup.sets)}); its images belong in such folders"
+        )
+    return Variant("images_" + re.sub(r"[^\w.+-]+", "-", title), images=folder)
+
+
+def files_of(args: argparse.Namespace, setup: Setup) -> dict[str, Path | None]:
     """The files and folders that images depend on, by their options."""
-    files = {f"--checkpoint {i}": path for i, path in enumerate(args.checkpoint or [], 1)}
-    files |= {f"--baseline {variant.method}": path for variant in baselines(args).values() for _, path in variant.files}
+    files = {
+        f"--{concept}_checkpoint {i}".replace("main_", ""): path
+        for concept, paths in checkpoints_of(args).items()
+        for i, path in enumerate(paths, 1)
+    }
+    files |= {f"--baseline {variant.method}": path for variant in baselines(args, setup).values() for _, path in variant.files}
     return files | {"--i2i_images": args.i2i_images, "--i2i_masks": args.i2i_masks}
 
 
@@ -177,14 +226,9 @@ def build(name: str, args: argparse.Namespace, runner: TableRunner) -> Table:
     """Fill one table: run the jobs that its cells need or, with a dry runner, only list them."""
     setup = runner.setup
     paper = paper_figures(ROOT / "scripts/paper_tables.csv").get("T17" if name == "T18" else name, {})
-    if name in ("T15", "T17", "T18", "T19"):
-        rows, columns = ablations(setup)[name], trio(setup, runner)
-        paper = {title: paper[title] for title in rows}
-        if not setup.ablated:
-            rows = {f"{setup.original}, {title}": variant for title, variant in rows.items()}
-    else:
-        rows = {setup.original: ORIGINAL, setup.protected: protected(args), **baselines(args)}
-        columns = columns_of(name, setup, runner)
+    rows, columns = rows_of(name, args, setup), columns_of(name, setup, runner)
+    if name in ("T17", "T18"):
+        paper = {title: paper[title] for title in ablations(setup)[name]}
     theirs = [column for figures in paper.values() for column in figures]
     titles = list(dict.fromkeys([*columns, *theirs]))
     table = Table(name, TITLES[name], titles, paper)
@@ -197,63 +241,25 @@ def build(name: str, args: argparse.Namespace, runner: TableRunner) -> Table:
     return table
 
 
-def paired_notes(name: str, rows: dict[str, Variant], runner: TableRunner) -> list[str]:
-    """The exact McNemar tests of a table's rows against its DES model's, from the verdicts on images of the same prompts."""
-    setup = runner.setup
-    if runner.dry or name == "T8":  # a cost is no share
-        return []
-    sets = (setup.explicit,) if name == "T1" else setup.columns[name if name in setup.columns else "T2"].values()
-    stem = "classify_16" if name in ("T5", "T6") else setup.asr
-    found = {title: runner.verdicts(variant, tuple(sets), stem) for title, variant in rows.items()}
-    ours = next(title for title, variant in rows.items() if title == setup.protected or variant == TRAINED)
-    note = paired_note(found, ours) if all(found.values()) else None
-    return [note] if note else []
-
-
-def trio(setup: Setup, runner: TableRunner) -> dict[str, Column]:
-    """ASR (the mean over T2's sets), FID and CLIP score."""
-    sets = setup.columns["T2"].values()
-    return {
-        "ASR": lambda variant: Cell.mean([runner.asr(variant, each) for each in sets]), "FID": runner.fid, "CLIP": runner.clip,
-    }  # fmt: skip
-
-
-def columns_of(name: str, setup: Setup, runner: TableRunner) -> dict[str, Column]:
-    """How each column of a table is measured."""
-    quality = {"FID": runner.fid, "CLIP": runner.clip}
-    if name == "T1":
-        per_class = {
-            title: lambda variant, of=of: runner.images_of_classes(variant, [of]) for title, of in setup.classes.items()
-        }
+def rows_of(name: str, args: argparse.Namespace, setup: Setup) -> dict[str, Variant]:
+    """Our rows of a table, by title: its ablations, or the original model, DES and the baselines."""
+    if name in ABLATIONS:
         return {
-            "total": lambda variant: runner.images_of_classes(variant, list(setup.classes.values())),
-            **quality,
-            **per_class,
+            title if setup.ablated else f"{setup.original}, {title}": variant
+            for title, variant in ablations(setup)[name].items()
         }
-    if name == "T8":
-        return {
-            "training s": runner.training_seconds, "extra parameters": runner.extra_parameters, "extra inference s": runner.extra_seconds,
-        }  # fmt: skip
-    if name == "T10":
-        scores = {"PickScore": "pickscore", "ImageReward": "imagereward", "BLIP": "blipscore"} if setup.preference else {}
-        chosen = {title: lambda variant, job=job: runner.preference(variant, job) for title, job in scores.items()}
-        labels = {f"{label} right": lambda variant, label=label: runner.label(variant, label) for label in setup.labels}
-        return {"ASR": trio(setup, runner)["ASR"], "CLIP": runner.clip, **chosen, **labels}
-    sets, stem = setup.columns[name], "classify_16" if name in ("T5", "T6") else setup.asr
-    columns: dict[str, Column] = {
-        title: lambda variant, each=each: runner.asr(variant, each, stem) for title, each in sets.items()
-    }
-
-    def all_of(variant: Variant) -> list[Cell]:
-        return [runner.asr(variant, each, stem) for each in sets.values()]
-
-    columns["avg"] = lambda variant: Cell.mean(all_of(variant))
-    if len(sets) > 2:
-        columns["std"] = lambda variant: Cell.spread(all_of(variant))
-    apart = {
-        title: lambda variant, each=each: runner.asr(variant, each, stem) for title, each in setup.apart.get(name, {}).items()
-    }
-    return columns | (quality if name in ("T5", "T7") else {}) | apart
+    concept, title, original = setup.concept_of.get(name, "main"), setup.protected, setup.original_of.get(name, setup.original)
+    if (
+        concept == "multi" and args.checkpoint and not args.multi_checkpoint
+    ):  # a checkpoint of another concept is not the paper's DES
+        concept, title = "main", f"{setup.protected} by --checkpoint"
+    rows = {original: ORIGINAL, title: protected(args, concept)}
+    if name == "T9":
+        negative = args.negative_prompt or setup.concepts["main"].prompt
+        titles = "negative prompt" if setup.ablated else f"{original} + negative prompt", f"{title} + negative prompt"
+        negated = [variant.negated(negative) for variant in rows.values()]
+        rows |= zip(titles, negated, strict=True) if setup.negative_prompt else {}
+    return rows | baselines(args, setup)
 
 
 def notes(name: str, args: argparse.Namespace, runner: TableRunner) -> list[str]:
@@ -264,14 +270,32 @@ def notes(name: str, args: argparse.Namespace, runner: TableRunner) -> list[str]
     if args.scale != "paper":
         smoke = "; training on 64 prompts of each list, one epoch" if args.scale == "smoke" else ""
         found.append(f"Scale {args.scale}: the first {limits[0]} prompts of a set, {limits[1]} of the benign one{smoke}.")
-    if name in ("T15", "T17", "T18", "T19"):
-        found.append(
-            f"ASR is the mean over {', '.join(setup.columns['T2'])}. One training seed, {setup.training['num_epochs']} epochs."
-        )
+    if name in ABLATIONS:
+        what, columns = "avg" if name == "T16" else "ASR", setup.columns[COUNTED_AS.get(name, "T2")]
+        found.append(f"{what} is the mean over {', '.join(columns)}. One training seed, {setup.training['num_epochs']} epochs.")
     if name == "T15":
         found.append("Highest similarity and random were trained without shift (alpha 0); the paper does not say.")
-    if name == "T5" and args.checkpoint:
-        found.append("The paper's T5 is about a model trained on violence and illegal content as well (des_multi).")
+    if name == "T5" and "multi" in setup.concepts and args.checkpoint and not args.multi_checkpoint:
+        found.append(
+            f"{setup.protected} by --checkpoint is not the model of the paper's row, which was trained on violence and illegal content as "
+            "well: give it by --multi_checkpoint."
+        )
+    if name == "T9":
+        found.append(
+            f"Negative prompt: {args.negative_prompt or setup.concepts['main'].prompt!r}. The paper does not state its own, and its row of "
+            "the negative prompt repeats P4D and the average of the original model (the mean of its four values is 32.78)."
+            if setup.negative_prompt
+            else "The rows of a negative prompt are not run: this model takes none."
+        )
+        found.append("The rows of a prompt filter are left out: this project has no filter of prompts.")
+    if name in ("T5_style", "T16_style") and "SD v1.4" in setup.original_of.values():
+        found.append("The paper's values of a style are of SD v1.4; give it by --model_path to compare with them.")
+    if name in ("T21", "T22"):
+        which = "nearest to" if name == "T21" else "farthest from"
+        found.append(
+            f"The quarter of the benign prompts whose embeddings by the original text encoder 1 are {which} the concept's, by cosine "
+            "similarity. FID is against all reference images; the paper does not say against which. A FID of few images is larger."
+        )
     if name == "T8":
         found.append("Seconds are this machine's, noise included; extra inference is the mean over the benign set.")
     if name == "T1":
@@ -293,23 +317,6 @@ def notes(name: str, args: argparse.Namespace, runner: TableRunner) -> list[str]
     left_out = ", ".join(f"{count['never_drawn']} of {each}" for each, count in counts.items() if count["never_drawn"])
     found.append(f"Prompts that put minors in a sexual context are never drawn: {left_out or 'none was in these sets'}.")
     return [*found, f"Shares in percent with k/n and the Wilson 95% interval. Device: {args.device}."]
-
-
-def sets_of(name: str, setup: Setup) -> list[str]:
-    """The prompt sets of a table whose lists exist."""
-    sets = [*setup.columns.get(name, {}).values(), *setup.apart.get(name, {}).values()]
-    if name == "T1":
-        sets.append(setup.explicit)
-    if name in ("T10", "T15", "T17", "T18", "T19"):
-        sets += setup.columns["T2"].values()
-    if name not in ("T2", "T3", "T4", "T6"):
-        sets.append(setup.benign)
-    return [each for each in dict.fromkeys(sets) if setup.sets[each].csv.is_file()]
-
-
-def count_of(name: str, runner: TableRunner) -> dict[str, int | None]:
-    """The numbers of prompts of a set that are drawn, never drawn, and published."""
-    return dict(zip(("drawn", "never_drawn", "published"), runner.drawn_of(name), strict=True))
 
 
 def describe(plan: TableRunner, args: argparse.Namespace) -> tuple[str, int]:

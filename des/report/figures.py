@@ -12,6 +12,7 @@ from des.report.embedding_map import EmbeddingMap
 from des.report.plots import GRID, GROUP_STYLES, INK, MARK, draw_embeddings, draw_losses
 
 import matplotlib
+import matplotlib.artist
 import matplotlib.lines
 import matplotlib.patches
 import matplotlib.ticker
@@ -33,6 +34,7 @@ _STYLE = {
     "xtick.major.width": 0.6, "ytick.major.width": 0.6,
 }  # fmt: skip
 _LABEL = 27  # characters per line of an axis label
+_LEGEND = 66  # characters per row of a legend, four of them for each marker and its space
 _LEAST_SPAN = 0.1  # smallest span of an axis by its largest value, so that noise does not look like a trade-off
 _INTERVALS = 3  # smallest span of an axis in widths of the widest interval, so that differences within one look small
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -72,14 +74,27 @@ def _style(comparison: Comparison, model: int) -> dict:
     return {"marker": MARKERS[i % len(MARKERS)], "color": SERIES[i % len(SERIES)], "markersize": 8, "markeredgecolor": PAPER}
 
 
-def _legend(axes: Axes, comparison: Comparison) -> None:
-    """Add a legend of the models above the plot."""
-    handles = [
+def _legend(figure: Figure, handles: Sequence[matplotlib.artist.Artist], **options: float) -> None:
+    """Add a legend above the plot in as many columns as its labels leave room for, and make the figure taller by its rows.
+
+    The legend belongs to the figure: one of the axes would take its width from the axes, down to nothing for long labels.
+    """
+    labels = [textwrap.fill(str(handle.get_label()), 2 * _LABEL) for handle in handles]
+    longest = max(len(line) for label in labels for line in label.splitlines())
+    columns = max(1, min(3, len(labels), _LEGEND // (longest + 4)))
+    rows = math.ceil(len(labels) / columns) * max(label.count("\n") + 1 for label in labels)
+    figure.set_figheight(figure.get_figheight() + 0.16 * (rows - 1))
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=columns, fontsize=9, frameon=False, columnspacing=1.2, **options
+    )
+
+
+def _markers(comparison: Comparison) -> list[matplotlib.lines.Line2D]:
+    """The legend's handle of each model."""
+    return [
         matplotlib.lines.Line2D([], [], ls="none", label=model.label, **_style(comparison, i))
         for i, model in enumerate(comparison.models)
     ]
-    options = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": min(3, len(handles)), "fontsize": 9, "frameon": False}
-    axes.legend(handles=handles, handletextpad=0.2, columnspacing=1.2, borderaxespad=0.1, **options)
 
 
 def shares(comparison: Comparison, name: str, title: str, measures: Sequence[Measure]) -> Markup:
@@ -106,7 +121,7 @@ def shares(comparison: Comparison, name: str, title: str, measures: Sequence[Mea
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        _legend(axes, comparison)
+        _legend(figure, _markers(comparison), handletextpad=0.2)
     return inline_svg(figure, name, f"{title}: percentages with 95% intervals of every model; the table has the numbers")
 
 
@@ -142,7 +157,7 @@ def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: S
         across, up = (f", mean and range of {len(each)} sets" if len(each) > 1 else "" for each in (asr, quality))
         axes.set_xlabel(textwrap.fill(f"{asr[0].title}, %{across}", 2 * _LABEL))
         axes.set_ylabel(textwrap.fill(f"{title}, {better} is better{up}", 2 * _LABEL))
-        _legend(axes, comparison)
+        _legend(figure, _markers(comparison), handletextpad=0.2)
     sets = f"{asr[0].title} ({sets_of(asr, len(models))}) against {title} ({sets_of(quality, len(models))})"
     label = f"{sets}; upper left is best; not beaten: {', '.join(comparison.models[i].label for i in joined)}"
     return inline_svg(figure, name, label)
@@ -205,8 +220,7 @@ def counts(comparison: Comparison, name: str, title: str, table: dict[str, list[
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("images")
-        options = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": min(3, models), "fontsize": 9, "frameon": False}
-        axes.legend(handles=handles, handlelength=1, handletextpad=0.4, columnspacing=1.2, borderaxespad=0.1, **options)
+        _legend(figure, handles, handlelength=1, handletextpad=0.4)
     return inline_svg(figure, name, f"{title}: images of each class, by model; the table has the numbers")
 
 

@@ -1,7 +1,7 @@
 """What the tables are made from: models, prompt sets, and the settings for drawing and scoring."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,18 @@ from des.tables.jobs import Job
 
 
 @dataclass(frozen=True)
+class Concept:
+    """What a DES model is trained to remove: the concept prompt, the lists of unsafe and of safe prompts, and how to get them."""
+
+    prompt: str
+    unsafe: tuple[Path, ...]
+    safe: tuple[Path, ...]
+    how: str = ""
+
+
+@dataclass(frozen=True)
 class PromptSet:
-    """Prompts to draw: the CSV, how to get it if it is missing, and the start of image to image."""
+    """Prompts to draw: the CSV, how to get it if it is missing, the start of image to image, and the detectors of its images."""
 
     title: str
     csv: Path
@@ -22,6 +32,12 @@ class PromptSet:
     sexual: bool = False  # whether all prompts are sexual; then every prompt that names a minor is left out
     search: tuple[Path, ...] = ()  # candidate lists for prompts that are searched against each variant
     published: int | None = None  # number of published prompts, if the paper has values for the set
+    scoring: Mapping[str, tuple[str | Path, ...]] | None = None  # detectors in place of `Setup.scoring`
+    part_of: str = (
+        ""  # a set, of whose captions this one is the quarter nearest to the concept or (`farthest`) farthest from it
+    )
+    farthest: bool = False
+    reference: Path | None = None  # images for FID in place of `Setup.reference`
 
 
 @dataclass(frozen=True)
@@ -34,9 +50,7 @@ class Setup:
 
     original: str  # the titles of the original model's and the protected one's rows
     protected: str
-    concept_prompt: str
-    unsafe_csv: Path
-    safe_csv: Path
+    concepts: dict[str, Concept]  # `main`, and those of `concept_of`
     training: dict[str, Any]  # options of train_des.py
     alpha: Callable[[float], tuple[str, float]]  # the option of train_des.py for one of the paper's alphas
     sampling: tuple[str, ...]  # options of generate.py
@@ -49,6 +63,10 @@ class Setup:
     fid: tuple[str | Path, ...] = ()  # options of the scorers
     clip: tuple[str | Path, ...] = ()
     benign: str = "benign"
+    concept_of: Mapping[str, str] = field(default_factory=dict)  # by table: the concept of its DES models, if not `main`
+    benign_of: Mapping[str, str] = field(default_factory=dict)  # by table: the set of its FID and CLIP score, if not `benign`
+    original_of: Mapping[str, str] = field(default_factory=dict)  # by table: the title of the original's row, if not `original`
+    negative_prompt: bool = True  # whether generate.py takes a negative prompt for this model
     explicit: str = ""  # the set of T1
     apart: dict[str, dict[str, str]] = field(default_factory=dict)  # like `columns`, but not part of the mean
     ablated: bool = True  # whether the paper's ablations can be compared with this model
@@ -61,43 +79,76 @@ class Setup:
 
 @dataclass(frozen=True)
 class Variant:
-    """A model to draw with: the original (no options), one with given files, or one trained with changed options of train_des.py."""
+    """A row of a table: the original model (no options), one with given files, or one trained with changed options of train_des.py.
+
+    Or `images`: a folder of images that another program drew, with a subfolder for each set, named like the set. They are named by
+    the rows of the set's CSV, `{row}.png` or `…_{row}p.png`; those of prompts that are never drawn are not read.
+    """
 
     name: str
     method: str = "none"
     files: tuple[tuple[str, Path], ...] = ()  # generate.py's option and file
     train: tuple[tuple[str, Any], ...] | None = None
+    concept: str = "main"  # what the training removes, a key of `Setup.concepts`
+    negative_prompt: str | None = None
+    images: Path | None = None
+
+    @property
+    def weights(self) -> str:
+        """The name of the training, which variants that differ in the negative prompt share."""
+        return self.name.removesuffix(NEGATIVE)
+
+    def negated(self, prompt: str) -> "Variant":
+        """This model, drawn with a negative prompt."""
+        return replace(self, name=self.name + NEGATIVE, negative_prompt=prompt)
 
 
+NEGATIVE = "_negative"
 ORIGINAL = Variant("original")
-TRAINED = Variant("des", train=())
+LEFT_OUT = {
+    "T9's rows of a prompt filter": "this project has no filter of prompts",
+    "T11 to T14": "their figures could not be read from the paper's text",
+    "T20": "train_des.py groups the three losses in one way only, that of all other tables",
+}
+
+
+def trained(concept: str = "main", name: str = "des", *train: tuple[str, Any]) -> Variant:
+    """The model that is trained here to remove a concept, with changed options of train_des.py."""
+    return Variant(name if concept == "main" else f"{concept}_{name}", train=train, concept=concept)
 
 
 def ablations(setup: Setup) -> dict[str, dict[str, Variant]]:
     """The variants of each ablation by table and title of the paper's row; equal variants have equal names."""
 
-    def alpha(value: float) -> Variant:
-        return TRAINED if value == 200 else Variant(f"alpha_{value}", train=(setup.alpha(value),))
+    def alpha(value: int, concept: str = "main") -> Variant:
+        if value == 200:
+            return trained(concept)
+        return trained(concept, f"alpha_{value}" if value else "lowest", setup.alpha(float(value)))
+
+    def alphas(table: str) -> dict[str, Variant]:
+        return {f"alpha {value}": alpha(value, setup.concept_of.get(table, "main")) for value in range(0, 301, 50)}
 
     def lambda_safe(value: float) -> Variant:
-        return TRAINED if value == 0.3 else Variant(f"lambda_{value}", train=(("lambda_safe", value),))
+        return trained() if value == 0.3 else trained("main", f"lambda_{value}", ("lambda_safe", value))
 
     unshifted = setup.alpha(0.0)
     return {
         "T15": {
-            "highest similarity": Variant("highest", train=(unshifted, ("target", "highest"))),
-            "random": Variant("random", train=(unshifted, ("target", "random"))),
-            "lowest without shift": Variant("lowest", train=(unshifted,)),
-            **{f"alpha {value}": alpha(value) for value in (50, 100, 150, 200, 250, 300, 350)},
+            "highest similarity": trained("main", "highest", unshifted, ("target", "highest")),
+            "random": trained("main", "random", unshifted, ("target", "random")),
+            "lowest without shift": alpha(0),
+            **{f"alpha {value}": alpha(value) for value in range(50, 351, 50)},
         },
+        "T16": alphas("T16"),
+        "T16_style": alphas("T16_style"),
         "T17": {
-            "UEN alone": Variant("uen", train=(("ablation", (2,)),)),
-            "UEN + SEP": Variant("uen_sep", train=(("ablation", (1, 2)),)),
-            "all three": TRAINED,
+            "UEN alone": trained("main", "uen", ("ablation", (2,))),
+            "UEN + SEP": trained("main", "uen_sep", ("ablation", (1, 2))),
+            "all three": trained(),
         },
         "T18": {
-            "all three": TRAINED,
-            "all three without SEP's second term": Variant("no_concept_term", train=(("no_concept_term", True),)),
+            "all three": trained(),
+            "all three without SEP's second term": trained("main", "no_concept_term", ("no_concept_term", True)),
         },
         "T19": {f"lambda {value}": lambda_safe(value) for value in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)},
     }

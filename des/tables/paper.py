@@ -1,11 +1,12 @@
 """The paper's set-up: Stable Diffusion and FLUX, the public prompt sets, NudeNet and Q16."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from des.data.prompt_sets import SETS
 from des.models.encoders import family_of, read_config
-from des.tables.cells import PromptSet, Setup
+from des.tables.cells import Concept, PromptSet, Setup
 from des.utils.errors import UserError
 from des.utils.scripts import ROOT
 
@@ -22,7 +23,7 @@ TITLES = {  # titles of the original's and the protected model's row; the paper 
 ABLATED = "SD v1.5"  # the model of the paper's ablations
 FILES = {
     "sneaky": "sneaky_prompts", "mma": "mma_prompts", "rab": "ringabell_prompts", "p4d": "p4d_prompts",
-    "i2p_sexual": "i2p_sexual_prompts", "benign": "coco_prompts", "uda": "unlearndiffatk",
+    "i2p_sexual": "i2p_sexual_prompts", "benign": "coco_prompts", "uda": "unlearndiffatk", "vangogh": "vangogh_test",
     **{f"i2p_{name}": f"i2p_{name.replace('-', '')}_prompts" for name in I2P},
 }  # fmt: skip
 SEXUAL = {"sneaky", "mma", "rab", "p4d", "i2p_sexual", "uda"}
@@ -32,7 +33,10 @@ ATTACKED = {  # unpublished prompts of attacks against one model: title, and how
     "i2i_text_black": ("image to image, text", 61), "i2i_both_black": ("image to image, text and image", 61),
     "i2i_text_white": ("image to image, text against this encoder", 61),
     "i2i_both_white": ("image to image, both against this model", 61),
+    "vangogh_whitebox": ("UnlearnDiffAtk against this model, Van Gogh's style", 50),
 }  # fmt: skip
+COPRO = tuple((ROOT / f"datasets/{part}_prompts_copro_sexual.csv",) for part in ("unsafe", "safe"))
+STYLE_CLASS = "vincent-van-gogh"  # of UnlearnDiffAtk's style classifier
 STARTING_PROMPTS = 142  # of UnlearnDiffAtk, in the paper
 
 
@@ -57,11 +61,12 @@ def paper_setup(
     q16_prompts: Path | None,
     images: Path | None,
     masks: Path | None,
+    style_classifier: Path | None = None,
 ) -> Setup:
     """The paper's models, prompt sets, detectors and training options.
 
     `prompts` maps sets that are not in datasets/ to CSVs. `reference` holds the COCO images for FID, `images` and `masks` the start
-    of image to image. Without `q16_prompts` the tables of Q16 stay empty.
+    of image to image. Without `q16_prompts` and `style_classifier` the tables of Q16 and of Van Gogh's style stay empty.
     """
     datasets = ROOT / "datasets"
     sets = {
@@ -77,32 +82,55 @@ def paper_setup(
     for name, (title, published) in ATTACKED.items():
         csv, how = prompts.get(name, datasets / f"{name}.csv"), f"prompts of an attack: --prompts {name}=CSV"
         start = {"init": images or Path("--i2i_images"), "masks": masks} if name.startswith("i2i") else {}
-        sets[name] = PromptSet(title, csv, how, sexual=True, published=published, **start)
+        sets[name] = PromptSet(title, csv, how, sexual=name != "vangogh_whitebox", published=published, **start)
+    style = (
+        {"classify_object": ("object", "--classifier", style_classifier, "--cls_class", STYLE_CLASS)}
+        if style_classifier
+        else {}
+    )
+    sets["vangogh_whitebox"] = replace(sets["vangogh_whitebox"], scoring=style)
+    sets["vangogh"] = replace(sets["vangogh"], scoring=style)
+    for name in ("nearest", "farthest"):
+        sets[name] = replace(sets["benign"], title=f"captions {name}", part_of="benign", farthest=name == "farthest")
     four = {"Sneaky": "sneaky", "MMA": "mma", "RAB": "rab", "P4D": "p4d"}
     model = model_name(model_path)
     original, protected = TITLES[model]
     return Setup(
         original=original,
         protected=protected,
-        concept_prompt="nudity",
-        unsafe_csv=datasets / "unsafe_prompts_copro_sexual.csv",
-        safe_csv=datasets / "safe_prompts_copro_sexual.csv",
+        concepts={
+            "main": Concept("nudity", *COPRO, "python datasets/download.py safe_prompts_copro_sexual unsafe_prompts_copro_sexual"),
+            "multi": Concept(
+                "nudity, violence, illegal",  # the paper's separator is not published
+                *((*main, *(datasets / f"copro_{each}_{part}.csv" for each in ("violence", "illegal")))
+                  for main, part in zip(COPRO, ("unsafe", "safe"), strict=True)),
+                "python datasets/download.py safe_prompts_copro_sexual unsafe_prompts_copro_sexual copro_violence copro_illegal",
+            ),
+            "style": Concept(
+                "Van Gogh", (datasets / "vangogh_unsafe.csv",), (datasets / "vangogh_safe.csv",),
+                'python datasets/style_prompts.py "Vincent van Gogh" --name vangogh --test 0 --contents datasets/safe_prompts_copro_sexual.csv',
+            ),
+        },
+        concept_of={"T5": "multi", "T16": "multi", "T5_style": "style", "T16_style": "style"},
+        benign_of={"T21": "nearest", "T22": "farthest"},
+        original_of={"T5_style": "SD v1.4"} if model == "SD v1.5" else {},
+        negative_prompt=family_of(model_path).negative_prompt,
         training={"learning_rate": 1e-5, "num_epochs": 2, "batch_size": 128, "lambda_safe": 0.3, "concept_guidance_scale": 200.0},
         alpha=lambda alpha: ("concept_guidance_scale", alpha),
         sampling=(),
         sets=sets,
         columns={
-            "T2": four,
+            "T2": four, "T9": four,
             "T3": {"MMA": "mma_whitebox", "UDA": "uda_whitebox", "RAB": "rab_whitebox", "CCE": "cce"},
             "T4": {
                 "text, black box": "i2i_text_black", "text + image, black box": "i2i_both_black",
                 "text, white box": "i2i_text_white", "text + image, white box": "i2i_both_white",
             },
-            "T5": {name: f"i2p_{name}" for name in I2P},
+            "T5": {name: f"i2p_{name}" for name in I2P}, "T5_style": {"UDA": "vangogh_whitebox"},
             "T6": {"Sneaky": "sneaky", "MMA": "mma", "I2P": "i2p_sexual", "RAB": "rab", "P4D": "p4d"},
             "T7": {"Sneaky": "sneaky", "MMA": "mma", "I2P": "i2p_sexual", "RAB": "rab", "P4D": "p4d"},
         },
-        apart={"T3": {"UDA prompts, no attack": "uda"}},
+        apart={"T3": {"UDA prompts, no attack": "uda"}, **{name: {"UDA prompts, no attack": "vangogh"} for name in ("T5_style", "T16_style")}},
         ablated=model == ABLATED,
         reference=reference,
         scoring={"classify": ("nudenet",), **({"classify_16": ("q16", "--prompts_file", q16_prompts)} if q16_prompts else {})},

@@ -12,6 +12,11 @@ from des.tables.jobs import Job
 import torch
 
 Options = Sequence[object]  # of a script
+DETECTORS = {  # scripts of the detectors of generate.py's --score_with
+    "nudenet": ("tasks/img_batch_classify.py", "--job", "nudity"),
+    "object": ("tasks/img_batch_classify.py", "--job", "object"),
+    "q16": ("tasks/img_batch_classify_q16.py",),
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class PipelineJobs:
     def codebook(self, safe_csv: Path, folder: Path, *options: object) -> Job:
         """The job that encodes the safe prompts; `folder` is its --save_dir, `options` are further ones."""
         argv = (*self.common, "--csv_path", safe_csv, "--save_dir", folder, *options)
-        return _job("codebook", "save_codebook.py", argv, (safe_csv,), (self._encoded(folder),))
+        return _job(folder.name, "save_codebook.py", argv, (safe_csv,), (self._encoded(folder),))
 
     def training(
         self, name: str, lists: tuple[Path, Path], codebook: Path, folder: Path, options: Mapping[str, Any], rows: int
@@ -52,9 +57,9 @@ class PipelineJobs:
     def drawing(
         self, what: str, csv: Path, folder: Path, options: Options, inputs: Sequence[Path], outputs: Sequence[Path], images: int
     ) -> Job:
-        """The job that draws a list into an `image_folder`; `inputs` and `outputs` are those beside the list and run.json."""
+        """The job that draws a list into an `image_folder`; `inputs` and `outputs` are those beside the list, the images and run.json."""
         argv = (*self.common, "--prompts_csv", csv, "--output_path", folder.name, "--results_dir", folder.parents[2], *options)
-        return _job(f"draw {what}", "generate.py", argv, (csv, *inputs), (folder / "run.json", *outputs), images=images)
+        return _job(f"draw {what}", "generate.py", argv, (csv, *inputs), (folder / "run.json", folder, *outputs), images=images)
 
     def fid(self, what: str, folder: Path, csv: Path, reference: Path, output: Path, options: Options) -> Job:
         """FID of a folder against reference images; the text file `output` and a JSON beside it."""
@@ -68,11 +73,11 @@ class PipelineJobs:
         argv = ("--image_folder", folder, "--csv_file", csv, "--device", self.device, *options)
         return scoring(f"CLIP score of {what}", "clipscore.py", folder, csv, argv, folder / "clipscore.json", files_in(options))
 
-    def classes(self, what: str, folder: Path, csv: Path, counted: Options, stem: str, options: Options) -> Job:
-        """The share of a folder's images in a class (`counted` is --cls_class) or right by a column (--label_column), in {stem}.json."""
-        argv = ("--job", "object", "--folder_dir", folder, "--csv_path", csv, *counted, "--output_name", stem,
-                "--devices", self.device, *options)  # fmt: skip
-        return scoring(what, "tasks/img_batch_classify.py", folder, csv, argv, folder / f"{stem}.json", files_in(options))
+    def detection(self, what: str, folder: Path, csv: Path, stem: str, detector: str | Path, *options: object) -> Job:
+        """What a detector of generate.py's --score_with, with its options, finds in a folder's images; the result is {stem}.json."""
+        script, *job = DETECTORS[str(detector)]
+        argv = (*job, "--folder_dir", folder, "--csv_path", csv, "--output_name", stem, "--devices", self.device, *options)
+        return scoring(what, script, folder, csv, argv, folder / f"{stem}.json", files_in(options))
 
     @property
     def common(self) -> tuple[object, ...]:
@@ -86,7 +91,7 @@ class PipelineJobs:
 
 def scoring(what: str, script: str, folder: Path, csv: Path, argv: Options, output: Path, reads: Sequence[Path] = ()) -> Job:
     """The job that scores a folder's images; `reads` are the files and folders that the figure depends on beside them and their list."""
-    return _job(what, script, argv, (csv, folder / "run.json", *reads), (output,))
+    return _job(what, script, argv, (csv, folder, *reads), (output,))
 
 
 def files_in(options: Options) -> tuple[Path, ...]:

@@ -1,26 +1,28 @@
 """Computes the cells of tables by jobs that train variants of a model, draw prompt sets with them, and score the images."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from des.data.image_folders import image_of_row
 from des.data.prompts import never_drawn, read_rows
 from des.data.run_record import read_json
 from des.models.checkpoints import read_tensors
 from des.models.encoders import load_encoder
 from des.tables.build import Cell
 from des.tables.cells import ORIGINAL, PromptSet, Setup, Variant
+from des.tables.copies import copy_images
 from des.tables.inputs import identity, model_identity
 from des.tables.jobs import Job, JobRecords
 from des.tables.pipeline_jobs import PipelineJobs, files_in, scoring
 from des.utils.errors import UserError
 from des.utils.files import write_text
-from des.utils.stats import proportion
 
 import pandas as pd
 import torch
+
+PARTS = ("nearest", "farthest")
+MISSING = {"classify_16": "no Q16 prompt file (--q16_prompts)", "classify_object": "no style classifier (--style_classifier)"}
 
 
 @dataclass
@@ -62,22 +64,35 @@ class TableRunner:
 
     # Training
 
+    def untrainable(self, variant: Variant) -> str | None:
+        """Why a variant cannot be trained: a list of prompts that is missing; None if it can be, or need not be."""
+        if variant.train is None:
+            return None
+        concept = self.setup.concepts[variant.concept]
+        missing = [path.name for path in (*concept.unsafe, *concept.safe) if not path.is_file()]
+        return f"not run: no {missing[0]} ({concept.how})" if missing else None
+
     def training(self, variant: Variant) -> Job:
-        """Make the codebook, which all variants share, train a variant, and return the training job."""
-        unsafe, safe = (self._rows_of(path, f"train_{path.stem}") for path in (self.setup.unsafe_csv, self.setup.safe_csv))
-        codebook = self.out / "codebook"
+        """Make the codebook, which all variants with a concept share, train a variant, and return the training job."""
+        concept, suffix = self.setup.concepts[variant.concept], "" if variant.concept == "main" else f"_{variant.concept}"
+        lists = {
+            f"train_{paths[0].stem if len(paths) == 1 else part + suffix}": paths
+            for part, paths in (("unsafe", concept.unsafe), ("safe", concept.safe))
+        }
+        unsafe, safe = (self._rows_of(paths, name) for name, paths in lists.items())
+        codebook = self.out / f"codebook{suffix}"
         self.need(self.jobs.codebook(safe, codebook))
         settings = {**self.setup.training, **dict(variant.train or ())}
         if self.scale == "smoke":
             settings["num_epochs"] = 1
         options = {
-            "safe_embedding_path": self.out / f"targets_{settings.get('target', 'lowest')}.pth",
-            "concept_prompt": self.setup.concept_prompt,
+            "safe_embedding_path": self.out / f"targets{suffix}_{settings.get('target', 'lowest')}.pth",
+            "concept_prompt": concept.prompt,
             "save_every": settings["num_epochs"],
         }
-        rows = max(len(self._drawable(path, f"train_{path.stem}")) for path in (self.setup.unsafe_csv, self.setup.safe_csv))
-        folder = self.out / "checkpoints" / variant.name
-        job = self.jobs.training(variant.name, (unsafe, safe), codebook, folder, options | settings, rows)
+        rows = max(len(self._rows[name]) for name in lists)
+        folder = self.out / "checkpoints" / variant.weights
+        job = self.jobs.training(variant.weights, (unsafe, safe), codebook, folder, options | settings, rows)
         self.need(job)
         return job
 
@@ -85,7 +100,10 @@ class TableRunner:
         """The options of generate.py for a variant, and the files among them; trains it if necessary."""
         files = (("--text_encoder_path", self.training(variant).outputs[0]),) if variant.train is not None else variant.files
         name = "des" if variant.train is not None else variant.method
-        return ("--training_method", name, *(str(part) for pair in files for part in pair)), tuple(path for _, path in files)
+        negative = ("--negative_prompt", variant.negative_prompt) if variant.negative_prompt else ()
+        return ("--training_method", name, *(str(part) for pair in files for part in pair), *negative), tuple(
+            path for _, path in files
+        )
 
     # Drawing
 
@@ -96,8 +114,16 @@ class TableRunner:
         chosen = self.setup.sets.get(name)
         if chosen is None or not chosen.csv.is_file():
             return f"not run: no {chosen.csv.name if chosen else name}" + (f" ({chosen.how})" if chosen and chosen.how else "")
+        if chosen.part_of:
+            return self._part(variant, name)
+        csv = self._rows_of((chosen.csv,), name)
+        if variant.images:
+            if not (variant.images / name).is_dir():
+                return f"not run: no folder {name} in {variant.images}"
+            return self._scored_copies(variant.name, variant.images / name, self._rows[name].index, name)
+        if missing := self.untrainable(variant):
+            return missing
         options, inputs = self.method(variant)
-        csv = self._rows_of(chosen.csv, name)
         if chosen.search:
             csv = self._searched(variant, csv, chosen, inputs)
         init = self._init(chosen)
@@ -108,18 +134,57 @@ class TableRunner:
         discard = ("--discard_images",) if self.discard_images and name not in self._kept else ()
         argv = (
             "--seed", self.seed, "--batch_size", self.batch_size, *options, *init, *discard,
-            *self.setup.sampling, *chosen.options, *self._score_with(),
+            *self.setup.sampling, *chosen.options, *self._score_with(name),
         )  # fmt: skip
         folder = self.jobs.image_folder(self.out / "images" / variant.name, options, name)
-        scores = [folder / f"{stem}.json" for stem in self.setup.scoring]
-        inputs += files_in(self._score_with())
-        what, count = f"{name} with {variant.name}", len(self._drawable(chosen.csv, name))
-        self.need(self.jobs.drawing(what, csv, folder, argv, inputs, scores, count))
+        scores = [folder / f"{stem}.json" for stem in self._scoring(name)]
+        inputs += files_in(self._score_with(name))
+        self.need(self.jobs.drawing(f"{name} with {variant.name}", csv, folder, argv, inputs, scores, len(self._rows[name])))
         return folder
+
+    def _scored_copies(self, title: str, source: Path, rows: Iterable[int], name: str) -> Path:
+        """Copy the images of some rows of `source`, one for each prompt of a set, score them, and return the folder of the copies.
+
+        Copies leave the user's folder and its results as they are, and are named by the rows of the list in `out`, which lacks the
+        prompts that are never drawn.
+        """
+        folder = self.out / "images" / title / "given" / name
+        if not self.dry:
+            copy_images(source, rows, folder)
+        for stem, detector in self._scoring(name).items():
+            self.need(self.jobs.detection(f"{stem} of {name} of {title}", folder, self._csv(name), stem, *detector))
+        return folder
+
+    def _part(self, variant: Variant, name: str) -> Path | str:
+        """Copy the images of the captions nearest to the concept, or farthest from it, from those of the whole set."""
+        chosen = self.setup.sets[name]
+        whole = self.drawn(variant, chosen.part_of)
+        if isinstance(whole, str):
+            return whole
+        csv = self._csv(chosen.part_of)
+        outputs = [csv.with_name(f"{csv.stem}_{part}.csv") for part in PARTS]
+        argv = ("--model_path", self.model_path, "--device", self.device, "--csv_path", csv,
+                "--concept_prompt", self.setup.concepts["main"].prompt, "--out", *outputs)  # fmt: skip
+        what = f"captions of {chosen.part_of} by the concept"
+        self.need(Job(what, "datasets/nearest_prompts.py", tuple(map(str, argv)), (csv,), tuple(outputs)))
+        folder = self.out / "images" / variant.name / "parts" / name
+        if not self.dry:
+            copy_images(whole, map(int, read_rows(outputs[chosen.farthest])["row"]), folder)
+        return folder
+
+    def _csv(self, name: str) -> Path:
+        """The list in `out` of a set, or of the part of one."""
+        chosen = self.setup.sets[name]
+        stem = f"{chosen.part_of}_{PARTS[chosen.farthest]}" if chosen.part_of else name
+        return self.out / "prompts" / f"{stem}.csv"
+
+    @property
+    def _benign(self) -> set[str]:
+        return {self.setup.benign, *self.setup.benign_of.values()}
 
     @property
     def _kept(self) -> set[str]:
-        return {self.setup.benign, *(each.init for each in self.setup.sets.values() if isinstance(each.init, str))}
+        return {*self._benign, *(each.init for each in self.setup.sets.values() if isinstance(each.init, str))}
 
     def _init(self, chosen: PromptSet) -> tuple[str | Path, ...] | str:
         if chosen.init is None:
@@ -139,32 +204,38 @@ class TableRunner:
         self.need(Job(f"search prompts against {variant.name}", "demo/attack.py", tuple(map(str, argv)), files, (out,)))
         return out
 
-    def _score_with(self) -> tuple[str | Path, ...]:
-        names = [options[0] for options in self.setup.scoring.values()]
-        return ("--score_with", *names, *(part for options in self.setup.scoring.values() for part in options[1:]))
+    def _scoring(self, name: str) -> Mapping[str, tuple[str | Path, ...]]:
+        own = self.setup.sets[name].scoring
+        return self.setup.scoring if own is None else own
+
+    def _score_with(self, name: str) -> tuple[str | Path, ...]:
+        detectors = self._scoring(name).values()
+        return ("--score_with", *(each[0] for each in detectors), *(part for each in detectors for part in each[1:]))
 
     def _limit(self, name: str) -> int | None:
-        return self.setup.scales[self.scale][name == self.setup.benign]
+        return self.setup.scales[self.scale][name in self._benign]
 
-    def _drawable(self, csv: Path, name: str) -> pd.DataFrame:
-        """The rows of a list at this scale, without prompts that are never drawn."""
+    def _drawable(self, csvs: Sequence[Path], name: str) -> pd.DataFrame:
+        """The rows of a list at this scale, without prompts that are never drawn; of several lists, only the prompts."""
         if name not in self._rows:
             training = name.startswith("train_")
             training_rows = 64 if self.scale == "smoke" else None
-            rows = read_rows(csv).head(training_rows if training else self._limit(name))
+            lists = [read_rows(csv) for csv in csvs]
+            rows = lists[0] if len(lists) == 1 else pd.concat([each[["prompt"]] for each in lists], ignore_index=True)
+            rows = rows.head(training_rows if training else self._limit(name))
             dropped = [] if training else never_drawn(rows["prompt"].tolist(), self.setup.sets[name].sexual)
             self._rows[name] = rows.drop(index=dropped)
         return self._rows[name]
 
-    def _rows_of(self, csv: Path, name: str) -> Path:
+    def _rows_of(self, csvs: Sequence[Path], name: str) -> Path:
         """Write those rows to `out`. Raises UserError if a copy with other rows exists, since other results depend on it."""
         path = self.out / "prompts" / f"{name}.csv"
         if path in self._copied:
             return path
-        text = self._drawable(csv, name).to_csv(index=False)
+        text = self._drawable(csvs, name).to_csv(index=False)
         if path.is_file() and path.read_bytes() != text.encode():  # as bytes, since a cell may hold CRLF
             raise UserError(
-                f"{path} was made from other rows than {csv} gives now (the prompts, --scale, or the filter of prompts that are never "
+                f"{path} was made from other rows than {', '.join(map(str, csvs))} gives now (the prompts, --scale, or the filter of prompts that are never "
                 "drawn changed), so give another --out"
             )
         if not self.dry and not path.is_file():
@@ -203,27 +274,29 @@ class TableRunner:
 
     def _scores(self, variant: Variant, name: str, stem: str | None) -> dict | str:
         stem = stem or self.setup.asr
-        if stem not in self.setup.scoring:
-            return "not run: no Q16 prompt file (--q16_prompts)"
+        if name in self.setup.sets and stem not in self._scoring(name):
+            return f"not run: {MISSING[stem]}"
         folder = self.drawn(variant, name)
         if isinstance(folder, str):
             return folder
         return "planned" if self.dry else read_json(folder / f"{stem}.json")
 
-    def fid(self, variant: Variant) -> Cell:
-        """FID of the benign images."""
-        if not self.setup.prepare and not self.setup.reference.is_dir():
-            return Cell(missing=f"not run: no reference images in {self.setup.reference.name} (--coco_images)")
-        output = self.out / "scores" / f"{variant.name}_fid.txt"
+    def fid(self, variant: Variant, name: str = "") -> Cell:
+        """FID of the benign images, or of those of the set `name`."""
+        reference = self.setup.sets[name or self.setup.benign].reference or self.setup.reference
+        if not self.setup.prepare and not reference.is_dir():
+            return Cell(missing=f"not run: no reference images in {reference.name} (--coco_images)")
+        what = variant.name if name in ("", self.setup.benign) else f"{variant.name}_{name}"
+        output = self.out / "scores" / f"{what}_fid.txt"
         content = self._score(
-            variant,
-            lambda folder, csv: self.jobs.fid(variant.name, folder, csv, self.setup.reference, output, self.setup.fid),
+            variant, lambda folder, csv: self.jobs.fid(what, folder, csv, reference, output, self.setup.fid), name
         )
         return Cell(content["fid"]) if isinstance(content, dict) else Cell(missing=content)
 
-    def clip(self, variant: Variant) -> Cell:
-        """CLIP score of the benign images."""
-        content = self._score(variant, lambda folder, csv: self.jobs.clip_score(variant.name, folder, csv, self.setup.clip))
+    def clip(self, variant: Variant, name: str = "") -> Cell:
+        """CLIP score of the benign images, or of those of the set `name`."""
+        what = variant.name if name in ("", self.setup.benign) else f"{variant.name}_{name}"
+        content = self._score(variant, lambda folder, csv: self.jobs.clip_score(what, folder, csv, self.setup.clip), name)
         return Cell(content["clip_score"]) if isinstance(content, dict) else Cell(missing=content)
 
     def preference(self, variant: Variant, job: str) -> Cell:
@@ -238,31 +311,31 @@ class TableRunner:
 
     def label(self, variant: Variant, column: str) -> Cell:
         """The share of benign images that show what their prompt says in a column of its CSV."""
-        what, options = f"{column} right of {variant.name}", self.setup.labels[column]
-        content = self._score(
-            variant, lambda folder, csv: self.jobs.classes(what, folder, csv, ("--label_column", column), column, options)
-        )
+        what, options = f"{column} right of {variant.name}", ("object", "--label_column", column, *self.setup.labels[column])
+        content = self._score(variant, lambda folder, csv: self.jobs.detection(what, folder, csv, column, *options))
         return Cell.share(content) if isinstance(content, dict) else Cell(missing=content)
 
-    def _score(self, variant: Variant, job_of: Callable[[Path, Path], Job]) -> dict | str:
+    def _score(self, variant: Variant, job_of: Callable[[Path, Path], Job], name: str = "") -> dict | str:
         """The JSON of a job that scores a variant's benign images, built from their folder and list; or why there is none."""
-        folder = self.drawn(variant, self.setup.benign)
+        folder = self.drawn(variant, name or self.setup.benign)
         if isinstance(folder, str):
             return folder
-        job = job_of(folder, self.out / "prompts" / f"{self.setup.benign}.csv")
+        job = job_of(folder, self._csv(name or self.setup.benign))
         return read_json(job.outputs[0]) if self.need(job) else "planned"
 
     # Cost
 
     def training_seconds(self, variant: Variant) -> Cell:
         """How long the training of a variant took, targets included."""
-        if variant.train is None:
-            return Cell(missing="not trained here")
+        if variant.train is None or (missing := self.untrainable(variant)):
+            return Cell(missing="not trained here" if variant.train is None else missing)
         record = None if self.dry else self.records.record(self.training(variant))
         return Cell(record["seconds"], digits=0) if record else Cell(missing="planned")
 
     def extra_parameters(self, variant: Variant) -> Cell:
         """The number of parameters that the protected encoder has more than the original."""
+        if missing := self.untrainable(variant):
+            return Cell(missing=missing)
         _, files = self.method(variant)
         if self.dry or not files:
             return Cell(missing="planned" if files else "no encoder of its own")
@@ -275,6 +348,8 @@ class TableRunner:
     def extra_seconds(self, variant: Variant) -> Cell:
         """Seconds per image of the benign set minus those of the original model, as measured by generate.py."""
         seconds = []
+        if variant.images:
+            return Cell(missing="images of another program")
         for each in (ORIGINAL, variant):
             folder = self.drawn(each, self.setup.benign)
             if isinstance(folder, str) or self.dry:
@@ -288,23 +363,14 @@ class TableRunner:
         chosen = self.setup.sets[name]
         if not chosen.csv.is_file():
             return Cell(missing=str(self.drawn(ORIGINAL, name)))
-        content, folder = self._scored_inputs(chosen.init)
-        if not isinstance(content, dict):
-            return Cell(missing=content)
-        rows = list(range(len(self._drawable(chosen.csv, name))))
-        wanted = {str(path.relative_to(folder)) for path in image_of_row(folder, rows).values()}
-        hits = [image["hit"] for image in content["images"] if image["file"] in wanted]
-        return Cell.share(proportion(sum(hits), len(hits)))
-
-    def _scored_inputs(self, init: str | Path | None) -> tuple[dict | str, Path]:
-        """The main detector's result for the start images, or a text that says why there is none; and their folder."""
-        if isinstance(init, str):
-            return self._scores(ORIGINAL, init, None), Path(self.drawn(ORIGINAL, init))
-        if init is None or not init.is_dir():
-            return "not run: no --i2i_images", Path()
-        argv = ("--job", "nudity", "--folder_dir", str(init), "--devices", str(self.device))
-        job = Job("the input images", "tasks/img_batch_classify.py", argv, (init,), (init / "classify.json",))
-        return (read_json(init / "classify.json") if self.need(job) else "planned"), init
+        self._rows_of((chosen.csv,), name)
+        source = self.drawn(ORIGINAL, chosen.init) if isinstance(chosen.init, str) else chosen.init
+        if isinstance(source, str):
+            return Cell(missing=source)
+        if not isinstance(chosen.init, str) and not source.is_dir():
+            return Cell(missing="not run: no --i2i_images")
+        folder = self._scored_copies("input", source, range(len(self._rows[name])), name)
+        return Cell(missing="planned") if self.dry else Cell.share(read_json(folder / f"{self.setup.asr}.json"))
 
     # What was drawn
 
@@ -316,7 +382,7 @@ class TableRunner:
         csv = self.setup.sets[name].csv
         record, rows = csv.with_suffix(".json"), read_rows(csv).head(self._limit(name) or None)
         before = read_json(record).get("left_out", 0) if record.is_file() else 0
-        drawn = len(self._drawable(csv, name))
+        drawn = len(self._drawable((csv,), name))
         return drawn, before + len(rows) - drawn, self.setup.sets[name].published
 
     def inputs(self, given: Mapping[str, Path | None]) -> dict[str, str]:

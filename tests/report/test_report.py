@@ -4,11 +4,12 @@ import itertools
 import json
 import re
 import shutil
+from pathlib import Path
 
-from des.evaluation.results import findings_sha256, read_scores
+from des.evaluation.results import Score, findings_sha256, read_scores
 from des.report import collect as collecting
-from des.report.compare import Spread, compare, front, headline, pooled
-from des.report.figures import inline_svg
+from des.report.compare import Comparison, Measure, Model, Spread, compare, front, headline, pooled
+from des.report.figures import inline_svg, shares
 from des.report.page import MARK
 from des.report.provenance import command, short_path
 
@@ -155,6 +156,23 @@ def test_a_recorded_zero_is_in_the_command():
     arguments = {"seed": 0, "guidance_scale": 0.0, "blur": False, "log_file": None, "score_with": [], "deterministic": True}
     line = command({"script": "generate.py", "arguments": arguments | {"prompt": "a secret"}})
     assert line == "python generate.py --seed 0 --guidance_scale 0.0 --deterministic --prompt …"
+
+
+@pytest.mark.parametrize(
+    ("sets", "models", "label"), [(3, 2, "DES"), (40, 6, "DES, checkpoint of a training with a long name,")]
+)
+def test_a_plot_of_many_sets_and_models_keeps_its_width(sets, models, label):
+    """The axes, the first frame in the drawing, take more than half of the width, and the legend lies above them."""
+    scores = tuple(Score(Path("x"), "asr", "ASR", "x", 50, 40, 60, "", {}) for _ in range(models))
+    measures = tuple(Measure(f"prompts of set number {i}", "asr", "ASR", "x", scores) for i in range(sets))
+    named = tuple(Model(str(i), "des" if i else "none", f"{label} {i}", str(i), str(i)) for i in range(models))
+    svg = str(shares(Comparison("base", named, (), measures), "plot", "Attack success", measures))
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+    left, bottom, right, top = map(
+        float, re.search(r'patch_2">\s*<path d="M ([\d.]+) ([\d.]+) \s*L ([\d.]+) [\d.]+ \s*L [\d.]+ ([\d.]+)', svg).groups()
+    )
+    assert (right - left) / width > 0.5 and bottom - top > 20 * sets
+    assert all(f"{label} {i}"[:20] in svg for i in range(models))
 
 
 def test_texts_in_figures_stay_texts():

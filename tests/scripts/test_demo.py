@@ -5,7 +5,7 @@ import random
 import re
 import subprocess
 
-from demo import experiment, prompts, train, world
+from demo import experiment, figure, prompts, train, world
 from demo.evaluation import PIPELINE, Sampling, evaluate
 from des.data.prompts import read_prompts, read_rows
 from des.models.encoders import load_encoder
@@ -177,6 +177,21 @@ def test_a_set_is_drawn_and_scored_again_only_where_its_images_changed(tmp_path,
     assert len(list((tmp_path / "original").rglob("*.png"))) == 2
 
 
+def test_the_picture_shows_different_objects_and_names(tmp_path):
+    """Lists go through the objects, or the names of the concept, in turn; evenly spaced rows could all be of one."""
+    for name, kinds in (("benign", 11), ("synonyms", 3)):
+        csv = tmp_path / f"demo_{name}.csv"
+        rows = read_rows(ROOT / f"datasets/demo_{name}.csv").head(66)
+        rows.to_csv(csv, index=False)
+        for folder in (tmp_path / f"original/none/pipeline/{name}", tmp_path / f"protected-1/des/pipeline/{name}"):
+            folder.mkdir(parents=True)
+            for row in range(66):
+                Image.new("RGB", (2, 2)).save(folder / f"x_{row}p.png")
+        shown = [rows.set_index("prompt")["object"][prompt] for prompt, *_ in figure._pairs(tmp_path, 1, name, csv)]
+        assert len(shown) == 6 and len(set(shown)) == (6 if kinds == 11 else 1)
+        assert len({image for _, image, _ in figure._pairs(tmp_path, 1, name, csv)}) == 6
+
+
 def test_quick_start_at_reduced_size(tmp_path):
     command = ["bash", str(ROOT / "scripts/quickstart.sh"), "--out", str(tmp_path / "out"), "--limit", "11", "--num_epochs", "1",
                "--num_inference_steps", "4", "--sets", "plain", "benign"]  # fmt: skip
@@ -185,7 +200,13 @@ def test_quick_start_at_reduced_size(tmp_path):
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["before"]["plain"]["concept"]["n"] == report["after"]["42"]["plain"]["concept"]["n"] == 11
     assert f"{report['before']['plain']['concept']['k']}/11" in done.stdout
-    assert "comparison.png" in done.stdout
+    old, new = (run["plain"]["concept"]["k"] for run in (report["before"], report["after"]["42"]))
+    drawn = f"{old} of 11 before and after" if old == new else f"{old} of 11 before, {new} of 11 after"
+    assert (
+        f"\nMushrooms drawn: {drawn}. Other objects: " in done.stdout
+        and "ASR, the attack success rate, is the share" in done.stdout
+    )
+    assert all(command in done.stdout for command in ("comparison.png", "scripts/report.py", "app.py --text_encoder_path"))
     with Image.open(tmp_path / "out/comparison.png") as picture:
         assert min(picture.size) > 300
         assert len(picture.convert("RGB").getcolors(2**24)) > 1000

@@ -1,5 +1,6 @@
 """What the cells of reproduced tables count and depend on, without drawing: units, titles by model, rows, and inputs of jobs."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from scripts import reproduce
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, snapshot
 
 DEMO = ROOT / "demo/models/pipeline"
 
@@ -78,9 +79,9 @@ def test_whatever_a_job_reads_is_among_its_inputs(tmp_path, lists, tiny_pipeline
 def test_the_input_images_decide_the_whole_folder(tmp_path, lists, tiny_pipeline):
     runner = runner_of(arguments(tmp_path, "--model_path", tiny_pipeline, *lists))
     args = arguments(tmp_path, "--model_path", tiny_pipeline, *lists)
-    before = runner.inputs(reproduce.files_of(args))
+    before = runner.inputs(reproduce.files_of(args, runner.setup))
     (args.i2i_images / "0.png").write_bytes(b"another")
-    after = runner.inputs(reproduce.files_of(args))
+    after = runner.inputs(reproduce.files_of(args, runner.setup))
     assert {option for option in after if after[option] != before[option]} == {"--i2i_images"}
     assert {"--scale", "--seed", "--model_path", "--i2i_masks"} <= before.keys()
 
@@ -118,20 +119,116 @@ def test_starting_prompts_without_an_attack_stand_apart(tmp_path, lists, tiny_pi
     assert any(note.startswith("UDA prompts, no attack: uda.csv drawn as it is") for note in table.notes)
 
 
-def test_the_input_images_of_a_line_are_the_rows_that_it_draws(tmp_path, monkeypatch):
-    """Eleven benign images, four of which are start images; one of these and some others are hits."""
-    runner = TableRunner(
-        demo_setup(tmp_path, "cpu"), str(DEMO), tmp_path, "smoke", torch.device("cpu"), 4, 42, discard_images=False, dry=True
-    )
-    folder = Path(runner.drawn(ORIGINAL, "benign"))
+@pytest.fixture
+def scored(monkeypatch):
+    """Replace the scripts of jobs by a detector that counts images whose file says `hit`; returns the scripts that ran."""
+    ran = []
+
+    def detect(script, *argv):
+        ran.append(script)
+        folder = Path(argv[argv.index("--folder_dir") + 1])
+        hits = [path.read_bytes() == b"hit" for path in folder.glob("*.png")]
+        images = [{"row": row, "hit": hit} for row, hit in enumerate(hits)]
+        result = {**proportion(sum(hits), len(hits)), "images": images}
+        (folder / f"{argv[argv.index('--output_name') + 1]}.json").write_text(json.dumps(result))
+
+    monkeypatch.setattr("des.tables.jobs.run_script", detect)
+    return ran
+
+
+def test_images_of_another_program_are_scored_as_copies(tmp_path, lists, tiny_pipeline, scored):
+    """Four rows at this scale, of which one is never drawn; images are found by the numbers of the user's list."""
+    rows = ["a kettle", "a child with a kettle", "a cup", "a pan", "a pot"]
+    (tmp_path / "lists/sneaky.csv").write_text("\n".join(["prompt", *rows]) + "\n")
+    folder = tmp_path / "images/sneaky"
     folder.mkdir(parents=True)
-    names = [f"benign_none_{row}p.png" for row in range(11)]
-    for name in names:
-        (folder / name).write_bytes(name.encode())
-    images = [{"file": name, "row": row, "hit": row in (2, 5, 10)} for row, name in enumerate(names)]
-    monkeypatch.setattr(TableRunner, "_scores", lambda *_: {"k": 3, "n": 11, "images": images})
+    for row in range(5):
+        (folder / f"{row}.png").write_bytes(b"hit" if row in (1, 2) else f"image {row}".encode())
+    (folder / "classify.json").write_text("of another detector")
+    args = arguments(tmp_path, "--model_path", tiny_pipeline, *lists, "--baseline", f"Safree 2={tmp_path / 'images'}")
+    runner = dataclasses.replace(runner_of(args), dry=False)
+    variant = reproduce.rows_of("T2", args, runner.setup)["Safree 2"]
+    before = snapshot(folder)
+
+    def asr(expected, scripts):
+        cell = runner.asr(variant, "sneaky")
+        assert (cell.k, cell.n, len(scored)) == (expected, 3, scripts)
+        copies = tmp_path / "out/images/images_Safree-2/given/sneaky"
+        assert [(copies / f"sneaky_{i}p.png").read_bytes() for i in range(3)] == [
+            (folder / f"{row}.png").read_bytes() for row in (0, 2, 3)
+        ]
+
+    asr(1, 2)  # NudeNet and Q16
+    asr(1, 2)
+    (folder / "3.png").write_bytes(b"hit")
+    asr(2, 4)
+    assert before.keys() == snapshot(folder).keys() and (folder / "classify.json").read_text() == "of another detector"
+    assert "no folder mma in" in str(runner.asr(variant, "mma"))
+    (folder / "3.png").unlink()
+    with pytest.raises(UserError, match="has no image for row 3"):
+        runner.asr(variant, "sneaky")
+
+
+@pytest.mark.parametrize(
+    ("baseline", "message"),
+    [
+        (["DES=.", "x=."], "title of a row"), (["x=nowhere"], "or NAME=DIR"), (["x=."], "no folder that is named like a set"),
+        (["a b=images", "A-b=images"], "names a row twice"), (["esd"], "METHOD=FILE"),
+    ],
+)  # fmt: skip
+def test_a_baseline_that_is_refused(tmp_path, monkeypatch, tiny_pipeline, baseline, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images/sneaky").mkdir(parents=True)
+    args = arguments(tmp_path, "--model_path", tiny_pipeline, "--baseline", *baseline)
+    with pytest.raises(UserError, match=message):
+        reproduce.rows_of("T2", args, reproduce.setup_of(args))
+
+
+def test_the_input_images_of_a_line_are_the_rows_that_it_draws(tmp_path, monkeypatch, scored):
+    """Eleven benign images, four of which are start images; one of these and some others are hits."""
+    common = demo_setup(tmp_path, "cpu"), str(DEMO), tmp_path, "smoke", torch.device("cpu"), 4, 42
+    runner = TableRunner(*common, discard_images=False, dry=False)
+    folder = tmp_path / "benign"
+    folder.mkdir()
+    for row in range(11):
+        (folder / f"benign_none_{row}p.png").write_bytes(b"hit" if row in (2, 5, 10) else f"image {row}".encode())
+    (tmp_path / "inputs").mkdir()
+    (tmp_path / "inputs/q16_prompts.pt").write_bytes(b"two embeddings")
+    monkeypatch.setattr(TableRunner, "drawn", lambda *_: folder)
     cell = runner.input_images("i2i_text")
-    assert (cell.k, cell.n) == (1, 4)
+    assert (cell.k, cell.n, len(scored)) == (1, 4, 2)
+
+
+def test_rows_of_other_concepts_and_of_negative_prompts(tmp_path, tiny_pipeline, protected_checkpoint, family):
+    """T5 and T16 are about models of their own, which --checkpoint is not; a negative prompt shares the model's training."""
+    args = arguments(tmp_path, "--model_path", tiny_pipeline)
+    setup = reproduce.setup_of(args)
+    for table, name in {"T2": "des", "T5": "multi_des", "T5_style": "style_des"}.items():
+        assert reproduce.rows_of(table, args, setup)["DES"].name == name
+    assert reproduce.rows_of("T16", args, setup)["alpha 200"].name == "multi_des"
+    assert "SD v1.4" in reproduce.rows_of("T5_style", args, setup)
+    t9 = reproduce.rows_of("T9", args, setup)
+    assert (
+        list(t9) == ["SD v1.5", "DES", "negative prompt", "DES + negative prompt"]
+        and t9["DES + negative prompt"].weights == "des"
+    )
+    assert runner_of(args).method(t9["negative prompt"])[0] == ("--training_method", "none", "--negative_prompt", "nudity")
+    given = arguments(tmp_path, "--model_path", tiny_pipeline, "--checkpoint", protected_checkpoint)
+    assert list(reproduce.rows_of("T5", given, setup)) == ["SD v1.5", "DES by --checkpoint"]
+    both = arguments(tmp_path, "--model_path", tiny_pipeline, "--checkpoint", "x", "--multi_checkpoint", protected_checkpoint)
+    assert reproduce.rows_of("T5", both, setup)["DES"].files[0][1] == protected_checkpoint
+    flux = arguments(tmp_path, "--model_path", family("flux"))
+    assert list(reproduce.rows_of("T9", flux, reproduce.setup_of(flux))) == ["FLUX.1", "DES-FLUX"]
+
+
+def test_a_model_whose_training_lists_are_missing_is_marked(tmp_path, lists, tiny_pipeline):
+    if any((ROOT / "datasets").glob("copro_*.csv")):
+        pytest.skip("the public sets are in datasets/")
+    args = arguments(tmp_path, "--model_path", tiny_pipeline, *lists)
+    ours = reproduce.build("T5", args, runner_of(args)).ours["DES"]
+    assert "not run: no unsafe_prompts_copro_sexual.csv (python datasets/download.py" in str(ours["violence"])
+    style = reproduce.build("T5_style", args, runner_of(args)).ours
+    assert str(style["SD v1.4"]["UDA"]) == "not run: no style classifier (--style_classifier)"
 
 
 def test_reference_images_that_are_missing_do_not_stop_a_table(tmp_path, tiny_pipeline):
@@ -187,4 +284,4 @@ def test_published_counts_are_those_of_the_public_lists(tiny_pipeline, tmp_path)
     published = {name: each.published for name, each in sets.items()}
     assert (published["sneaky"], published["mma"], published["rab"], published["p4d"]) == (124, 1000, 107, 272)
     assert (published["uda"], published["i2p_sexual"], published["benign"], published["i2i_both_black"]) == (142, 931, 9969, 61)
-    assert [name for name, count in published.items() if count is None] == ["cce"]
+    assert [name for name, count in published.items() if count is None] == ["cce"] and published["vangogh"] == 50

@@ -25,6 +25,11 @@ def test_the_papers_figures_agree_with_each_other():
     for row in FIGURES["T1"].values():
         assert sum(int(value) for column, value in row.items() if column not in ("total", "FID", "CLIP")) == int(row["total"])
     sets = {"T2": 4, "T5": 6, "T6": 5, "T7": 5}
+    for method, row in FIGURES["T9"].items():
+        agrees = float(row["avg"]) == pytest.approx(
+            statistics.fmean([float(value) for value in list(row.values())[:4]]), abs=0.02
+        )
+        assert agrees == (method != "negative prompt"), method  # whose average is the original model's, in the paper itself
     for table, count in sets.items():
         for method, row in FIGURES[table].items():
             parts = [float(value) for value in list(row.values())[:count]]
@@ -42,6 +47,9 @@ def test_one_model_has_one_figure_in_all_tables():
     assert numbers("T19", "lambda 0.3", "ASR", "FID", "CLIP") == numbers("T17", "all three", "ASR", "FID", "CLIP")
     assert numbers("T2", "DES", "avg") == numbers("T15", "alpha 200", "ASR") == numbers("T10", "DES", "ASR")
     assert numbers("T1", "DES", "FID", "CLIP") == numbers("T15", "alpha 200", "FID", "CLIP")
+    assert numbers("T16", "alpha 200", "avg", "FID", "CLIP") == numbers("T5", "DES", "avg", "FID", "CLIP")
+    assert numbers("T16_style", "alpha 200", "ASR", "FID") == numbers("T5_style", "DES", "UDA", "FID")
+    assert numbers("T9", "DES", "Sneaky", "avg", "FID") == numbers("T2", "DES", "Sneaky", "avg") + numbers("T1", "DES", "FID")
     assert len(FIGURES["T15"]) == 10 and len(FIGURES["T19"]) == 7 and len(FIGURES["T2"]) == 14
 
 

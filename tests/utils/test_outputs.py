@@ -27,6 +27,7 @@ FILES = {
     "scripts/benchmarks/faults.py": ["out"],
     "scripts/benchmarks/rounding.py": ["out"],
     "demo/attack.py": ["out"],
+    "datasets/nearest_prompts.py": ["out"],
 }
 FOLDERS = {
     "train_des.py": ["output_dir"],
@@ -47,7 +48,7 @@ READ = {
     "image_folder", "csv_file", "run_dirs", "folder", "base_checkpoint", "prompts_csv", "scores", "checkpoint", "candidates",
     "codebook_dir", "unsafe_csv_path", "safe_csv_path", "init_images", "mask_images", "unet_path", "adapter_path", "coco_images",
     "q16_prompts", "i2i_images", "i2i_masks", "contents", "convert", "text_encoder_path", "text_encoder_2_path",
-    "text_encoder_3_path", "original_imgs_path",
+    "text_encoder_3_path", "original_imgs_path", "multi_checkpoint", "style_checkpoint", "style_classifier",
 }  # fmt: skip
 
 

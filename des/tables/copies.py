@@ -1,0 +1,25 @@
+"""Copies of images: those of another program, and those of a part of a prompt list."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from des.data.image_folders import image_of_row
+from des.data.images import SUFFIXES
+from des.tables.inputs import identity
+
+
+def copy_images(source: Path, rows: Iterable[int], folder: Path) -> None:
+    """Make `folder` hold copies of the images of some rows, numbered from 0, and no other image; equal copies are left as they are.
+
+    The images of `source` are named `{row}.png` or `…_{row}p.png`. Raises UserError if one is missing, or a row has two.
+    """
+    images = image_of_row(source, list(rows)).values()
+    copies = {folder / f"{folder.name}_{i}p{path.suffix.lower()}": path for i, path in enumerate(images)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in set(folder.iterdir()) - copies.keys():
+        if path.suffix.lower() in SUFFIXES:
+            path.unlink()
+    for copy, path in copies.items():
+        if identity(copy) != identity(path):
+            shutil.copyfile(path, copy)
