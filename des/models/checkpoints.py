@@ -106,7 +106,8 @@ def save_checkpoint(
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     target = checkpoint_path(path, save_format)
     metadata_file, before = path.with_name(f"{path.name}-metadata.json"), check_replaceable(target)
-    with replacing(target, replace_folder=before is not None) as temporary:
+    size = sum({tensor.data_ptr(): tensor.nbytes for tensor in state.values()}.values())  # tied tensors are written once
+    with replacing(target, replace_folder=before is not None, size=size) as temporary:
         if save_format == "hf":
             save_published(model, temporary, state)
         elif save_format == "safetensors":
