@@ -61,7 +61,7 @@ if __name__ == "__main__":
 from des.data.prompts import read_prompts
 from des.export import lora
 from des.export.card_scores import Measured, check_drawn_by, read_measured
-from des.export.formats import PROMPTS, READERS, WRITERS, Export, base_dtype, cast, check_fits, load_protected, verify
+from des.export.formats import PROMPTS, READERS, WRITERS, Export, cast, check_fits, load_protected, read_base, verify
 from des.export.model_card import model_card
 from des.models import pipelines
 from des.models.encoders import load_encoder
@@ -82,13 +82,14 @@ def main(argv: list[str] | None = None) -> None:
     check(args)
     scores = read_measured(args.scores)
     prompts = read_prompts(args.prompts_csv) if args.prompts_csv else PROMPTS
-    dtype = pipelines.DTYPES[args.dtype] if args.dtype else base_dtype(args.base_checkpoint) if args.base_checkpoint else None
+    base = read_base(args.base_checkpoint) if args.base_checkpoint else None
+    dtype = pipelines.DTYPES[args.dtype] if args.dtype else base.dtype if base else None
     export = load_protected(args.model_path, args.checkpoints)
     check_drawn_by(scores, {i: (encoder.subfolder, encoder.model) for i, encoder in export.encoders.items()})
     if args.format != "lora":
         cast(export, dtype)
-    export.base = args.base_checkpoint
-    with replacing(args.out) as folder:
+    export.base = base
+    with replacing(args.out, size=0 if args.format == "lora" else export.size) as folder:
         if args.format == "lora":
             lost = write_lora(args, export, folder, dtype or torch.float32, prompts)
         else:
@@ -134,7 +135,7 @@ def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: to
         encoders[i] = lora.with_model(originals[i], lora.merged(originals[i].model, layers))
         figures = lora.measure(originals[i], protected, encoders[i], prompts)
         lines += lora.describe(i, args.rank, held, figures).splitlines()
-    lora.write(folder, factors)
+    lora.write(folder, factors, export.metadata(*export.encoders))
     read = lora.read(args.model_path, folder, {i: encoder.subfolder for i, encoder in encoders.items()})
     verify(Export(args.model_path, encoders, export.loaded), read, exact=False)
     if args.prompts_csv is None:
