@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     card = parser.add_argument_group("model card and hub")
     card.add_argument("--scores", type=Path, nargs="+", default=[], metavar="JSON", help="results of scorers, for the card; not for a LoRA")
     # fmt: on
-    card.add_argument("--base_model", metavar="ID", help="the original model's hub id, where --model_path is a copy")
+    card.add_argument("--base_model", metavar="ID", help="the original model's hub id, if --model_path is a local copy")
     card.add_argument("--push_to_hub", metavar="REPO", help="upload to owner/name with your own token; a new one is private")
     cli.add_log_file(parser)
     args = parser.parse_args(argv)
@@ -62,7 +62,7 @@ from des.data.prompts import read_prompts
 from des.export import lora
 from des.export.card_scores import Measured, check_drawn_by, read_measured
 from des.export.formats import PROMPTS, READERS, WRITERS, Export, cast, check_fits, load_protected, read_base, verify
-from des.export.model_card import model_card
+from des.export.model_card import hub_id_of, is_hub_id, model_card
 from des.models import pipelines
 from des.models.encoders import load_encoder
 from des.models.loading import loading
@@ -71,6 +71,7 @@ from des.models.shift import in_doubt
 from des.utils import cli, logs
 from des.utils.errors import UserError
 from des.utils.files import replacing
+from des.utils.logs import logger
 
 import torch
 from huggingface_hub import HfApi
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.format != "lora":
         cast(export, dtype)
     export.base = base
-    with replacing(args.out, size=0 if args.format == "lora" else export.size) as folder:
+    with replacing(args.out, size=0 if args.format in ("lora", "pipeline") else export.size) as folder:
         if args.format == "lora":
             lost = write_lora(args, export, folder, dtype or torch.float32, prompts)
         else:
@@ -117,6 +118,16 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out} is inside the model {model}, which an export must not change")
     if args.base_checkpoint and not args.base_checkpoint.is_file():
         raise UserError(f"there is no file --base_checkpoint {args.base_checkpoint}")
+    if args.base_model and not is_hub_id(args.base_model):
+        raise UserError(f"--base_model {args.base_model} is not a hub id of the form OWNER/NAME")
+    args.base_model = args.base_model or hub_id_of(args.model_path)
+    if args.base_model is None:
+        unnamed = (
+            f"the hub id of the original model, of which {model} is a copy, is unknown; pass it with --base_model OWNER/NAME"
+        )
+        if args.push_to_hub:
+            raise UserError(unnamed)
+        logger.warning("the model card does not name its base model: %s", unnamed)
     check_fits(args.format, args.model_path, sorted(args.checkpoints))
     if args.format == "lora":
         lora.need_peft()
@@ -147,14 +158,13 @@ def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: to
 
 def card_of(args: argparse.Namespace, export: Export, folder: Path, scores: list[Measured], lost: list[str]) -> str:
     """The model card of an export whose files are in `folder`."""
-    base = args.base_model or (Path(args.model_path).resolve().name if Path(args.model_path).is_dir() else args.model_path)
     kinds = {encoder.subfolder: type(encoder.model).__name__ for encoder in export.encoders.values()}
     metadata = {encoder.subfolder: export.loaded[i] for i, encoder in export.encoders.items()}
     where = args.push_to_hub or args.out.name
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     rows, title = [each.row() for each in scores], where.rsplit("/", 1)[-1]
     dtype = pipelines.DTYPES[args.dtype or family_of(args.model_path).dtype]
-    return model_card(title, args.format, base, where, dtype, kinds, metadata, files, rows, lost)
+    return model_card(title, args.format, args.base_model, where, dtype, kinds, metadata, files, rows, lost)
 
 
 def push(folder: Path, repo: str) -> None:

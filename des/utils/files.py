@@ -106,12 +106,13 @@ def writing(path: Path, size: int = 0, temporary: Path | None = None) -> Iterato
         text = f"the disk is full ({_room(path, size)})" if full else f"{source} could not be copied, {reason}"
         raise OSError(errno.ENOSPC if full else errno.EIO, text, str(path)) from None
     except OSError as error:
-        where = str(path) if error.filename in (None, str(temporary)) else error.filename
-        if error.errno in _FULL:
-            raise OSError(error.errno, f"the disk is full ({_room(path, size)})", where) from None
-        if error.errno in (errno.EIO, errno.EFBIG):
-            raise OSError(error.errno, error.strerror, where) from None
-        raise
+        if error.errno not in (*_FULL, errno.EIO, errno.EFBIG):
+            raise
+        known = error.errno not in _FULL or error.strerror.startswith(
+            "the disk is full"
+        )  # the latter by `check_room` inside the block
+        text = error.strerror if known else f"the disk is full ({_room(path, size)})"
+        raise OSError(error.errno, text, str(error.filename or path).replace(str(temporary), str(path))) from None
     except Exception as error:
         library = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
         if library and any(sign in str(error) for sign in _NOT_WRITTEN):

@@ -339,6 +339,8 @@ REFUSED = {  # family, format, further options, and what the sentence is about
     "a1111 without its base": ("sd_v1", "a1111", {}, "--base_checkpoint"),
     "a rank elsewhere": ("sd_v1", "hf", {"rank": 4}, "--format lora only"),
     "an encoder that is not there": ("sd_v1", "hf", {"text_encoder_2_path": ROOT / "LICENSE"}, "no text encoder 2"),
+    "a base model that is no hub id": ("sd_v1", "hf", {"base_model": "stable-diffusion"}, "OWNER/NAME"),
+    "an upload of a local copy": ("sd_v1", "hf", {"push_to_hub": "someone/des"}, "pass it with --base_model"),
     "no scores": ("sd_v1", "hf", {"scores": ROOT / "LICENSE"}, "JSON"),
     "a base that is no single file": ("sd_v1", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "not a .safetensors"),
 }
@@ -436,7 +438,7 @@ def test_a_refused_upload_keeps_the_export(call, tiny_pipeline, tmp_path, monkey
             raise OSError("401, no token")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    done, _ = export(call, tiny_pipeline, tmp_path, "hf", push_to_hub="someone/des")
+    done, _ = export(call, tiny_pipeline, tmp_path, "hf", push_to_hub="someone/des", base_model="owner/name")
     assert done.failed_in_one_sentence and "is written, but the upload to someone/des" in done.err
     assert (tmp_path / "out/README.md").is_file() and "None given." in (tmp_path / "out/README.md").read_text()
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 
-from des.utils.files import replacing, sha256_tensors, sha256_texts, write_json
+from des.utils.files import check_room, replacing, sha256_tensors, sha256_texts, write_json
 from des.utils.stats import proportion, show, wilson
 
 import pytest
@@ -80,8 +80,15 @@ def test_a_full_disk_names_the_file_and_the_need(tmp_path, name):
         error.value.filename == str(path) and "2.5 MB are needed" in error.value.strerror and "are free" in error.value.strerror
     )
     assert not list(tmp_path.iterdir())
-    with pytest.raises(OSError, match="are needed") as error, replacing(path, size=10**18):
+
+
+def test_a_need_beyond_the_free_space_stops_before_anything_is_written(tmp_path):
+    path = tmp_path / "big"
+    with pytest.raises(OSError, match="1,000,000,000,000.0 MB are needed") as error, replacing(path, size=10**18):
         pytest.fail("nothing is written where there is no room")
+    assert error.value.filename == str(path)
+    with pytest.raises(OSError, match="1,000,000,000,000.0 MB are needed") as error, replacing(path, size=1) as temporary:
+        check_room(temporary, 10**18)
     assert error.value.filename == str(path)
 
 
