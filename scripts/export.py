@@ -122,12 +122,10 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--base_model {args.base_model} is not a hub id of the form OWNER/NAME")
     args.base_model = args.base_model or hub_id_of(args.model_path)
     if args.base_model is None:
-        unnamed = (
-            f"the hub id of the original model, of which {model} is a copy, is unknown; pass it with --base_model OWNER/NAME"
-        )
+        unnamed = f"{model} is a local folder that does not say which model of the hub it is; pass --base_model OWNER/NAME"
         if args.push_to_hub:
             raise UserError(unnamed)
-        logger.warning("the model card does not name its base model: %s", unnamed)
+        logger.warning("the model card will name no base model: %s", unnamed)
     check_fits(args.format, args.model_path, sorted(args.checkpoints))
     if args.format == "lora":
         lora.need_peft()

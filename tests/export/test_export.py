@@ -340,7 +340,7 @@ REFUSED = {  # family, format, further options, and what the sentence is about
     "a rank elsewhere": ("sd_v1", "hf", {"rank": 4}, "--format lora only"),
     "an encoder that is not there": ("sd_v1", "hf", {"text_encoder_2_path": ROOT / "LICENSE"}, "no text encoder 2"),
     "a base model that is no hub id": ("sd_v1", "hf", {"base_model": "stable-diffusion"}, "OWNER/NAME"),
-    "an upload of a local copy": ("sd_v1", "hf", {"push_to_hub": "someone/des"}, "pass it with --base_model"),
+    "an upload of a local copy": ("sd_v1", "hf", {"push_to_hub": "someone/des"}, "pass --base_model"),
     "no scores": ("sd_v1", "hf", {"scores": ROOT / "LICENSE"}, "JSON"),
     "a base that is no single file": ("sd_v1", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "not a .safetensors"),
 }

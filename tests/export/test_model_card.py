@@ -197,7 +197,7 @@ def test_rows_of_the_other_scorers(drawn, tmp_path, name):
             "KID",
             "paper",
             json.loads(path.read_text())["extractor_sha256"][:8],
-            "0.0012, 2 images, 2 reference images",
+            "0.0012, 2 images, 2 reference",
         )
     else:
         title, digits, facts = PER_IMAGE[name]
