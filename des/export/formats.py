@@ -32,9 +32,7 @@ from transformers import PreTrainedModel
 PROMPTS = ["", "a red bicycle in front of a brick wall", "an oil painting of mountains at dawn", "two cups of tea on a table"]
 LDM_ENCODER = "cond_stage_model.transformer.text_model."
 _BUFFER = LDM_ENCODER + "embeddings.position_ids"  # a constant in single files
-_NOVELAI = re.compile(
-    r"^cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)"
-)  # its names lack `text_model.`
+_NOVELAI = re.compile(r"^cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)")  # without `text_model.`
 _OF_THE_BASE = re.compile("hash|title", re.IGNORECASE)  # metadata that is wrong once the encoder is replaced
 _T5_COPY = "encoder.embed_tokens.weight"  # the same tensor as `shared.weight`
 _WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".msgpack", ".onnx", ".gguf")

@@ -108,11 +108,10 @@ def writing(path: Path, size: int = 0, temporary: Path | None = None) -> Iterato
     except OSError as error:
         if error.errno not in (*_FULL, errno.EIO, errno.EFBIG):
             raise
-        known = error.errno not in _FULL or error.strerror.startswith(
-            "the disk is full"
-        )  # the latter by `check_room` inside the block
-        text = error.strerror if known else f"the disk is full ({_room(path, size)})"
-        raise OSError(error.errno, text, str(error.filename or path).replace(str(temporary), str(path))) from None
+        text, where = error.strerror, str(error.filename or path)
+        if error.errno in _FULL and not text.startswith("the disk is full"):  # as `check_room` says inside the block
+            text = f"the disk is full ({_room(path, size)})"
+        raise OSError(error.errno, text, where.replace(str(temporary), str(path)) if temporary else where) from None
     except Exception as error:
         library = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
         if library and any(sign in str(error) for sign in _NOT_WRITTEN):
