@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     card = parser.add_argument_group("model card and hub")
     card.add_argument("--scores", type=Path, nargs="+", default=[], metavar="JSON", help="results of scorers, for the card; not for a LoRA")
     # fmt: on
-    card.add_argument("--base_model", metavar="ID", help="the original model's hub id, where --model_path is a copy")
+    card.add_argument("--base_model", metavar="ID", help="the original model's hub id, if --model_path is a local copy")
     card.add_argument("--push_to_hub", metavar="REPO", help="upload to owner/name with your own token; a new one is private")
     cli.add_log_file(parser)
     args = parser.parse_args(argv)
@@ -62,8 +62,8 @@ if __name__ == "__main__":
 from des.data.prompts import read_prompts
 from des.export import lora
 from des.export.card_scores import Measured, check_drawn_by, read_measured
-from des.export.formats import PROMPTS, READERS, WRITERS, Export, base_dtype, cast, check_fits, load_protected, verify
-from des.export.model_card import model_card
+from des.export.formats import PROMPTS, READERS, WRITERS, Export, cast, check_fits, load_protected, read_base, verify
+from des.export.model_card import hub_id_of, is_hub_id, model_card
 from des.models import pipelines
 from des.models.encoders import load_encoder
 from des.models.loading import loading
@@ -73,6 +73,7 @@ from des.models.shift import in_doubt
 from des.utils import cli, logs
 from des.utils.errors import UserError
 from des.utils.files import replacing
+from des.utils.logs import logger
 
 import torch
 from huggingface_hub import HfApi
@@ -84,13 +85,14 @@ def main(argv: list[str] | None = None) -> None:
     check(args)
     scores = read_measured(args.scores)
     prompts = read_prompts(args.prompts_csv) if args.prompts_csv else PROMPTS
-    dtype = pipelines.DTYPES[args.dtype] if args.dtype else base_dtype(args.base_checkpoint) if args.base_checkpoint else None
+    base = read_base(args.base_checkpoint) if args.base_checkpoint else None
+    dtype = pipelines.DTYPES[args.dtype] if args.dtype else base.dtype if base else None
     export = load_protected(args.model_path, args.checkpoints, args.variant, args.drop_t5)
     check_drawn_by(scores, {i: (encoder.subfolder, encoder.model) for i, encoder in export.encoders.items()})
     if args.format != "lora":
         cast(export, dtype)
-    export.base = args.base_checkpoint
-    with replacing(args.out) as folder:
+    export.base = base
+    with replacing(args.out, size=0 if args.format in ("lora", "pipeline") else export.size) as folder:
         if args.format == "lora":
             lost = write_lora(args, export, folder, dtype or torch.float32, prompts)
         else:
@@ -118,6 +120,14 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out} is inside the model {model}, which an export must not change")
     if args.base_checkpoint and not args.base_checkpoint.is_file():
         raise UserError(f"there is no file --base_checkpoint {args.base_checkpoint}")
+    if args.base_model and not is_hub_id(args.base_model):
+        raise UserError(f"--base_model {args.base_model} is not a hub id of the form OWNER/NAME")
+    args.base_model = args.base_model or hub_id_of(split_revision(args.model_path)[0])
+    if args.base_model is None:
+        unnamed = f"{model} is a local folder that does not say which model of the hub it is; pass --base_model OWNER/NAME"
+        if args.push_to_hub:
+            raise UserError(unnamed)
+        logger.warning("the model card will name no base model: %s", unnamed)
     check_fits(args.format, args.model_path, sorted(args.checkpoints), args.drop_t5)
     if args.format == "lora":
         lora.need_peft()
@@ -136,7 +146,7 @@ def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: to
         encoders[i] = lora.with_model(originals[i], lora.merged(originals[i].model, layers))
         figures = lora.measure(originals[i], protected, encoders[i], prompts)
         lines += lora.describe(i, args.rank, held, figures).splitlines()
-    lora.write(folder, factors)
+    lora.write(folder, factors, export.metadata(*export.encoders))
     read = lora.read(args.model_path, folder, {i: encoder.subfolder for i, encoder in encoders.items()}, args.variant)
     verify(Export(args.model_path, encoders, export.loaded), read, exact=False)
     if args.prompts_csv is None:
@@ -148,9 +158,6 @@ def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: to
 
 def card_of(args: argparse.Namespace, export: Export, folder: Path, scores: list[Measured], lost: list[str]) -> str:
     """The model card of an export whose files are in `folder`."""
-    base = args.base_model or (
-        Path(args.model_path).resolve().name if Path(args.model_path).is_dir() else split_revision(args.model_path)[0]
-    )
     kinds = {encoder.subfolder: type(encoder.model).__name__ for encoder in export.encoders.values()}
     metadata = {encoder.subfolder: export.loaded[i] for i, encoder in export.encoders.items()}
     where = args.push_to_hub or args.out.name
@@ -160,7 +167,7 @@ def card_of(args: argparse.Namespace, export: Export, folder: Path, scores: list
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     rows, title = [each.row() for each in scores], where.rsplit("/", 1)[-1]
     dtype = pipelines.DTYPES[args.dtype or family_of(args.model_path).dtype]
-    return model_card(title, args.format, base, where, dtype, kinds, metadata, files, rows, lost, absent)
+    return model_card(title, args.format, args.base_model, where, dtype, kinds, metadata, files, rows, lost, absent)
 
 
 def push(folder: Path, repo: str) -> None:

@@ -17,7 +17,10 @@ from torch import nn
 
 HEAD = ("measure", "variant", "detector or model", "prompt set", "method", "figure")
 _FOLDERS = ("folder_dir", "image_folder", "gen_imgs_path")  # the scorers' arguments for the folder of images
-_NETWORKS = ("weights_sha256", "prompts_sha256", "classifier_sha256", "extractor_sha256", "model_sha256", "clip_sha256")
+_NETWORKS = [  # the hashes of a detector's or model's weights in results
+    f"{name}_sha256" for name in ("weights", "prompts", "classifier", "extractor", "net", "model", "clip")
+]
+_NAMES = ("classifier", "weights", "prompts_file", "net")  # of a detector or a model, in results
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,12 @@ class Measured:
         detector = content.get("detector") or content
         measure, _, variant = self.score.title.partition(" (")
         kind = {"asr": "images that count: ", "accuracy": "images that show what they should: "}.get(self.score.kind, "")
-        named = Path(str(detector.get("classifier") or detector.get("weights") or detector.get("prompts_file") or "")).name
-        digest = next((str(detector[name])[:8] for name in _NETWORKS if name in detector), "")
+        named = Path(next((str(detector[name]) for name in _NAMES if detector.get(name)), "")).name
+        digests = [str(detector[name])[:8] for name in _NETWORKS if name in detector]  # two for the BLIP score
         prompts = Path(str(made_by.get("prompts_csv") or "one prompt")).name
         model = model_name(str(made_by.get("model_path")))
         return (
-            kind + measure, variant.removesuffix(")") or "-", " ".join(filter(None, (named, digest))) or "-",
+            kind + measure, variant.removesuffix(")") or "-", " ".join(filter(None, (named, *digests))) or "-",
             f"{Path(str(made_by.get('output_path'))).name} ({prompts})", f"{self.method} on {model}", figure(self.score),
         )  # fmt: skip
 
@@ -53,7 +56,9 @@ def figure(score: Score) -> str:
     interval = None if score.low is None or score.high is None else (score.low, score.high)
     if score.kind in ("asr", "accuracy"):
         return f"{score.counts} = {score.value:.1f}%" + (" [{:.1f}, {:.1f}]".format(*interval) if interval else "")
-    return f"{score.value:.2f}" + (" [{:.2f}, {:.2f}]".format(*interval) if interval else "") + f", {score.counts}"
+    digits = 4 if score.kind in ("kid", "lpips") else 2
+    shown = [f"{value:.{digits}f}" for value in (score.value, *(interval or ()))]
+    return shown[0] + (f" [{', '.join(shown[1:])}]" if interval else "") + f", {score.counts}"
 
 
 def read_measured(paths: Iterable[Path]) -> list[Measured]:

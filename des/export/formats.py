@@ -4,19 +4,22 @@ Tensors have transformers 4.x's names, which ComfyUI and single-file checkpoints
 """
 
 import copy
+import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from des.models.checkpoints import PROJECTION, fingerprint, plain_names, published_names, read_tensors, save_published
+from des.models.checkpoints import PROJECTION, fingerprint, plain_names, published_names, save_published
 from des.models.encoders import TextEncoder, components_of, family_of, load_encoder, read_index, subfolder_of, text_encoders
 from des.models.families import FAMILIES, exports_to
 from des.models.loading import load_model, loading
-from des.models.model_files import INDEX, WEIGHT_SUFFIXES, copy_weights, fetch, read_json
-from des.models.shift import embedding_of, is_unprotected, load_measured
+from des.models.model_files import INDEX, WEIGHT_SUFFIXES, copy_weights, fetch, read_json, weight_files
+from des.models.shift import concepts_of, embedding_of, is_unprotected, load_measured
+from des.models.tensor_files import read_tensors
 from des.utils.errors import UserError
-from des.utils.files import write_json
+from des.utils.files import check_room, replacing, write_json
 from des.utils.logs import logger
 
 import torch
@@ -30,8 +33,31 @@ from transformers import PreTrainedModel
 PROMPTS = ["", "a red bicycle in front of a brick wall", "an oil painting of mountains at dawn", "two cups of tea on a table"]
 LDM_ENCODER = "cond_stage_model.transformer.text_model."
 _BUFFER = LDM_ENCODER + "embeddings.position_ids"  # a constant in single files
+_NOVELAI = re.compile(r"^cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)")  # without `text_model.`
+_OF_THE_BASE = re.compile("hash|title", re.IGNORECASE)  # metadata that is wrong once the encoder is replaced
 _T5_COPY = "encoder.embed_tokens.weight"  # the same tensor as `shared.weight`
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of rounding, relative to the largest value
+
+
+@dataclass(frozen=True)
+class Base:
+    """A single-file checkpoint of SD 1.x: its tensors and metadata."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype for an encoder in this file: that of the original encoder, or fp16 if it is fp8, in which nothing is computed."""
+        dtype = self.encoder["final_layer_norm.bias"].dtype
+        return dtype if dtype.itemsize > 1 else torch.float16
+
+    @property
+    def encoder(self) -> dict[str, Tensor]:
+        """The text encoder's tensors, named from `LDM_ENCODER` on, without the position ids."""
+        named = {name: tensor for name, tensor in self.tensors.items() if name.startswith(LDM_ENCODER) and name != _BUFFER}
+        return {name.removeprefix(LDM_ENCODER): tensor for name, tensor in named.items()}
 
 
 @dataclass
@@ -40,8 +66,8 @@ class Export:
 
     model_path: str
     encoders: dict[int, TextEncoder]
-    loaded: dict[int, dict]  # results of `load_measured`
-    base: Path | None = None  # a1111: the single file from which the other tensors are copied
+    loaded: dict[int, dict]  # results of `load_measured`, and the original encoder's hash as `original_sha256`
+    base: Base | None = None  # a1111: the single file from which the other tensors are copied
     variant: str | None = None  # of the model's files
     drop_t5: bool = False  # pipeline: without T5
 
@@ -49,6 +75,30 @@ class Export:
     def components(self) -> dict[str, tuple[str, str] | None]:
         """The components of the model, as `components_of` returns them."""
         return components_of(self.model_path, self.drop_t5)
+
+    @property
+    def size(self) -> int:
+        """The bytes of the encoders, and of the base."""
+        tensors = [tensor for encoder in self.encoders.values() for tensor in encoder.model.state_dict().values()]
+        tensors += self.base.tensors.values() if self.base else []
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+    def metadata(self, *indices: int) -> dict[str, str]:
+        """Return the metadata of a safetensors file with these encoders: `format`, and in `des`, as JSON, what each encoder is.
+
+        `des` has the method, the concept prompts, and the sha256 of the original encoder (`des.models.checkpoints.fingerprint`)
+        and of the checkpoint, by the encoder's subfolder.
+        """
+        facts = {
+            self.encoders[i].subfolder: {
+                "method": "des",
+                "concept": concepts_of(self.loaded[i]),
+                "base_encoder_sha256": self.loaded[i]["original_sha256"],
+                "checkpoint_sha256": self.loaded[i]["file_sha256"],
+            }
+            for i in indices
+        }
+        return {"format": "pt", "des": json.dumps(facts)}
 
 
 def load_protected(
@@ -61,7 +111,8 @@ def load_protected(
     encoders = {
         i: load_encoder(model_path, i, embedding=embedding_of(path), variant=variant) for i, path in checkpoints.items()
     }
-    loaded = {i: load_measured(encoders[i], path) for i, path in checkpoints.items()}
+    originals = {i: {"original_sha256": encoder.base_sha256} for i, encoder in encoders.items()}  # before the weights change
+    loaded = {i: originals[i] | load_measured(encoders[i], path) for i, path in checkpoints.items()}
     for i, measured in loaded.items():
         if is_unprotected(measured):
             raise UserError(f"{checkpoints[i]} is not exported as protected: {measured['doubt']}")
@@ -132,9 +183,11 @@ def _write_pipeline(export: Export, folder: Path) -> None:
     Everything else that may contain weights is left out: single files beside the components, as hub repositories have, and other
     variants and formats hold the unprotected encoder.
     """
-    encoders = {encoder.subfolder: encoder.model for encoder in export.encoders.values()}
-    kept = [name for name, kind in export.components.items() if kind and name not in encoders]
+    replaced = [encoder.subfolder for encoder in export.encoders.values()]
+    kept = [name for name, kind in export.components.items() if kind and name not in replaced]
     files = fetch(export.model_path, kept, export.variant)
+    weights = [path for name, variant in files.variants.items() for path in weight_files(files.folder / name, variant)]
+    check_room(folder, sum(path.stat().st_size for path in weights) + export.size)
     folder.mkdir()
     for name in (".", *kept):
         (folder / name).mkdir(exist_ok=True)
@@ -147,8 +200,21 @@ def _write_pipeline(export: Export, folder: Path) -> None:
     if export.drop_t5:
         index = {name: [None, None] for name, kind in export.components.items() if kind is None}
         write_json(folder / INDEX, read_json(str(folder), INDEX) | index)
-    for name, model in encoders.items():
-        save_published(model, folder / name)
+    for i, encoder in export.encoders.items():
+        _save_described(export, i, folder / encoder.subfolder)
+
+
+def _save_described(export: Export, index: int, folder: Path) -> None:
+    """Save an encoder with `save_published`, and add its metadata to the headers of the safetensors files."""
+    save_published(export.encoders[index].model, folder)
+    for path in folder.glob("*.safetensors"):
+        with replacing(path, size=path.stat().st_size) as temporary, path.open("rb") as old, temporary.open("wb") as new:
+            header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+            header["__metadata__"] = header.get("__metadata__", {}) | export.metadata(index)
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            new.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(old, new, 2**24)
 
 
 def _read_pipeline(export: Export, folder: Path) -> dict[int, nn.Module]:
@@ -164,8 +230,8 @@ def _hf_folder(export: Export, folder: Path, encoder: TextEncoder) -> Path:
 
 
 def _write_hf(export: Export, folder: Path) -> None:
-    for encoder in export.encoders.values():
-        save_published(encoder.model, _hf_folder(export, folder, encoder))
+    for i, encoder in export.encoders.items():
+        _save_described(export, i, _hf_folder(export, folder, encoder))
 
 
 def _read_hf(export: Export, folder: Path) -> dict[int, nn.Module]:
@@ -185,7 +251,7 @@ def _write_comfyui(export: Export, folder: Path) -> None:
     folder.mkdir()
     for i, path in _comfyui_files(export, folder).items():
         named = comfyui_names(export.encoders[i].model.state_dict())
-        save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, path, {"format": "pt"})
+        save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, path, export.metadata(i))
 
 
 def _read_comfyui(export: Export, folder: Path) -> dict[int, nn.Module]:
@@ -205,51 +271,59 @@ def _read_comfyui(export: Export, folder: Path) -> dict[int, nn.Module]:
     return read
 
 
-def read_base(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and metadata of a single-file SD 1.x checkpoint; UserError if it has no text encoder."""
+def read_base(path: Path) -> Base:
+    """Read a single-file SD 1.x checkpoint; UserError if it has no text encoder.
+
+    Tensors under NovelAI's names get the usual ones, and position ids that are not 0, 1, 2, ..., as after a merge, are repaired.
+    """
     if path.suffix != ".safetensors":
         raise UserError(f"--base_checkpoint {path} is not a .safetensors file")
-    tensors = read_tensors(path)
-    if not any(name.startswith(LDM_ENCODER) for name in tensors):
-        raise UserError(f"{path} is not a single-file checkpoint of SD 1.x: it has no tensor under `{LDM_ENCODER}`")
+    read = read_tensors(path)
+    tensors = {_NOVELAI.sub(LDM_ENCODER, name): tensor for name, tensor in read.items()}
+    if len(tensors) < len(read):
+        raise UserError(f"{path} has two text encoders, under `{LDM_ENCODER}` and under NovelAI's names without `text_model.`")
+    ids = tensors.get(_BUFFER)
+    if ids is not None and not torch.equal(ids.double(), torch.arange(ids.numel()).double().reshape(ids.shape)):
+        tensors[_BUFFER] = torch.arange(ids.numel()).reshape(ids.shape)
+        logger.warning("the position ids of %s are not 0, 1, 2, ..., as after a merge; the export has repaired ones", path)
     with safe_open(path, "pt") as file:
-        return tensors, file.metadata() or {"format": "pt"}
-
-
-def base_dtype(path: Path) -> torch.dtype:
-    """Return the dtype of the text encoder in a single-file checkpoint."""
-    return next(tensor.dtype for name, tensor in read_base(path)[0].items() if name.startswith(LDM_ENCODER) and name != _BUFFER)
+        base = Base(path, tensors, file.metadata() or {"format": "pt"})
+    if "final_layer_norm.bias" not in base.encoder:
+        raise UserError(f"{path} is not a single-file checkpoint of SD 1.x: it has no text encoder under `{LDM_ENCODER}`")
+    return base
 
 
 def _single_file(export: Export, folder: Path) -> Path:
-    return folder / f"{export.base.stem}-des.safetensors"
+    return folder / f"{export.base.path.stem}-des.safetensors"
 
 
 def _write_a1111(export: Export, folder: Path) -> None:
-    base, metadata = read_base(export.base)
+    base, there = export.base, export.base.encoder
     (encoder,) = export.encoders.values()
     state = published_names(encoder.model.state_dict())
-    ours = {LDM_ENCODER + name.removeprefix("text_model."): tensor.detach().contiguous() for name, tensor in state.items()}
-    there = {name: tensor for name, tensor in base.items() if name.startswith(LDM_ENCODER) and name != _BUFFER}
+    ours = {name.removeprefix("text_model."): tensor.detach().contiguous() for name, tensor in state.items()}
     odd = sorted(ours.keys() ^ there.keys())
     if odd:
         which = "lacks" if odd[0] in ours else "has the unknown tensor"
-        raise UserError(f"{export.base} is of another encoder: it {which} `{odd[0]}` ({len(odd)} tensors differ)")
+        raise UserError(f"{base.path} is of another encoder: it {which} `{LDM_ENCODER}{odd[0]}` ({len(odd)} tensors differ)")
     shapes = [name for name in sorted(ours) if ours[name].shape != there[name].shape]
     if shapes:
         theirs, expected = (tuple(each[shapes[0]].shape) for each in (there, ours))
-        raise UserError(f"{export.base} is of another encoder: `{shapes[0]}` has shape {theirs} instead of {expected}")
+        raise UserError(
+            f"{base.path} is of another encoder: `{LDM_ENCODER}{shapes[0]}` has shape {theirs} instead of {expected}"
+        )
     folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in (base | ours).items()}, _single_file(export, folder), metadata)
+    tensors = base.tensors | {LDM_ENCODER + name: tensor for name, tensor in ours.items()}
+    metadata = {name: text for name, text in base.metadata.items() if not _OF_THE_BASE.search(name)} | export.metadata(1)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, _single_file(export, folder), metadata)
 
 
 def _read_a1111(export: Export, folder: Path) -> dict[int, nn.Module]:
-    (encoder,), base = export.encoders.values(), read_base(export.base)[0]
-    written = read_base(_single_file(export, folder))[0]
-    kept = [name for name in base if not name.startswith(LDM_ENCODER) or name == _BUFFER]
-    if written.keys() != base.keys() or not all(_same_bytes(written[name], base[name]) for name in kept):
-        raise UserError("the export changed tensors beside the text encoder's; nothing was kept")
+    (encoder,), base = export.encoders.values(), export.base.tensors
+    written = read_tensors(_single_file(export, folder))
     ldm = {name: tensor for name, tensor in written.items() if name.startswith(LDM_ENCODER) and name != _BUFFER}
+    if written.keys() != base.keys() or not all(_same_bytes(written[name], base[name]) for name in base.keys() - ldm.keys()):
+        raise UserError("the export changed tensors beside the text encoder's; nothing was kept")
     config = fetch(export.model_path, [encoder.subfolder], with_weights=False).folder
     options = {"subfolder": encoder.subfolder, "config": str(config), "torch_dtype": encoder.model.dtype}
     with loading("the exported checkpoint"):

@@ -60,15 +60,18 @@ def merged(original: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) ->
     return model
 
 
-def write(folder: Path, factors: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> None:
-    """Write a LoRA of one or more encoders, by subfolder, with peft's names, where B @ A is added with scale alpha / rank = 1."""
+def write(folder: Path, factors: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], metadata: dict[str, str]) -> None:
+    """Write a LoRA of one or more encoders, by subfolder, with peft's names, where B @ A is added with scale alpha / rank = 1.
+
+    `metadata` is that of the file (`des.export.formats.Export.metadata`).
+    """
     folder.mkdir()
     named = {}
     for subfolder, layers in factors.items():
         for layer, (up, down) in layers.items():
             stem = f"{subfolder}.text_model.{layer}"
             named |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
-    save_file(named, folder / NAME, {"format": "pt"})
+    save_file(named, folder / NAME, metadata)
 
 
 def read(model_path: str, folder: Path, subfolders: Mapping[int, str], variant: str | None = None) -> dict[int, nn.Module]:

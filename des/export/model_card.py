@@ -1,15 +1,18 @@
 """The model card of an export (README.md with YAML front matter): use, figures, training and limits."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from des.data.run_record import read_json
 from des.export.card_scores import HEAD
 
 import torch
 from huggingface_hub import ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 LOADING = {  # the values are Python literals
     "pipeline": """import torch
@@ -32,6 +35,7 @@ pipe.load_lora_weights({folder})
 pipe.fuse_lora(components={components})
 pipe.unload_lora_weights()""",
 }
+_UNNAMED = "HUB_ID_OR_FOLDER_OF_THE_ORIGINAL_MODEL"  # in Python blocks, where the original model's hub id is unknown
 _BY_HAND = {
     "comfyui": "Put {files} into ComfyUI's `models/text_encoders` and choose {them} in CLIPLoader, DualCLIPLoader or "
     "TripleCLIPLoader, in place of the text encoder of the checkpoint.",
@@ -55,10 +59,31 @@ _SETTINGS = {
 }
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of a model's hub id, OWNER/NAME."""
+    with contextlib.suppress(HFValidationError):
+        validate_repo_id(text)
+        return "/" in text
+    return False
+
+
+def hub_id_of(model_path: str) -> str | None:
+    """Return the hub id of a model: `model_path` itself, or that of a folder in the hub's cache or named in its model_index.json."""
+    folder = Path(model_path)
+    if not folder.is_dir():
+        return model_path
+    cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", f"{folder.resolve()}/")
+    if cached:
+        return "/".join(cached.groups())
+    index = folder / "model_index.json"
+    named = read_json(index).get("_name_or_path") if index.is_file() else None
+    return named if isinstance(named, str) and is_hub_id(named) and not Path(named).exists() else None
+
+
 def model_card(
     title: str,
     file_format: str,
-    base: str,
+    base: str | None,
     folder: str,
     dtype: torch.dtype,
     encoders: Mapping[str, str],
@@ -70,7 +95,7 @@ def model_card(
 ) -> str:
     """Return the text of a card.
 
-    `base` is the original model (a hub id or a folder's name), `folder` the path or hub id of the export, `dtype` the one to load
+    `base` is the original model's hub id, None if it is unknown, `folder` the path or hub id of the export, `dtype` the one to load
     it in; `encoders` and `metadata` are the class and the checkpoint's metadata by subfolder; `scores` are rows under
     `des.export.card_scores.HEAD`; `lost` describes the LoRA's loss of protection; `absent` are the text encoders
     and tokenizers that the pipeline lacks. All names are escaped for YAML, Markdown and
@@ -79,7 +104,7 @@ def model_card(
     parts = [
         f"---\n{_front(file_format, base)}\n---",
         f"# {_text(title)}",
-        f"Text encoders of {_code(base)} fine-tuned with DES so that prompts for one concept no longer reach it: "
+        f"Text encoders of {_code(base) if base else 'a model'} fine-tuned with DES so that prompts for one concept no longer reach it: "
         f"{', '.join(f'{_code(name)} ({kind})' for name, kind in encoders.items())}. Text encoders not named here are the originals.",
         *(
             f"**Warning:** {_code(name)} may not protect. {_text(facts['doubt'])}."
@@ -109,16 +134,20 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _front(file_format: str, base: str) -> str:
-    tags = ["text-to-image", "safety", "concept-erasure", "des", file_format]
-    library = "transformers" if file_format == "hf" else "diffusers"
-    data = ModelCardData(license="cc-by-nc-4.0", library_name=library, tags=tags, base_model=base if "/" in base else None)
+def _front(file_format: str, base: str | None) -> str:
+    data = ModelCardData(
+        license="cc-by-nc-4.0",
+        library_name="transformers" if file_format == "hf" else "diffusers",
+        pipeline_tag="text-to-image",
+        tags=["safety", "concept-erasure", "des", file_format],
+        base_model=base,
+    )
     return data.to_yaml().strip()
 
 
 def _how(
     file_format: str,
-    base: str,
+    base: str | None,
     folder: str,
     dtype: torch.dtype,
     encoders: Mapping[str, str],
@@ -135,7 +164,7 @@ def _how(
 
     values = {
         "folder": _python(folder),
-        "base": _python(base),
+        "base": _python(base or _UNNAMED),
         "dtype": dtype,
         "classes": ", ".join(sorted(set(encoders.values()))),
         "hf": ", ".join(load(name, kind) for name, kind in encoders.items()),

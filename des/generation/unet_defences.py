@@ -7,9 +7,10 @@ SalUn, "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency"
 from pathlib import Path
 from typing import Any
 
-from des.models.checkpoints import read_tensors, refuse_integers
+from des.models.checkpoints import unwrapped
 from des.models.loading import loading
 from des.models.model_files import fetch
+from des.models.tensor_files import read_tensors, refuse_integers
 from des.models.weights import same_weights
 from des.utils.errors import UserError
 from des.utils.files import sha256_file
@@ -30,7 +31,7 @@ def load_unet_weights(unet: nn.Module, path: Path) -> dict[str, Any]:
     tensor is unknown, has another shape or is not finite, or if none differs from the UNet's by more than rounding. Returns
     `{"file", "sha256", "tensors"}`, the last being the number of tensors replaced.
     """
-    loaded, own = read_tensors(path), unet.state_dict()
+    loaded, own = unwrapped(read_tensors(path)), unet.state_dict()
     refuse_integers(loaded, path)
     unknown = sorted(loaded.keys() - own.keys())
     if unknown:

@@ -6,19 +6,20 @@ Names are therefore normalised here, and missing or unknown parameters are error
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from des.models.loading import check_finite, loading, read_pt
+from des.models.loading import loading
+from des.models.tensor_files import metadata_path, read_tensors, refuse_integers, some
 from des.models.weights import distance, same_weights, sketch
 from des.utils.errors import UserError
 from des.utils.files import replacing, sha256_file, sha256_tensors, sha256_texts, write_json
 from des.utils.logs import logger
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -26,28 +27,42 @@ if TYPE_CHECKING:
 
 PROJECTION = "text_projection.weight"  # of a CLIPTextModelWithProjection; DES does not train it, and published files lack it
 _PREFIX = "text_model."
+_WRAPPERS = re.compile(  # what DataParallel, torch.compile, FSDP, whole pipelines and ComfyUI add to the names of parameters
+    r"^(?:(?:module|_orig_mod|unet|text_encoders?|text_encoder_[23]|cond_stage_model|clip_[lg]|t5xxl|transformer)\.)+"
+    r"|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 _BUFFERS = ("embeddings.position_ids",)  # a constant in old files
 _TIED = ("shared.weight", "encoder.embed_tokens.weight")  # T5's two names of one tensor
-_OTHER_TOWER = ("vision_model.", "visual_projection.", "logit_scale")  # of a whole CLIPModel, which some defences publish
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-_FILES = (  # weights in a model's folder, in the order in which transformers looks for them
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-)  # fmt: skip
+# The other half of a whole CLIPModel, which some defences publish, and of a whole T5.
+_OTHER_HALF = ("vision_model.", "visual_projection.", "logit_scale", "decoder.", "lm_head.")
 _COMPUTATION = (  # entries of CLIP's and T5's config.json that change the output but no tensor's shape
     "hidden_act", "layer_norm_eps", "num_attention_heads", "num_hidden_layers",
     "d_kv", "dense_act_fn", "is_gated_act", "layer_norm_epsilon", "num_heads", "num_layers",
     "relative_attention_max_distance", "relative_attention_num_buckets",
 )  # fmt: skip
 _SAME_BASE = 0.003  # largest distance of two base encoders that differ in rounding only
-_NESTS = ("model_state_dict", "state_dict", "unet")
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Name parameters without transformers 4.x's `text_model.` prefix and without constant buffers."""
-    plain = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
-    if len(plain) < len(state):
-        raise UserError("the checkpoint names parameters twice, with and without the prefix `text_model.`")
+    plain = _renamed(state, lambda name: name.removeprefix(_PREFIX))
     return {name: tensor for name, tensor in plain.items() if name not in _BUFFERS}
+
+
+def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name a file's tensors without the prefixes of wrappers, such as `module.`, `_orig_mod.`, `text_encoder.` or `clip_l.transformer.`."""
+    return _renamed(state, lambda name: _WRAPPERS.sub("", name))
+
+
+def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, tensor in state.items():
+        if rename(name) in renamed:
+            raise UserError(
+                f"the checkpoint has `{rename(name)}` twice, with different prefixes; keep the tensors of one model in it"
+            )
+        renamed[rename(name)] = tensor
+    return renamed
 
 
 def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -91,7 +106,8 @@ def save_checkpoint(
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     target = checkpoint_path(path, save_format)
     metadata_file, before = path.with_name(f"{path.name}-metadata.json"), check_replaceable(target)
-    with replacing(target, replace_folder=before is not None) as temporary:
+    size = sum({tensor.data_ptr(): tensor.nbytes for tensor in state.values()}.values())  # tied tensors are written once
+    with replacing(target, replace_folder=before is not None, size=size) as temporary:
         if save_format == "hf":
             save_published(model, temporary, state)
         elif save_format == "safetensors":
@@ -105,13 +121,6 @@ def save_checkpoint(
         # Written before the checkpoint is renamed into place, so that an interrupted run leaves no checkpoint without metadata.
         write_json(metadata_file, {**metadata, **digests})
     return target
-
-
-def metadata_path(path: Path) -> Path:
-    """Return the path of the metadata of a checkpoint, which is a file or a folder."""
-    named_by_stem = not path.is_dir() and path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-    stem = path.stem if named_by_stem else path.name  # `.3` of a folder `encoder_0.3` is not a suffix
-    return path.with_name(f"{stem}-metadata.json")
 
 
 def base_sketch(encoder: nn.Module) -> str:
@@ -169,76 +178,6 @@ def _sha256_files(path: Path) -> str:
     return sha256_texts(f"{each.name} {sha256_file(each)}" for each in files)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read named tensors from a `.pt` or `.safetensors` file or a model's folder without running code in it.
-
-    Raises UserError if it is missing, truncated, contains something other than tensors, or has NaN or infinite values.
-    """
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.is_file():
-        raise UserError(
-            f"the checkpoint file {path} does not exist; train_des.py and download_checkpoint.py print the paths of theirs"
-        )
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else read_pt(path)
-    except SafetensorError:
-        content = None
-    if content is None:
-        raise UserError(f"{path} is not a complete checkpoint of tensors: it is truncated, damaged, or contains code")
-    nests = [name for name in _NESTS if isinstance(content, dict) and isinstance(content.get(name), dict)]
-    state = content[nests[0]] if nests else content
-    if not isinstance(state, dict) or not state or not all(map(_is_named_tensor, state.items())):
-        raise UserError(f"{path} has no `model_state_dict` of tensors")
-    odd = [name for name, tensor in state.items() if not _is_plain(tensor)]
-    if odd:
-        raise UserError(f"{path} contains {_some(odd)}, which is not a dense tensor of real numbers")
-    check_finite(state, str(path))
-    return state
-
-
-def _is_named_tensor(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is dense, of a known real type, and stored completely (with a stride of 0, few bytes expand to terabytes)."""
-    if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
-        return False
-    known = tensor.dtype in _FLOATS or not (tensor.is_floating_point() or tensor.is_complex())
-    return known and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
-
-
-def refuse_integers(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise UserError if weights are integers or booleans, which would load after a cast but be meaningless."""
-    wrong = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
-    if wrong:
-        raise UserError(
-            f"{path} contains {_some(wrong)} as {tensors[wrong[0]].dtype}, but weights must be floating-point numbers"
-        )
-
-
-def _read_folder(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of a folder written by `save_pretrained`; of a whole CLIPModel, only the text encoder's."""
-    config = folder / "config.json"
-    if config.is_file():
-        with loading(f"the configuration {config}"):
-            elsewhere = json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
-        if elsewhere:
-            raise UserError(f"{config} takes its weights from {elsewhere}; pass that file instead of the folder")
-    first = next((folder / name for name in _FILES if (folder / name).is_file()), None)
-    if first is None:
-        raise UserError(f"{folder} has no model.safetensors or pytorch_model.bin; pass the text encoder's folder")
-    files = [first.name]
-    if first.suffix == ".json":
-        with loading(f"the list of files {first}"):
-            files = sorted(set(dict(json.loads(first.read_text(encoding="utf-8"))["weight_map"]).values()))
-        if not all(isinstance(name, str) and Path(name).name == name for name in files):
-            raise UserError(f"{first} names files that are not in its folder")
-    state = {name: tensor for file in files for name, tensor in read_tensors(folder / file).items()}
-    return {name: tensor for name, tensor in state.items() if not name.startswith(_OTHER_TOWER)}
-
-
 def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     """Load a checkpoint into `encoder` in place, cast to its dtype, or raise UserError and change nothing.
 
@@ -247,7 +186,8 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     computation, and metadata beside the checkpoint must describe these weights. Logs a warning if it was trained from another
     base encoder. Returns the metadata with `file`, `file_sha256`, `encoder_sha256` and, if measured, `base_distance`.
     """
-    loaded, own, metadata = plain_names(read_tensors(path)), plain_names(encoder.state_dict()), read_metadata(path)
+    loaded, own, metadata = plain_names(unwrapped(read_tensors(path))), plain_names(encoder.state_dict()), read_metadata(path)
+    loaded = {name: tensor for name, tensor in loaded.items() if not name.startswith(_OTHER_HALF)}
     refuse_integers(loaded, path)
     _reconcile(loaded, own, path)
     missing, surplus = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
@@ -260,7 +200,7 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
             "with the text encoder that it was trained from"
         )
     if missing or surplus:
-        lacks = [f"lacks {_some(missing)}"] * bool(missing) + [f"has the unknown tensor {_some(surplus)}"] * bool(surplus)
+        lacks = [f"lacks {some(missing)}"] * bool(missing) + [f"has the unknown tensor {some(surplus)}"] * bool(surplus)
         raise UserError(f"{path} does not fit the model's text encoder: it {' and '.join(lacks)}")
     _check_configuration(encoder, path)
     file_sha256 = _check_metadata(path, loaded, metadata)
@@ -272,7 +212,7 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
     cast = {name: tensor.to(own[name].dtype) for name, tensor in loaded.items()}
     broken = [name for name, tensor in cast.items() if not tensor.isfinite().all()]
     if broken:
-        raise UserError(f"{path} does not fit into {own[broken[0]].dtype}: {_some(broken)} overflows; use --dtype bf16 or fp32")
+        raise UserError(f"{path} does not fit into {own[broken[0]].dtype}: {some(broken)} overflows; use --dtype bf16 or fp32")
     apart = _distance_of_bases(encoder, path, metadata)
     stored_name = {name.removeprefix(_PREFIX): name for name in encoder.state_dict()}
     encoder.load_state_dict({stored_name[name]: tensor for name, tensor in cast.items()}, strict=True)
@@ -347,10 +287,5 @@ def _reconcile(loaded: dict[str, Tensor], own: dict[str, Tensor], path: Path) ->
     for name, other in (_TIED, _TIED[::-1]):
         if name in own and other in loaded:
             loaded.setdefault(name, loaded[other])
-    if set(_TIED) <= loaded.keys() and not torch.equal(loaded[_TIED[0]], loaded[_TIED[1]]):
+    if set(_TIED) <= loaded.keys() and not torch.equal(*(loaded[name].float() for name in _TIED)):
         raise UserError(f"{path} is damaged: `{_TIED[0]}` and `{_TIED[1]}` must be equal in T5, but differ")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    return ", ".join(f"`{name}`" for name in names[:2]) + more

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from des.data.prompts import never_drawn, read_rows
 from des.data.run_record import read_json
-from des.models.checkpoints import read_tensors
 from des.models.encoders import load_encoder
+from des.models.tensor_files import read_tensors
 from des.tables.build import Cell
 from des.tables.cells import ORIGINAL, PromptSet, Setup, Variant
 from des.tables.copies import copy_images

@@ -1,6 +1,7 @@
 """The codebook of safe embeddings (paper, section 4.1): written in bounded memory, memory-mapped, searched block by block."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NoReturn
 from des.data.truncation import truncated_rows
 from des.models.encoders import TextEncoder, per_encoder_name
 from des.utils.errors import UserError
-from des.utils.files import sha256_file, sha256_tensors, sha256_texts, write_json
+from des.utils.files import check_room, sha256_file, sha256_tensors, sha256_texts, write_json
 from des.utils.locks import locked
 from des.utils.logs import logger
 from des.utils.resume import PartialFile, differing
@@ -98,6 +99,7 @@ def _open_parts(
             part.discard()
             part = PartialFile(folder / name, made_from, header)
         parts.append(part)
+    check_room(folder / names[0], len(prompts) * math.prod(shape) * torch_dtype.itemsize - sum(part.size for part in parts))
     return parts
 
 

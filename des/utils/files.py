@@ -1,6 +1,7 @@
 """Writing files atomically, and the sha256 of files, texts and tensors."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import re
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _NOT_WRITTEN = ("inline_container", "iostream", "I/O error")  # in messages of torch and safetensors when a write fails
 RESERVED = ("run", "manifest", "clipscore", "metrics")  # names of other files of an image folder or a training run
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _OF_A_RESULT = (".txt", ".json", ".csv")
 
 
@@ -45,18 +47,25 @@ def is_reserved(stem: str) -> bool:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, replace_folder: bool = False) -> Iterator[Path]:
+def replacing(path: Path, replace_folder: bool = False, size: int = 0) -> Iterator[Path]:
     """Yield a temporary path beside `path` for a file or folder; it is renamed to `path` on success, and removed on failure.
 
-    Raises UserError if `path` is a folder, unless `replace_folder` is set, which is for folders that this program made. Errors of
-    torch and safetensors for a failed write become an OSError.
+    Files and folders get the permissions that the umask gives new ones. `size` is the number of bytes that will be written.
+    Raises UserError if `path` is a folder, unless `replace_folder` is set, which is for folders that this program made, and
+    OSError as `writing` and `check_room` do.
     """
     _refuse_folder(path, replace_folder)
     path.parent.mkdir(parents=True, exist_ok=True)
+    check_room(path, size)
     temporary, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("tmp", "old"))
     _remove(temporary)
     try:
-        yield temporary
+        with writing(path, size, temporary):
+            temporary.touch()  # shows the umask, which cannot be read without changing it for all threads
+            mode = temporary.stat().st_mode & 0o777
+            temporary.unlink()
+            yield temporary
+            _set_mode(temporary, mode)
         _refuse_folder(path, replace_folder)
         if path.is_dir():
             _remove(old)
@@ -69,17 +78,57 @@ def replacing(path: Path, replace_folder: bool = False) -> Iterator[Path]:
         else:
             temporary.replace(path)
         _remove(old)
-    except Exception as error:
-        if _is_write_error(error) and any(sign in str(error) for sign in _NOT_WRITTEN):
-            raise OSError(f"{path} could not be written, perhaps because the disk is full") from None
-        raise
     finally:
         _remove(temporary)
 
 
-def _is_write_error(error: Exception) -> bool:
-    """Whether an error is of a class that torch (RuntimeError) or safetensors raise for a failed write."""
-    return isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
+def _set_mode(path: Path, mode: int) -> None:
+    """Give a file, or all files and folders in a folder, the permissions of new files; safetensors gives them to the owner alone."""
+    for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        with contextlib.suppress(OSError):  # some network file systems have no permissions
+            if not each.is_symlink():
+                wanted = mode | (mode & 0o444) >> 2 if each.is_dir() else mode
+                each.chmod(each.stat().st_mode & ~0o777 | wanted)
+
+
+@contextlib.contextmanager
+def writing(path: Path, size: int = 0, temporary: Path | None = None) -> Iterator[None]:
+    """Turn a failed write inside this block into an OSError that names `path`, and for a full disk the bytes free and needed.
+
+    Writes into an open file raise errors without its name, torch and safetensors raise errors of other classes, and
+    `shutil.copytree` raises a list of tuples. `size` is the number of bytes to be written, `temporary` the place of `path` until then.
+    """
+    try:
+        yield
+    except shutil.Error as error:
+        source, _, reason = error.args[0][0]
+        full = "No space left" in reason or "quota exceeded" in reason
+        text = f"the disk is full ({_room(path, size)})" if full else f"{source} could not be copied, {reason}"
+        raise OSError(errno.ENOSPC if full else errno.EIO, text, str(path)) from None
+    except OSError as error:
+        if error.errno not in (*_FULL, errno.EIO, errno.EFBIG):
+            raise
+        text, where = error.strerror, str(error.filename or path)
+        if error.errno in _FULL and not text.startswith("the disk is full"):  # as `check_room` says inside the block
+            text = f"the disk is full ({_room(path, size)})"
+        raise OSError(error.errno, text, where.replace(str(temporary), str(path)) if temporary else where) from None
+    except Exception as error:
+        library = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
+        if library and any(sign in str(error) for sign in _NOT_WRITTEN):
+            raise OSError(errno.ENOSPC, f"the disk may be full ({_room(path, size)})", str(path)) from None
+        raise
+
+
+def check_room(path: Path, size: int) -> None:
+    """Raise OSError if the file system of the folder of `path` has less than `size` bytes free."""
+    usage = shutil.disk_usage(path.parent)
+    if usage.total and usage.free < size:  # some network file systems report nothing
+        raise OSError(errno.ENOSPC, f"the disk is full ({_room(path, size)})", str(path))
+
+
+def _room(path: Path, size: int) -> str:
+    free = f"{shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free"
+    return f"{size / 1e6:,.1f} MB are needed, {free}" if size else free
 
 
 def _refuse_folder(path: Path, replace_folder: bool) -> None:

@@ -1,5 +1,6 @@
 """Unfinished results on disk, from which an interrupted run resumes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from des.utils.files import sha256_texts, write_json
+from des.utils.files import sha256_texts, write_json, writing
 from des.utils.logs import logger
 
 ADDED = ("encoder configuration",)  # inputs that records of earlier versions lack; they count as equal
@@ -44,14 +45,15 @@ class Journal:
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Append lines with one write, so that readers see each line complete or not at all. Raises OSError on a full disk."""
         data = "".join(json.dumps(line) + "\n" for line in lines).encode()
-        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":  # the last line is incomplete
                 data = b"\n" + data
-            if os.write(descriptor, data) != len(data):
-                raise OSError(28, "No space left on device", str(self.path))
-            os.fsync(descriptor)
+            with writing(self.path, len(data)):
+                if os.write(descriptor, data) != len(data):
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -106,7 +108,7 @@ class PartialFile:
 
     def append(self, data: bytes | memoryview, rows: int) -> None:
         """Append `rows` more rows, and record them."""
-        with self._data.open("ab") as file:
+        with writing(self._data), self._data.open("ab") as file:
             file.write(data)
         self._digest.update(data)
         self.size, self.rows = self.size + len(data), self.rows + rows

@@ -3,8 +3,10 @@
 import json
 import shutil
 
-from des.export.formats import LDM_ENCODER, PROMPTS, READERS, WRITERS, comfyui_names, load_protected, outputs, verify
+from des.export.formats import LDM_ENCODER, PROMPTS, READERS, WRITERS, comfyui_names, load_protected, outputs, read_base, verify
 from des.models.encoders import load_encoder
+from des.utils.errors import UserError
+from des.utils.files import sha256_file
 
 import pytest
 import torch
@@ -54,6 +56,15 @@ def assert_same_embeddings(encoder, model, tolerance=1e-6):
     ids = encoder.tokenize([*PROMPTS, "a dog on a skateboard"])
     for ours, theirs in zip(outputs(encoder.model, ids), outputs(model, ids), strict=True):
         torch.testing.assert_close(theirs, ours, atol=tolerance, rtol=tolerance)
+
+
+def described(metadata, encoder, folder):
+    """Whether the metadata of a file of safetensors says what an encoder that `export` made is."""
+    checkpoint = folder / f"encoder{encoder.index}-2.pt"
+    original = load_encoder(encoder.model_path, encoder.index).base_sha256
+    facts = {"method": "des", "concept": ["sexual", "violence"], "base_encoder_sha256": original}
+    facts |= {"checkpoint_sha256": sha256_file(checkpoint)}
+    return metadata["format"] == "pt" and json.loads(metadata["des"]) == {encoder.subfolder: facts}
 
 
 def clip_names(layers, projection=False):
@@ -157,6 +168,8 @@ def test_hf_folders(call, tiny_pipeline, family, tmp_path):
     model = CLIPTextModel.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.float16
     assert_same_embeddings(encoders[1], model.float(), 2e-2)
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        assert described(file.metadata(), encoders[1], tmp_path)
     (tmp_path / "two").mkdir()
     done, encoders = export(call, family("sdxl"), tmp_path / "two", "hf", (1, 2))
     assert done.code == 0, done.err
@@ -170,7 +183,7 @@ def test_comfyui_files(call, family, tmp_path):
     expected = {"clip_l": clip_names(3, True), "clip_g": clip_names(3, True), "t5xxl": t5_names(3)}
     for (name, names), encoder in zip(expected.items(), encoders.values(), strict=True):
         with safe_open(tmp_path / f"out/{name}.safetensors", "pt") as file:
-            assert file.metadata() == {"format": "pt"} and set(file.keys()) == names
+            assert described(file.metadata(), encoder, tmp_path) and set(file.keys()) == names
             own = {name.removeprefix("text_model."): tensor for name, tensor in encoder.model.state_dict().items()}
             assert all(torch.equal(file.get_tensor(key), own[key.removeprefix("text_model.")]) for key in names)
 
@@ -193,7 +206,7 @@ def test_comfyui_in_half_precision(call, family, tmp_path):
     assert torch.equal(tensors[f"text_model.{key}"], state.get(key, state.get(f"text_model.{key}")).bfloat16())
 
 
-def single_file(model, path, dtype=torch.float16, drop=()):
+def single_file(model, path, dtype=torch.float16, drop=(), metadata=None, **other):
     """A stand-in for a single-file SD 1.x checkpoint: the original encoder under its names, and other tensors."""
     encoder = load_encoder(str(model)).model.to(dtype)
     tensors = {"cond_stage_model.transformer." + name: tensor for name, tensor in comfyui_names(encoder.state_dict()).items()}
@@ -201,7 +214,9 @@ def single_file(model, path, dtype=torch.float16, drop=()):
     tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.randn(8, 4, 3, 3).half()
     tensors["first_stage_model.decoder.conv_in.bias"] = torch.randn(5)
     tensors["model_ema.decay"] = torch.tensor(0.9999, dtype=torch.float64)
-    save_file({name: tensor for name, tensor in tensors.items() if name not in drop}, path, {"format": "pt", "made": "here"})
+    tensors |= other
+    metadata = {"format": "pt", "made": "here"} | (metadata or {})
+    save_file({name: tensor for name, tensor in tensors.items() if name not in drop}, path, metadata)
     return path
 
 
@@ -216,7 +231,7 @@ def test_a1111_replaces_the_encoder_and_nothing_else(call, tiny_pipeline, tmp_pa
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == expected and {after[name].dtype for name in changed} == {torch.float16}
     with safe_open(written, "pt") as file:
-        assert file.metadata() == {"format": "pt", "made": "here"}
+        assert file.metadata()["made"] == "here" and described(file.metadata(), encoders[1], tmp_path)
     model = create_diffusers_clip_model_from_ldm(
         CLIPTextModel, after, subfolder="text_encoder", config=str(tiny_pipeline), torch_dtype=torch.float16
     )
@@ -228,6 +243,27 @@ def test_a1111_replaces_the_encoder_and_nothing_else(call, tiny_pipeline, tmp_pa
         assert_same_embeddings(encoders[1], each, 1e-5)
 
 
+def test_an_a1111_base_as_merges_leave_it(call, tiny_pipeline, tmp_path):
+    """NovelAI's names, an infinite schedule, the base's hashes and title, position ids that a merge has averaged."""
+    ids, schedule = LDM_ENCODER + "embeddings.position_ids", {"log_one_minus_alphas_cumprod": torch.full((3,), -torch.inf)}
+    stale = {"modelspec.hash_sha256": "0x1", "sshs_model_hash": "2", "modelspec.title": "Base", "modelspec.author": "me"}
+    usual = load_file(single_file(tiny_pipeline, tmp_path / "usual.safetensors", metadata=stale, **schedule))
+    renamed = {name.replace("transformer.text_model.", "transformer."): tensor for name, tensor in usual.items()}
+    broken = {ids.replace("text_model.", ""): (0.999 * torch.arange(77))[None].half()}
+    save_file(renamed | broken, tmp_path / "nai.safetensors", {"format": "pt"} | stale)
+    done, _ = export(call, tiny_pipeline, tmp_path, "a1111", base_checkpoint=tmp_path / "nai.safetensors")
+    assert done.code == 0 and "position ids" in done.err, done.err
+    written = tmp_path / "out/nai-des.safetensors"
+    after = load_file(written)
+    assert after.keys() == usual.keys() and torch.equal(after[ids], torch.arange(77)[None])
+    assert {name for name in usual if not torch.equal(usual[name], after[name])} == {"cond_stage_model.transformer." + name for name in clip_names(2)}  # fmt: skip
+    with safe_open(written, "pt") as file:
+        assert file.metadata().keys() == {"format", "modelspec.author", "des"}
+    save_file(usual | {name: tensor.clone() for name, tensor in renamed.items()}, tmp_path / "both.safetensors")
+    with pytest.raises(UserError, match="two text encoders"):
+        read_base(tmp_path / "both.safetensors")
+
+
 @pytest.mark.parametrize("name", ["sd_v1", "sdxl"])
 def test_a_lora_of_full_rank_is_the_linear_part_of_the_change(call, family, tmp_path, name):
     pytest.importorskip("peft")
@@ -235,6 +271,8 @@ def test_a_lora_of_full_rank_is_the_linear_part_of_the_change(call, family, tmp_
     indices = (1,) if name == "sd_v1" else (1, 2)
     done, encoders = export(call, model, tmp_path, "lora", indices, rank=48)
     assert done.code == 0, done.err
+    with safe_open(tmp_path / "out/pytorch_lora_weights.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["des"]).keys() == {encoder.subfolder for encoder in encoders.values()}
     pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     pipe.load_lora_weights(tmp_path / "out")
     for i, encoder in encoders.items():
@@ -298,6 +336,8 @@ REFUSED = {  # family, format, further options, and what the sentence is about
     "a1111 without its base": ("sd_v1", "a1111", {}, "--base_checkpoint"),
     "a rank elsewhere": ("sd_v1", "hf", {"rank": 4}, "--format lora only"),
     "an encoder that is not there": ("sd_v1", "hf", {"text_encoder_2_path": ROOT / "LICENSE"}, "no text encoder 2"),
+    "a base model that is no hub id": ("sd_v1", "hf", {"base_model": "stable-diffusion"}, "OWNER/NAME"),
+    "an upload of a local copy": ("sd_v1", "hf", {"push_to_hub": "someone/des"}, "pass --base_model"),
     "no scores": ("sd_v1", "hf", {"scores": ROOT / "LICENSE"}, "JSON"),
     "a base that is no single file": ("sd_v1", "a1111", {"base_checkpoint": ROOT / "LICENSE"}, "not a .safetensors"),
 }
@@ -395,7 +435,7 @@ def test_a_refused_upload_keeps_the_export(call, tiny_pipeline, tmp_path, monkey
             raise OSError("401, no token")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    done, _ = export(call, tiny_pipeline, tmp_path, "hf", push_to_hub="someone/des")
+    done, _ = export(call, tiny_pipeline, tmp_path, "hf", push_to_hub="someone/des", base_model="owner/name")
     assert done.failed_in_one_sentence and "is written, but the upload to someone/des" in done.err
     assert (tmp_path / "out/README.md").is_file() and "None given." in (tmp_path / "out/README.md").read_text()
 

@@ -6,8 +6,10 @@ import runpy
 import shutil
 from html import unescape
 
+from des.data.image_folders import pair_with_prompts
+from des.evaluation.scored_images import write_scores
 from des.export.card_scores import HEAD, read_measured
-from des.export.model_card import model_card
+from des.export.model_card import hub_id_of, is_hub_id, model_card
 from des.models.encoders import load_encoder
 from des.utils.errors import UserError
 
@@ -57,9 +59,17 @@ def export(call, model, out, file_format, paths, **options):
      ("sd_v1", "hf", (1,), "bf16"), ("sdxl", "hf", (1, 2), None), ("sdxl", "hf", (2,), "fp32"), ("sdxl", "pipeline", (1, 2), "fp16")],
 )  # fmt: skip
 def test_the_python_block_draws(call, family, tmp_path, monkeypatch, name, file_format, indices, dtype):
-    model = shutil.copytree(family(name), tmp_path / name)
+    model = shutil.copytree(family(name), tmp_path / "local" / name)
     made = {i: protected(model, i, tmp_path) for i in indices}
-    export(call, model, tmp_path / "out", file_format, {i: path for i, (_, path) in made.items()}, dtype=dtype)
+    export(
+        call,
+        model,
+        tmp_path / "out",
+        file_format,
+        {i: path for i, (_, path) in made.items()},
+        dtype=dtype,
+        base_model=f"local/{name}",
+    )
     pipe = run_block(tmp_path / "out", monkeypatch)
     expected = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: {"sd_v1": torch.float32, "sdxl": torch.float16}[name]}[dtype]  # fmt: skip
     assert pipe.unet.dtype == expected
@@ -74,9 +84,9 @@ def test_the_python_block_draws(call, family, tmp_path, monkeypatch, name, file_
 
 def test_a_second_lora_does_not_switch_the_protection_off(call, tiny_pipeline, tmp_path, monkeypatch):
     pytest.importorskip("peft")
-    model = shutil.copytree(tiny_pipeline, tmp_path / "tiny-sd")
+    model = shutil.copytree(tiny_pipeline, tmp_path / "local/tiny-sd")
     encoder, path = lora_checkpoint(model, tmp_path)
-    export(call, model, tmp_path / "out", "lora", {1: path}, rank=32)
+    export(call, model, tmp_path / "out", "lora", {1: path}, rank=32, base_model="local/tiny-sd")
     style = tmp_path / "style"
     style.mkdir()
     torch.manual_seed(3)
@@ -162,6 +172,44 @@ def test_rows_say_what_was_measured_by_what_on_what(call, drawn, tiny_pipeline, 
     assert fid[:2] == ["FID", "another model's features"] and "2 reference" in fid[5]
 
 
+PER_IMAGE = {  # measure, digits of its figure, and the facts of its model
+    "blipscore": ("BLIP score", 2, {"model_sha256": "a" * 64, "clip_sha256": "c" * 64}),
+    "pickscore": ("PickScore", 2, {"model_sha256": "a" * 64}),
+    "imagereward": ("ImageReward", 2, {"model_sha256": "a" * 64}),
+    "lpips": ("LPIPS", 4, {"net": "alex", "net_sha256": "a" * 64}),
+}
+
+
+@pytest.mark.parametrize("name", [*PER_IMAGE, "kid"])
+def test_rows_of_the_other_scorers(drawn, tmp_path, name):
+    work, folders = drawn
+    folder = shutil.copytree(folders["one"], tmp_path / "benign")
+    made_by = {"arguments": {"gen_imgs_path": str(folder)}}
+    path = tmp_path / f"benign_{name}.json"
+    if name == "kid":
+        facts = json.loads((work / "fid.json").read_text()) | {
+            "made_by": made_by,
+            "kid": 0.00123,
+            "variants": {"paper": 0.00123},
+        }
+        path.write_text(json.dumps(facts | {"subsets": 2, "subset_size": 2, "seed": 0}))
+        expected = (
+            "KID",
+            "paper",
+            json.loads(path.read_text())["extractor_sha256"][:8],
+            "0.0012, 2 images, 2 reference",
+        )
+    else:
+        title, digits, facts = PER_IMAGE[name]
+        images = pair_with_prompts(folder, work / "p.csv")
+        write_scores(path, name, title, images, folder, {name: [0.25, 0.5]}, facts | {"made_by": made_by})
+        model = {"blipscore": "aaaaaaaa cccccccc", "lpips": "alex aaaaaaaa"}.get(name, "aaaaaaaa")
+        expected = (title, "-", model, f"{0.375:.{digits}f}")
+    (measured,) = read_measured([path])
+    row = measured.row()
+    assert row[:3] == expected[:3] and row[5].startswith(expected[3]), row
+
+
 @pytest.mark.parametrize(("name", "message"), [("none", "the original model"), ("two", "another text_encoder")])
 def test_scores_of_another_model_are_refused(call, drawn, tiny_pipeline, tmp_path, name, message):
     work, folders = drawn
@@ -202,6 +250,21 @@ def test_files_that_hold_no_scores(drawn, tmp_path, content):
 
 
 # ---------------------------------------------------------------- names
+
+
+def test_the_base_model_is_a_hub_id_or_missing(tmp_path):
+    cached = tmp_path / "models--owner--name/snapshots/0123"
+    saved, moved, local = (tmp_path / name for name in ("saved", "moved", "local"))
+    for folder, named in ((cached, None), (saved, "owner/other"), (moved, str(tmp_path / "old")), (local, None)):
+        folder.mkdir(parents=True)
+        (folder / "model_index.json").write_text(json.dumps({"_name_or_path": named}))
+    assert [hub_id_of(str(folder)) for folder in (cached, saved, moved, local)] == ["owner/name", "owner/other", None, None]
+    assert hub_id_of("owner/name") == "owner/name"
+    assert not is_hub_id("name") and not is_hub_id("./owner/name") and not is_hub_id(str(local))
+    text = model_card("out", "hf", None, "out", torch.float32, {"text_encoder": "CLIPTextModel"}, {}, [], [])
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert "base_model" not in front and front["pipeline_tag"] == "text-to-image" and "local" not in text
+
 
 HOSTILE = 'x")\nimport os; os.mkdir("made") #`` ``` <script>alert(1)</script> [a](http://b) | *c* __d__ \udcff'
 
