@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from des.utils.errors import UserError
 from des.utils.logs import logger
@@ -25,6 +26,17 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
             value = " ".join(map(str, default)) if isinstance(default, list) else str(default)
             facts.append("default: " + value.replace("%", "%%"))
         return f"{text} ({'; '.join(facts)})" if facts else text
+
+
+class Removed(argparse.Action):
+    """An option of earlier versions: it is not in the help, and using it is an error that says what to do `instead`."""
+
+    def __init__(self, instead: str, **options: Any):
+        super().__init__(nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
+        self.instead = instead
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        parser.error(f"{self.option_strings[0]} was removed; {self.instead}")
 
 
 def run(main: Callable[[], None]) -> None:
