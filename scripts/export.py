@@ -10,6 +10,7 @@ README.md; it appears when everything is in it and reads back as the encoder tha
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -131,7 +132,7 @@ def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: to
         if not all(part.isfinite().all() for pair in layers.values() for part in pair):
             raise UserError(f"the LoRA of text encoder {i} overflows in {dtype}; use --dtype bf16 or fp32")
         factors[protected.subfolder] = layers
-        encoders[i] = lora.with_model(originals[i], lora.merged(originals[i].model, layers))
+        encoders[i] = replace(originals[i], model=lora.merged(originals[i].model, layers))
         figures = lora.measure(originals[i], protected, encoders[i], prompts)
         lines += lora.describe(i, args.rank, held, figures).splitlines()
     lora.write(folder, factors)

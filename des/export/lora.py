@@ -6,7 +6,6 @@ biases, norms and embeddings; `measure` computes how far its embeddings are from
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -110,11 +109,6 @@ def measure(
         "protected_to_original": full_to_original.mean().item(),
         "missing": missing / moved,
     }
-
-
-def with_model(encoder: TextEncoder, model: nn.Module) -> TextEncoder:
-    """Return the encoder with another model and the same tokenizer and reading."""
-    return replace(encoder, model=model)
 
 
 def describe(index: int, rank: int, held: float, figures: Mapping[str, Any]) -> str:

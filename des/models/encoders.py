@@ -13,7 +13,7 @@ from typing import Any
 
 from des.models.activations import use_lean_activations
 from des.models.checkpoints import fingerprint
-from des.models.families import ENCODER_CLASSES, PIPELINES, Family, Reading, find_family, shares_class
+from des.models.families import ENCODER_CLASSES, FAMILIES, PIPELINES, Family, Reading, find_family
 from des.models.loading import load_model, loading, torch_dtype
 from des.utils.errors import UserError
 from des.utils.files import sha256_texts
@@ -174,8 +174,8 @@ def family_of(model_path: str) -> Family:
     index = read_index(model_path)
     name = index["_class_name"] if index else "folder without model_index.json"
     _known(model_path, name)
-    width = read_config(model_path, "text_encoder").get("hidden_size") if shares_class(name) else None
-    return find_family(name, width)
+    shared = sum(family.pipeline == name for family in FAMILIES.values()) > 1
+    return find_family(name, read_config(model_path, "text_encoder").get("hidden_size") if shared else None)
 
 
 def read_config(model_path: str, subfolder: str) -> dict[str, Any]:

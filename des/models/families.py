@@ -145,11 +145,6 @@ def find_family(pipeline: str, width: int | None = None) -> Family | None:
     return next((family for family in among if family.width == width), among[0] if among else None)
 
 
-def shares_class(pipeline: str) -> bool:
-    """Whether several families share this pipeline class, so that the width of text encoder 1 is needed."""
-    return sum(family.pipeline == pipeline for family in _FAMILIES) > 1
-
-
 def described(setting: str) -> str:
     """Return a setting's default and the families with another one, for its option's help: `7.5; sd_v3 7, flux 3.5`."""
     values = {name: getattr(family, setting) for name, family in FAMILIES.items()}

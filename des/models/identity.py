@@ -39,7 +39,10 @@ def component_sha256s(
     identified by their configuration only; their weights may come from a checkpoint and are hashed by
     `des.models.checkpoints.fingerprint`. `variant` is that of the opened files; components in `without` are skipped.
     """
-    folder = pipeline_folder(model_path)
+    folder = Path(model_path)
+    if not folder.is_dir():  # a hub id: the folder is the snapshot in the hub's cache
+        cached = try_to_load_from_cache(model_path, "model_index.json")
+        folder = Path(cached if isinstance(cached, str) else hf_hub_download(model_path, "model_index.json")).parent
     index = read_index(model_path) or {}
     options = {name: value for name, value in index.items() if name == "_class_name" or not isinstance(value, list)}
     found = {"pipeline": _sha256_config(options)}
@@ -67,14 +70,6 @@ def scheduler_sha256(scheduler: SchedulerMixin) -> str:
         if name in scheduler.config and scheduler.config[name] != parameter.default
     }
     return sha256_texts([type(scheduler).__name__, json.dumps(changed, sort_keys=True, default=str)])
-
-
-def pipeline_folder(model_path: str) -> Path:
-    """Return the folder of a pipeline's files: `model_path`, or the snapshot in the hub's cache."""
-    if Path(model_path).is_dir():
-        return Path(model_path)
-    cached = try_to_load_from_cache(model_path, "model_index.json")
-    return Path(cached if isinstance(cached, str) else hf_hub_download(model_path, "model_index.json")).parent
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
