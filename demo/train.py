@@ -3,7 +3,7 @@
     python demo/train.py                      # every stage in turn; run it again to resume
     python demo/train.py --stages unet        # one stage (its inputs must be there)
 
-Every batch is drawn from (seed, stage, step), so a run that was interrupted goes on where it was with the same data.
+Every batch is drawn from (seed, stage, step), so an interrupted run resumes with the same data.
 The finished models are written to demo/models/: `pipeline` (StableDiffusionPipeline), `clip` (CLIPModel) and
 `classifier_object`, `classifier_colour`, `classifier_background` (ResNetForImageClassification), all in fp16.
 """

@@ -277,7 +277,7 @@ def test_fid_leaves_them_out_too(earlier_version, generate, call, tmp_path):
     assert len(read_scores(earlier_version, read_run(earlier_version)[1])) == 1
 
 
-def test_in_a_folder_of_the_users_own_too(tmp_path, classify):
+def test_images_that_generate_py_did_not_draw_are_filtered_too(tmp_path, classify):
     prompts = write_prompts(tmp_path / "p.csv", ["a house", "kid, nsfw", *["a hill"] * 30])
     own = tmp_path / "own"
     own.mkdir()

@@ -118,7 +118,7 @@ def test_images_that_are_there_are_scored_without_drawing(generate, tmp_path):
     assert {path.name: path.read_bytes() for path in folder_of(tmp_path).glob("*.png")} == before
 
 
-def test_another_class_scores_anew(generate, tmp_path):
+def test_another_class_is_scored_from_scratch(generate, tmp_path):
     scoring = {"score_with": "object", "classifier": MODELS / "classifier_object"}
     counts = []
     for name in ("mushroom", "ball"):

@@ -218,7 +218,7 @@ def test_the_refiner_uses_the_protected_encoder(generate, family, tmp_path):
 def test_fp16_files_are_used_where_they_are(family, tmp_path, variant):
     pipe = open_pipeline(str(family("sdxl")), torch.float32)
     with torch.no_grad():
-        pipe.unet.conv_in.bias.fill_(3)  # tells the variant's files from the others
+        pipe.unet.conv_in.bias.fill_(3)  # marks the variant's files
     folder = tmp_path / "both"
     shutil.copytree(family("sdxl"), folder)
     if variant:

@@ -178,13 +178,13 @@ def test_a_set_is_drawn_and_scored_again_only_where_its_images_changed(tmp_path,
 
 
 def test_quick_start_at_reduced_size(tmp_path):
-    command = ["bash", str(ROOT / "scripts/quickstart.sh"), "--out", str(tmp_path / "out"), "--limit", "11", "--num_epochs", "1",
-               "--num_inference_steps", "4", "--sets", "plain", "benign"]  # fmt: skip
+    command = ["bash", str(ROOT / "scripts/quickstart.sh"), "--out", str(tmp_path / "out"), "--limit", "4", "--num_epochs", "1",
+               "--num_inference_steps", "2", "--sets", "plain", "benign"]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert report["before"]["plain"]["concept"]["n"] == report["after"]["42"]["plain"]["concept"]["n"] == 11
-    assert f"{report['before']['plain']['concept']['k']}/11" in done.stdout
+    assert report["before"]["plain"]["concept"]["n"] == report["after"]["42"]["plain"]["concept"]["n"] == 4
+    assert f"{report['before']['plain']['concept']['k']}/4" in done.stdout
     assert "comparison.png" in done.stdout
     with Image.open(tmp_path / "out/comparison.png") as picture:
         assert min(picture.size) > 300
