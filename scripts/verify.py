@@ -4,10 +4,10 @@
     python scripts/verify.py --checkpoint checkpoints/des_sexual/1e-05_0.3/checkpoint-2.pt --device cuda:0
 
 Compares every image with the manifest, the manifest with run.json, and every score file in and beside the folder with the images
-that it is about (FID, CLIP score, PickScore, BLIP score and ImageReward too). Then it draws a random sample again from the recorded
-command and compares pixels; where images were discarded, the scores. Run it where the command was run, with the same files in
-place. Of a checkpoint it measures how far it moves the embeddings of its concept and of neutral prompts. The exit code is 1 where
-anything differs, and where a checkpoint may not protect.
+that it scored (FID, CLIP score, PickScore, BLIP score and ImageReward too). Then it draws a random sample again from the recorded
+command and compares pixels; where images were discarded, the scores. Run it in the folder where the command was run, with
+the same files in place. For a checkpoint, it measures how far the checkpoint moves the embeddings of its concept and of neutral
+prompts. The exit code is 1 if anything differs or a checkpoint may not protect.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from des.utils import cli
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="a folder with run.json and manifest.jsonl")
-    sampled = parser.add_argument_group("of a folder")
+    parser.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="folder of images with run.json and manifest.jsonl")
+    sampled = parser.add_argument_group("for a folder")
     of_checkpoint = parser.add_argument_group("instead of a folder")
     of_checkpoint.add_argument("--checkpoint", type=Path, metavar="CKPT", help="a protected text encoder")
     cli.add_model(of_checkpoint)
@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     of_checkpoint.add_argument("--concept_prompt", nargs="+", metavar="TEXT", help="for a checkpoint whose metadata names no concept")
     # fmt: on
     sampled.add_argument("--sample", type=cli.natural, default=4, metavar="N", help="images to draw again")
-    sampled.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of the sample's choice")
+    sampled.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="seeds the choice of the sample")
     sampled.add_argument(
         "--tolerance", type=cli.natural, default=0, metavar="L",
         help="levels (of 255) that a pixel may differ by: 0 on the machine that drew the images, some on another",
@@ -105,7 +105,9 @@ def check_checkpoint(args: argparse.Namespace) -> None:
     if metadata["doubt"]:
         raise UserError(f"{args.checkpoint}: {metadata['doubt']}")
     if metadata["shift"]["concept"] is None:
-        raise UserError(f"could not tell whether {args.checkpoint} protects: its concept is not known; pass --concept_prompt")
+        raise UserError(
+            f"whether {args.checkpoint} protects is unknown, because its metadata names no concept; pass --concept_prompt"
+        )
 
 
 def redraw(args: argparse.Namespace, run: dict[str, Any], line: dict[str, Any]) -> str:
