@@ -69,16 +69,12 @@ def replacing(path: Path, replace_folder: bool = False) -> Iterator[Path]:
             temporary.replace(path)
         _remove(old)
     except Exception as error:
-        if _is_write_error(error) and any(sign in str(error) for sign in _NOT_WRITTEN):
+        of_torch = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
+        if of_torch and any(sign in str(error) for sign in _NOT_WRITTEN):
             raise OSError(f"{path} could not be written, perhaps because the disk is full") from None
         raise
     finally:
         _remove(temporary)
-
-
-def _is_write_error(error: Exception) -> bool:
-    """Whether an error is of a class that torch (RuntimeError) or safetensors raise for a failed write."""
-    return isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
 
 
 def _refuse_folder(path: Path, replace_folder: bool) -> None:
