@@ -11,6 +11,7 @@ README.md; it appears when everything is in it and reads back as the encoder tha
 import argparse
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -118,8 +119,8 @@ def check(args: argparse.Namespace) -> None:
     if args.base_checkpoint and not args.base_checkpoint.is_file():
         raise UserError(f"there is no file --base_checkpoint {args.base_checkpoint}")
     check_fits(args.format, args.model_path, sorted(args.checkpoints))
-    if args.format == "lora":
-        lora.need_peft()
+    if args.format == "lora" and find_spec("peft") is None:  # diffusers needs it for LoRAs
+        raise UserError("--format lora needs peft, which is not installed: pip install -r requirements.txt")
 
 
 def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: torch.dtype, prompts: list[str]) -> list[str]:
