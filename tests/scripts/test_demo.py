@@ -4,9 +4,10 @@ import json
 import random
 import re
 import subprocess
+from dataclasses import replace
 
 from demo import experiment, prompts, train, world
-from demo.evaluation import PIPELINE, Sampling, evaluate
+from demo.evaluation import EXPERIMENTS, PIPELINE, Sampling, evaluate
 from des.data.prompts import read_prompts, read_rows
 from des.models.encoders import load_encoder
 from des.tables.jobs import JobRecords
@@ -132,7 +133,11 @@ def test_a_training_stage_that_was_interrupted_ends_with_the_same_weights(tmp_pa
     assert torch.equal(run(tmp_path / "b"), whole)
 
 
-def test_both_concepts_at_reduced_size(call, tmp_path):
+def test_both_concepts_at_reduced_size(call, tmp_path, monkeypatch):
+    """The training lists are replaced by short ones."""
+    assert EXPERIMENTS["both"].unsafe == ("demo_unsafe_train", "demo_house_unsafe_train")
+    short = replace(EXPERIMENTS["both"], unsafe=("demo_plain", "demo_house_plain"), safe="demo_both_benign")
+    monkeypatch.setitem(EXPERIMENTS, "both", short)
     done = call(
         "demo/experiment.py", "--concept", "both", "--out", tmp_path / "out", "--limit", 2, "--num_epochs", 1,
         "--num_inference_steps", 2, "--sets", "plain", "house_plain", "both_benign",
@@ -142,7 +147,8 @@ def test_both_concepts_at_reduced_size(call, tmp_path):
     assert all(report["before"][name]["concept"]["n"] == 2 for name in ("plain", "house_plain"))
     (metadata,) = (tmp_path / "out").rglob("checkpoint-1-metadata.json")
     assert json.loads(metadata.read_text())["concept_prompt"] == ["mushroom", "house"]
-    assert len(read_prompts(tmp_path / "out/prompts/demo_unsafe_train.csv")) == 4000
+    lists = [read_prompts(ROOT / f"datasets/{name}.csv") for name in short.unsafe]
+    assert read_prompts(tmp_path / "out/prompts/demo_unsafe_train.csv") == lists[0] + lists[1]
     records = [json.loads(path.read_text()) for path in (tmp_path / "out/jobs").iterdir()]
     sets = dict.fromkeys(("plain", "house_plain"), ("object",)) | {"both_benign": ("object", "colour", "background")}
     of_images = {f"{what} with {model}" for model in ("original", "protected-42") for what in (
