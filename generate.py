@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     performance.add_argument(
         "--attention_slicing",
         action=cli.Removed,
-        instead="PyTorch's attention needs no slicing; use --enable_model_cpu_offload",
+        instead="to save memory, use --enable_model_cpu_offload",
     )
     add_scoring(parser)
     cli.add_log_file(parser)

@@ -137,6 +137,7 @@ def command(arguments: dict[str, Any], line: dict[str, Any], keep_scoring: bool)
     """
     row = {"start_idx": line["row"], "end_idx": line["row"] + 1}
     here = {"results_dir": None, "device": None, "log_prompts": False}  # `redraw` adds a folder and a device
+    here |= {"blur": False, "attention_slicing": False}  # options of earlier versions
     left_out = options_of(cli.add_log_file) | (set() if keep_scoring else options_of(add_scoring))
     argv = []
     for name, value in (arguments | row | here).items():
