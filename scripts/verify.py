@@ -172,7 +172,7 @@ def _check_mean(score: Score) -> None:
     """Compare the interval of a mean with the one of the table beside it."""
     rows = pd.read_csv(score.path.with_suffix(".csv"))
     name = next(name for name, title in MEANS.items() if title == score.title)
-    _, interval = mean_and_interval(torch.as_tensor(rows[name].to_numpy(), dtype=torch.float64))
+    _, interval = mean_and_interval(torch.tensor(rows[name].tolist(), dtype=torch.float64))
     recorded = {"low": score.low, "high": score.high}
     if any(not math.isclose(recorded[end] or 0.0, value, rel_tol=1e-6, abs_tol=1e-9) for end, value in interval.items()):
         raise UserError(f"{score.path} has an interval that the scores beside it do not give; score the folder again")
