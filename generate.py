@@ -71,7 +71,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     performance.add_argument("--dtype", choices=DTYPES, help=f"default: {described_dtypes()}")
     cli.add_deterministic(performance)
     performance.add_argument("--enable_model_cpu_offload", action="store_true", help="keep on the GPU only the model in use")
-    performance.add_argument("--attention_slicing", action="store_true", help="less memory, slower; for models with a UNet")
+    performance.add_argument(
+        "--attention_slicing",
+        action=cli.Removed,
+        instead="to save memory, use --enable_model_cpu_offload",
+    )
     add_scoring(parser)
     cli.add_log_file(parser)
     args = parser.parse_args(argv)
@@ -169,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     check_refiner(pipe, refiner, sampling)
     for each in (pipe, refiner):
         if each is not None:
-            place(each, args.device, args.enable_model_cpu_offload, args.attention_slicing)
+            place(each, args.device, args.enable_model_cpu_offload)
     folder = args.results_dir / args.training_method / model_name(args.model_path) / args.output_path
     names = {
         (row, copy): folder / image_name(Path(args.output_path).name, args.training_method, row, copy)
@@ -188,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
             claim(folder, provenance(args), prompts, settings, applied, names, truncated)
         processes.wait()
         settings = recorded_settings(folder)
-        run = RunFolder(folder, names, lines_of(sampler, names, settings), args.discard_images, args.blur)
+        run = RunFolder(folder, names, lines_of(sampler, names, settings), args.discard_images)
         drawn, seconds = make(run, sampler, cards, processes, args.log_prompts)
         processes.wait()
         if processes.is_main:

@@ -1,9 +1,9 @@
-"""Train the demo's models from nothing on drawn pictures: tokenizer, CLIP, autoencoder, classifiers, UNet.
+"""Train the demo's models from scratch on drawn pictures: tokenizer, CLIP, autoencoder, classifiers, UNet.
 
     python demo/train.py                      # every stage in turn; run it again to resume
-    python demo/train.py --stages unet        # one stage (its inputs must be there)
+    python demo/train.py --stages unet        # one stage; the stages before it must be finished
 
-Every batch is drawn from (seed, stage, step), so a run that was interrupted goes on where it was with the same data.
+Every batch is drawn from (seed, stage, step), so an interrupted run resumes with the same data.
 The finished models are written to demo/models/: `pipeline` (StableDiffusionPipeline), `clip` (CLIPModel) and
 `classifier_object`, `classifier_colour`, `classifier_background` (ResNetForImageClassification), all in fp16.
 """
@@ -30,7 +30,7 @@ STAGES = ("tokenizer", "clip", "vae", "classifiers", "unet", "gates")
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     main_group = parser.add_argument_group("main")
-    main_group.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="what is trained")
+    main_group.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="stages to train")
     main_group.add_argument(
         "--out", type=cli.output_folder, default=MODELS, metavar="DIR", help="folder for the finished models"
     )
@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     main_group.add_argument("--work_dir", type=cli.output_folder, default=work, metavar="DIR", help="resumable states and caches")
     # fmt: on
-    main_group.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of everything")
+    main_group.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="seeds every random draw")
     lengths = parser.add_argument_group("lengths")
     for option, default, description in (
         ("clip_steps", 3500, "steps of the CLIP"), ("clip_batch", 192, "captions and pictures a step of the CLIP"),
@@ -204,7 +204,7 @@ def train_clip(args: argparse.Namespace) -> None:
 
 
 def train_vae(args: argparse.Namespace) -> None:
-    """A small autoencoder, factor 2, whose latents are scaled to unit variance."""
+    """Train a small autoencoder that halves the size; its latents are scaled to unit variance."""
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(
         block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
@@ -228,7 +228,7 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def train_classifiers(args: argparse.Namespace) -> None:
-    """Judges of object, colour and background, at home on clean renders and on what the autoencoder makes of them."""
+    """Train classifiers of object, colour and background on clean renders and on the autoencoder's reconstructions."""
     vae = AutoencoderKL.from_pretrained(args.work_dir / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
     processor = ViTImageProcessor(size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     for label, names in LABELS.items():
@@ -259,7 +259,7 @@ def train_classifiers(args: argparse.Namespace) -> None:
 
 
 def train_unet(args: argparse.Namespace) -> None:
-    """The denoiser: v-prediction with min-SNR weight, on cached latents with a fresh caption each time."""
+    """Train the denoiser: v-prediction with min-SNR weights, on cached latents; each draw of a picture gets a new caption."""
     tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(args.out / "clip", torch_dtype=torch.float32).eval().requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(args.work_dir / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
@@ -299,8 +299,11 @@ def train_unet(args: argparse.Namespace) -> None:
 
 
 def _blurred(text: torch.Tensor) -> torch.Tensor:
-    """Half of the text embeddings [B, T, D], shifted a little between those of others: a denoiser that sees one exact point
-    for each caption, as a tiny world would teach it, breaks at the smallest change of the encoder; a large one's does not."""
+    """Shift a random half of the text embeddings [B, T, D] a little in the direction between two others of the batch.
+
+    Without this, the denoiser sees exactly one embedding per caption and fails after the smallest change of the text encoder, which
+    the denoisers of large models do not.
+    """
     batch = text.shape[0]
     amount = torch.rand(batch, 1, 1) * 0.35 * (torch.rand(batch, 1, 1) < 0.5)
     return text + amount * (text[torch.randperm(batch)] - text[torch.randperm(batch)])
@@ -318,7 +321,7 @@ def _cached_latents(vae: AutoencoderKL, args: argparse.Namespace) -> tuple[list[
 
 
 def train_gates(args: argparse.Namespace) -> None:
-    """Print whether the models are good enough for figures about DES."""
+    """Print whether the models are good enough to measure DES on them (demo/gates.py)."""
     if args.out.resolve() != MODELS:
         sys.exit(f"error: the gates judge the models in {MODELS}; leave --out at its default")
     gates = Path(__file__).resolve().parent / "gates.py"

@@ -3,7 +3,7 @@
     python scripts/download_checkpoint.py des des_t5 --dir checkpoints/published
 
 An interrupted download resumes where it stopped (.NAME.pt.part). No hashes of the checkpoints are published: the sha256 of the
-first download is recorded in NAME.json beside NAME.pt, and a later download must have the same. That of Q16's prompts is known.
+first download is recorded in NAME.json beside NAME.pt, and a later download must have the same. The sha256 of Q16's prompts is known.
 """
 
 import argparse
@@ -70,7 +70,7 @@ PUBLISHED = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("names", nargs="+", choices=(*PUBLISHED, "all"), help="which files, or all of them")
+    parser.add_argument("names", nargs="+", choices=(*PUBLISHED, "all"), help="files to download")
     # fmt: off
     parser.add_argument("--dir", type=cli.output_folder, default=Path("checkpoints/published"), metavar="DIR", help="folder to download to")
     # fmt: on

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Scores of the images that generate.sh drew: bash scripts/evaluate.sh sd15|sd35|flux|multi|vangogh, or DEMO=1. Settings: settings.sh.
-# Without LIMIT every image of a list must be there.
+# Scores the images that generate.sh drew: bash scripts/evaluate.sh sd15|sd35|flux|multi|vangogh, or DEMO=1. The settings are in settings.sh.
+# Unless LIMIT is set, the folders must hold an image for every prompt of a list.
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash; run: bash $0" >&2; exit 1; }
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 

@@ -10,6 +10,8 @@ README.md; it appears when everything is in it and reads back as the encoder tha
 
 import argparse
 import sys
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -129,8 +131,8 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(unnamed)
         logger.warning("the model card will name no base model: %s", unnamed)
     check_fits(args.format, args.model_path, sorted(args.checkpoints), args.drop_t5)
-    if args.format == "lora":
-        lora.need_peft()
+    if args.format == "lora" and find_spec("peft") is None:  # diffusers needs it for LoRAs
+        raise UserError("--format lora needs peft, which is not installed: pip install -r requirements.txt")
 
 
 def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: torch.dtype, prompts: list[str]) -> list[str]:
@@ -143,7 +145,7 @@ def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: to
         if not all(part.isfinite().all() for pair in layers.values() for part in pair):
             raise UserError(f"the LoRA of text encoder {i} overflows in {dtype}; use --dtype bf16 or fp32")
         factors[protected.subfolder] = layers
-        encoders[i] = lora.with_model(originals[i], lora.merged(originals[i].model, layers))
+        encoders[i] = replace(originals[i], model=lora.merged(originals[i].model, layers))
         figures = lora.measure(originals[i], protected, encoders[i], prompts)
         lines += lora.describe(i, args.rank, held, figures).splitlines()
     lora.write(folder, factors, export.metadata(*export.encoders))

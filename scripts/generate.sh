@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The images of the original model and of the one that train.sh protected: bash scripts/generate.sh sd15|sd35|flux|multi|vangogh, or DEMO=1.
-# Settings and what can be changed: settings.sh.
+# Draws images with the original model and with the one that train.sh protected: bash scripts/generate.sh sd15|sd35|flux|multi|vangogh, or DEMO=1.
+# The settings, and the variables that change them, are in settings.sh.
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash; run: bash $0" >&2; exit 1; }
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole experiment on a laptop: trains DES on the demo's tiny Stable Diffusion, and shows what it drew before and after.
+# Runs the whole experiment on a laptop: trains DES on the demo's tiny Stable Diffusion, and compares the images before and after.
 # Takes about five minutes on two cores after installation. Further options go to demo/experiment.py.
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash; run: bash $0" >&2; exit 1; }
 set -euo pipefail

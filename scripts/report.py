@@ -1,4 +1,4 @@
-"""Make one page, which needs no network, of what a protection changed: scores before and after, trade-offs, losses, images.
+"""Make one HTML page, which works offline, of what a protection changed: scores before and after, trade-offs, losses, images.
 
     python scripts/report.py results/none/stable-diffusion-v1-5 results/des/stable-diffusion-v1-5 checkpoints/des_sexual \\
         --out report.html --images 12

@@ -1,4 +1,4 @@
-"""Reproduce the paper's tables: train, draw and score what they need, and set the figures beside the paper's.
+"""Reproduce the paper's tables: train, draw and score what they need, and show the figures beside the paper's.
 
     python scripts/reproduce.py --table T2 T7 --model_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --checkpoint checkpoints/published/des.pt --scale paper --out results/tables

@@ -1,5 +1,5 @@
 # Sourced by train.sh, generate.sh and evaluate.sh: the paper's settings by name, or the demo's where DEMO=1. sd15, sd35 and flux remove
-# nudity; multi (SD v1.5) nudity, violence and illegal activity; vangogh (SD v1.4) a style. Each can be changed from outside:
+# nudity; multi (SD v1.5) nudity, violence and illegal activity; vangogh (SD v1.4) a style. These variables change a setting:
 # MODEL, DEVICE, EPOCHS, SETS, LIMIT (rows of a set), OUT, Q16_PROMPTS, STYLE_CLASSIFIER. PRINT=1 prints the commands.
 
 set -euo pipefail

@@ -6,5 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 show_help "$@"
 use_environment requirements-dev.txt
 export HF_HUB_OFFLINE=1
-export OMP_NUM_THREADS=1 # a worker a core
-exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" # in order of the folders: the longest file is not the last
+export OMP_NUM_THREADS=1 # one thread per worker, one worker per core
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" # in the order of the folders, so that the longest file does not run last

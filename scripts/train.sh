@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Codebook and DES training with the paper's settings: bash scripts/train.sh sd15|sd35|flux|multi|vangogh, or DEMO=1 bash scripts/train.sh.
-# Settings and what can be changed: settings.sh.
+# Encodes the codebook and trains DES with the paper's settings: bash scripts/train.sh sd15|sd35|flux|multi|vangogh, or DEMO=1 bash scripts/train.sh.
+# The settings, and the variables that change them, are in settings.sh.
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash; run: bash $0" >&2; exit 1; }
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 

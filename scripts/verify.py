@@ -4,10 +4,10 @@
     python scripts/verify.py --checkpoint checkpoints/des_sexual/1e-05_0.3/checkpoint-2.pt --device cuda:0
 
 Compares every image with the manifest, the manifest with run.json, and every score file in and beside the folder with the images
-that it is about (FID, CLIP score, PickScore, BLIP score and ImageReward too). Then it draws a random sample again from the recorded
-command and compares pixels; where images were discarded, the scores. Run it where the command was run, with the same files in
-place. Of a checkpoint it measures how far it moves the embeddings of its concept and of neutral prompts. The exit code is 1 where
-anything differs, and where a checkpoint may not protect.
+that it scored (FID, CLIP score, PickScore, BLIP score and ImageReward too). Then it draws a random sample again from the recorded
+command and compares pixels; where images were discarded, the scores. Run it in the folder where the command was run, with
+the same files in place. For a checkpoint, it measures how far the checkpoint moves the embeddings of its concept and of neutral
+prompts. The exit code is 1 if anything differs or a checkpoint may not protect.
 """
 
 import argparse
@@ -27,8 +27,10 @@ from des.utils import cli
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("folder", type=cli.folder, nargs="?", metavar="DIR", help="a folder with run.json and manifest.jsonl")
-    sampled = parser.add_argument_group("of a folder")
+    parser.add_argument(
+        "folder", type=cli.folder, nargs="?", metavar="DIR", help="folder of images with run.json and manifest.jsonl"
+    )
+    sampled = parser.add_argument_group("for a folder")
     of_checkpoint = parser.add_argument_group("instead of a folder")
     of_checkpoint.add_argument("--checkpoint", type=Path, metavar="CKPT", help="a protected text encoder")
     cli.add_model(of_checkpoint)
@@ -37,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--concept_prompt", nargs="+", metavar="TEXT", help="for a checkpoint whose metadata names no concept"
     )
     sampled.add_argument("--sample", type=cli.natural, default=4, metavar="N", help="images to draw again")
-    sampled.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="of the sample's choice")
+    sampled.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="seeds the choice of the sample")
     sampled.add_argument(
         "--tolerance", type=cli.natural, default=0, metavar="L",
         help="levels (of 255) that a pixel may differ by: 0 on the machine that drew the images, some on another",
@@ -107,7 +109,9 @@ def check_checkpoint(args: argparse.Namespace) -> None:
     if metadata["doubt"]:
         raise UserError(f"{args.checkpoint}: {metadata['doubt']}")
     if metadata["shift"]["concept"] is None:
-        raise UserError(f"could not tell whether {args.checkpoint} protects: its concept is not known; pass --concept_prompt")
+        raise UserError(
+            f"whether {args.checkpoint} protects is unknown, because its metadata names no concept; pass --concept_prompt"
+        )
 
 
 def redraw(args: argparse.Namespace, run: dict[str, Any], line: dict[str, Any]) -> str:
@@ -137,6 +141,7 @@ def command(arguments: dict[str, Any], line: dict[str, Any], keep_scoring: bool)
     """
     row = {"start_idx": line["row"], "end_idx": line["row"] + 1}
     here = {"results_dir": None, "device": None, "log_prompts": False}  # `redraw` adds a folder and a device
+    here |= {"blur": False, "attention_slicing": False}  # options of earlier versions
     left_out = options_of(cli.add_log_file) | (set() if keep_scoring else options_of(add_scoring))
     argv = []
     for name, value in (arguments | row | here).items():
@@ -171,7 +176,7 @@ def _check_mean(score: Score) -> None:
     """Compare the interval of a mean with the one of the table beside it."""
     rows = pd.read_csv(score.path.with_suffix(".csv"))
     name = next(name for name, title in MEANS.items() if title == score.title)
-    _, interval = mean_and_interval(torch.as_tensor(rows[name].to_numpy(), dtype=torch.float64))
+    _, interval = mean_and_interval(torch.tensor(rows[name].tolist(), dtype=torch.float64))
     recorded = {"low": score.low, "high": score.high}
     if any(not math.isclose(recorded[end] or 0.0, value, rel_tol=1e-6, abs_tol=1e-9) for end, value in interval.items()):
         raise UserError(f"{score.path} has an interval that the scores beside it do not give; score the folder again")

@@ -13,7 +13,7 @@ class Server(ThreadingHTTPServer):
     """
 
     content, etag, cut, after, status, ranges_work, kind, chunked = b"", '"one"', 0, 0, 200, True, "application/binary", False
-    told = "bytes {start}-{last}/{whole}"
+    content_range = "bytes {start}-{last}/{whole}"
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -60,12 +60,12 @@ class Handler(BaseHTTPRequestHandler):
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if partial else 0
         status = 200 if not partial else 206 if start < whole else 416
         body = content[start:]
-        told = server.told.format(start=start, last=whole - 1, whole=whole)
+        content_range = server.content_range.format(start=start, last=whole - 1, whole=whole)
         self.send_response(status)
         self.send_header("Content-Type", server.kind)
         self.send_header(*(("Transfer-Encoding", "chunked") if server.chunked else ("Content-Length", str(len(body)))))
         if partial:
-            self.send_header("Content-Range", told if body else f"bytes */{whole}")
+            self.send_header("Content-Range", content_range if body else f"bytes */{whole}")
         if server.etag:
             self.send_header("ETag", server.etag)
         sent = body

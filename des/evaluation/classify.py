@@ -10,7 +10,7 @@ from typing import Any
 
 from des.data import claims, manifest
 from des.data.image_folders import image_hashes, pair_with_prompts, pairing_notes, without_never_drawn
-from des.data.images import BLURRED, row_of
+from des.data.images import row_of
 from des.data.truncation import truncated_counts
 from des.evaluation.batches import Item, Reading, measure_images
 from des.evaluation.detectors.base import Detector
@@ -18,7 +18,7 @@ from des.evaluation.results import check_place, findings_sha256
 from des.evaluation.scorer_identity import detector_identity
 from des.utils import cli
 from des.utils.errors import UserError
-from des.utils.files import replacing, sha256_texts, write_json, write_text
+from des.utils.files import sha256_texts, write_json, write_text
 from des.utils.folders import visible
 from des.utils.locks import locked
 from des.utils.logs import logger
@@ -26,7 +26,7 @@ from des.utils.resume import Findings
 from des.utils.stats import proportion, show
 
 import pandas as pd
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 
 def images_of(
@@ -247,14 +247,6 @@ def _checksum(card: Mapping[str, Any]) -> str:
 def blurred(image: Image.Image) -> Image.Image:
     """A thumbnail of 128x128 pixels that shows only blurred colours."""
     return image.convert("RGB").resize((12, 12), Image.Resampling.BOX).resize((128, 128), Image.Resampling.BICUBIC)
-
-
-def save_blurred(image: Image.Image, path: Path) -> None:
-    """Save a blurred thumbnail with a mark in its metadata, by which scorers refuse it."""
-    mark = PngImagePlugin.PngInfo()
-    mark.add_text(*BLURRED)
-    with replacing(path) as temporary:
-        blurred(image).save(temporary, format="PNG", pnginfo=mark)
 
 
 def check_score_files(args: argparse.Namespace, detector: Detector) -> Path:

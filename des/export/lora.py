@@ -6,8 +6,6 @@ biases, norms and embeddings; `measure` computes how far its embeddings are from
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,6 @@ from torch import Tensor, nn
 
 NAME = "pytorch_lora_weights.safetensors"  # the file that load_lora_weights looks for
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-
-
-def need_peft() -> None:
-    """Raise UserError if peft, which diffusers needs for LoRAs, is not installed."""
-    if find_spec("peft") is None:
-        raise UserError("--format lora needs peft, which is not installed: pip install -r requirements.txt")
 
 
 def low_rank(original: nn.Module, protected: nn.Module, rank: int) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
@@ -113,11 +105,6 @@ def measure(
         "protected_to_original": full_to_original.mean().item(),
         "missing": missing / moved,
     }
-
-
-def with_model(encoder: TextEncoder, model: nn.Module) -> TextEncoder:
-    """Return the encoder with another model and the same tokenizer and reading."""
-    return replace(encoder, model=model)
 
 
 def describe(index: int, rank: int, held: float, figures: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from des.data import manifest
 from des.data.image_folders import image_files
 from des.data.run_record import COPY_SEED
-from des.evaluation.classify import ImageScores, save_blurred
+from des.evaluation.classify import ImageScores
 from des.generation.defences import Defence
 from des.generation.sampler import Sampler
 from des.models.identity import scheduler_sha256, sha256_of
@@ -57,7 +57,6 @@ class RunFolder:
     names: dict[tuple[int, int], Path]
     lines: dict[tuple[int, int], dict[str, Any]]
     discard: bool
-    blur: bool
 
     def is_done(self, key: tuple[int, int], found: dict[str, dict[str, Any]], cards: ImageScores) -> bool:
         """Whether the image of a key matches the manifest's lines (`found`) or, if images are discarded, was scored."""
@@ -71,8 +70,6 @@ class RunFolder:
     def save(self, key: tuple[int, int], image: Image.Image) -> dict[str, Any]:
         """Append the line of a key to the manifest, then save the image unless images are discarded; returns the line."""
         path, line = self.names[key], {**self.lines[key], "sha256": None}
-        if self.blur:
-            save_blurred(image, self.folder.with_name(f"{self.folder.name}_blurred") / path.name)
         if self.discard:
             manifest.append(self.folder, line)
             return line

@@ -161,12 +161,8 @@ def open_refiner(refiner_path: str, base: DiffusionPipeline, variant: str | None
     return _open(refiner_path, REFINER_CLASS, components, shared | {"add_watermarker": False}, base.dtype, variant)
 
 
-def place(pipe: DiffusionPipeline, device: torch.device, cpu_offload: bool = False, attention_slicing: bool = False) -> None:
-    """Move a pipeline to its device, with the memory-saving options; UserError if one has no effect."""
-    if attention_slicing:
-        if not any(hasattr(module, "set_attention_slice") for module in pipe.components.values()):
-            raise UserError(f"--attention_slicing does nothing for a {type(pipe).__name__}")
-        pipe.enable_attention_slicing()
+def place(pipe: DiffusionPipeline, device: torch.device, cpu_offload: bool = False) -> None:
+    """Move a pipeline to its device; with `cpu_offload`, move each model only while it is in use."""
     if cpu_offload:
         pipe.enable_model_cpu_offload(device=device)
     else:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from des.utils.errors import UserError
 from des.utils.logs import logger
@@ -29,6 +30,17 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 _INTERRUPTED = "interrupted; finished files are kept"
+
+
+class Removed(argparse.Action):
+    """An option of earlier versions: it is not in the help, and using it is an error that says what to do `instead`."""
+
+    def __init__(self, instead: str, **options: Any):
+        super().__init__(nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
+        self.instead = instead
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        parser.error(f"{self.option_strings[0]} was removed; {self.instead}")
 
 
 def run(main: Callable[[], None]) -> None:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 _NOT_WRITTEN = ("inline_container", "iostream", "I/O error")  # in messages of torch and safetensors when a write fails
-RESERVED = ("run", "manifest", "clipscore", "metrics")  # names of other files of an image folder or a training run
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _OF_A_RESULT = (".txt", ".json", ".csv")
 
@@ -43,7 +42,7 @@ def result_paths(output: Path) -> ResultPaths:
 
 def is_reserved(stem: str) -> bool:
     """Whether a result of this name would overwrite another file of an image folder, such as the JSON file of an image."""
-    return stem.lower() in RESERVED or bool(re.search(r"_\d+p(_\d+)?$", stem))
+    return stem.lower() in ("run", "manifest", "clipscore", "metrics") or bool(re.search(r"_\d+p(_\d+)?$", stem))
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 def measure(
     sides: dict[str, Callable[[int], list]], args: argparse.Namespace, workers: int, cores: set[int]
 ) -> dict[str, float]:
-    """Images a second of each side on the given cores; all of them must find the same."""
+    """Images per second of each side on the given cores. Raises SystemExit if the sides find different things."""
     os.sched_setaffinity(0, cores)
     cv2.setNumThreads(len(cores))
     rates: dict[str, list[float]] = {name: [] for name in sides}
@@ -93,7 +93,7 @@ def measure(
 
 
 def some_pictures(folder: Path, count: int) -> list[Path]:
-    """Different 512x512 PNG files of smooth noise, of a photograph's size on disk."""
+    """Write different 512x512 PNG files of smooth noise, about as large on disk as photographs."""
     rng = np.random.default_rng(0)
     for i in range(count):
         noise = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize((512, 512), Image.Resampling.BICUBIC)

@@ -4,7 +4,7 @@
 
 Each script runs on the demo's models in a child process. It is killed (SIGKILL) at random moments and started again with the same
 command; the last run is left to finish, and its files must then equal those of an undisturbed run. A limit on the size of files
-simulates a full disk. Damaged files have flipped bits or lack their second half. Hostile input is that of tests/hostile/test_hostile.py.
+simulates a full disk. Damaged files have flipped bits or lack their second half.
 """
 
 import argparse
@@ -15,11 +15,9 @@ import resource
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +35,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--damages", type=cli.natural, default=4, metavar="N", help="files of each script to damage, each in two ways")
     parser.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="seeds the moments of the kills and the damaged bytes")
     parser.add_argument("--out", type=cli.output_file, default=ROOT / "docs/reliability.md", metavar="F", help="Markdown page to write; the counts go into a .json file beside it")
-    parser.add_argument("--skip_hostile", action="store_true", help="leave out the hostile input of the test suite")
     # fmt: on
     return parser.parse_args(argv)
 
@@ -45,21 +42,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
 
+import clipscore
+import fid
+import generate
+import save_codebook
+import train_des
 from des.data import manifest
 from des.data.images import is_complete
 from des.data.prompts import read_rows
 from des.models.loading import read_pt
 from des.utils.files import result_paths, sha256_file, write_json, write_text
+from tasks import img_batch_classify
 
-import cv2
-import diffusers
-import onnxruntime
 import torch
-import transformers
+from diffusers import StableDiffusionPipeline
 
-LOADED = (cv2, diffusers, onnxruntime, transformers)  # loaded once here, since children are forked from this process
+# Loaded once here, because the child processes are forked from this one: what the scripts import, and what they load by name
+LOADED = (clipscore, fid, generate, img_batch_classify, save_codebook, train_des, StableDiffusionPipeline)
 MODELS = ROOT / "demo/models"
-IMAGES = 24
+IMAGES = 12
 LOGS = ("run.json", "train.log", "metrics.jsonl", ".lock")  # endings of files that change no result, and are not damaged
 
 
@@ -97,9 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             share = args.kills // 6 + (number < args.kills % 6)
             counts[f"kill -9, {name}"] = killed(script, work / f"{name}-killed", reference, seconds, share, rng)
             counts[f"full disk, {name}"] = full_disk(script, work / f"{name}-disk", reference)
-            counts[f"damaged files, {name}"] = damaged(script, work / f"{name}-damaged", reference, args.damages, rng)
-    if not args.skip_hostile:
-        counts["hostile input"] = hostile()
+            counts[f"damaged files, {name}"] = damaged(script, work / f"{name}-reference", reference, args.damages, rng)
     write_text(args.out, page(args, counts))
     write_json(numbers, {name: vars(count) for name, count in counts.items()})
     print(page(args, counts))
@@ -111,7 +110,7 @@ def make_inputs(work: Path) -> Path:
     """Short prompt lists, a codebook and images for the scripts that start from them."""
     inputs = work / "inputs"
     inputs.mkdir()
-    for name, rows in {"safe_train": 900, "unsafe_train": 128, "benign": IMAGES}.items():
+    for name, rows in {"safe_train": 320, "unsafe_train": 64, "benign": IMAGES}.items():
         read_rows(ROOT / f"datasets/demo_{name}.csv").head(rows).to_csv(inputs / f"{name}.csv", index=False)
     for script, argv in (
         ("save_codebook.py", ["--save_dir", inputs / "codebook", "--csv_path", inputs / "safe_train.csv"]),
@@ -214,36 +213,26 @@ def run(script: str, argv: list[object], kill_after: float | None = None, file_l
 
 
 def contents(script: LongScript, folder: Path) -> dict[str, str]:
-    """The results in a folder, by file name: a hash, or the JSON without `made_by`, which differs between runs."""
-    found = {}
-    for pattern in script.results:
-        for path in sorted(folder.glob(pattern)):
-            name = str(path.relative_to(folder))
-            if path.name.endswith("-metadata.json"):
-                continue
-            if path.suffix == ".json":
-                try:
-                    content = json.loads(path.read_bytes())
-                except ValueError:
-                    found[name] = "damaged"
-                    continue
-                content.pop("made_by", None)
-                found[name] = json.dumps(content, sort_keys=True)
-            elif path.suffix == ".pt" or path.suffix == ".pth":
-                found[name] = tensors_of(path)
-            else:
-                found[name] = sha256_file(path)
-    return found
+    """The results in a folder: the `content` of each file by its name."""
+    paths = [path for pattern in script.results for path in sorted(folder.glob(pattern))]
+    return {str(path.relative_to(folder)): content(path) for path in paths if not path.name.endswith("-metadata.json")}
 
 
-def tensors_of(path: Path) -> str:
-    """The sum and norm of every tensor of a .pt file, as text; `damaged` if it cannot be read."""
+def content(path: Path) -> str:
+    """What two files of equal results share: JSON without `made_by`, the sum and norm of each tensor, or the file's hash."""
+    if path.suffix == ".json":
+        try:
+            facts = json.loads(path.read_bytes())
+        except ValueError:
+            return "damaged"
+        return json.dumps({name: value for name, value in facts.items() if name != "made_by"}, sort_keys=True)
+    if path.suffix not in (".pt", ".pth"):
+        return sha256_file(path)
     state = read_pt(path)
     if state is None:
         return "damaged"
-    tensors = state.get("model_state_dict", state)
-    return str([(name, tensor.double().sum().item(), tensor.double().norm().item()) for name, tensor in sorted(tensors.items())
-                if isinstance(tensor, torch.Tensor)])  # fmt: skip
+    tensors = sorted(state.get("model_state_dict", state).items())
+    return str([(name, each.double().sum().item(), each.double().norm().item()) for name, each in tensors if isinstance(each, torch.Tensor)])  # fmt: skip
 
 
 def undisturbed(script: LongScript, folder: Path) -> tuple[dict[str, str], float]:
@@ -263,10 +252,8 @@ def finished(folder: Path) -> set[str]:
         if path.name.endswith(".part.jsonl"):
             text = path.read_text(encoding="utf-8", errors="replace")
             pieces |= {f"{path}:{line}" for line in text.split("\n")[:-1]}
-        elif path.suffix == ".png" and not path.name.startswith("."):
-            pieces.add(f"{path}:{sha256_file(path)}")
-        elif path.suffix in (".pt", ".pth") and path.name != "state.pt" and not path.name.startswith("."):
-            pieces.add(f"{path}:{tensors_of(path)}")
+        elif path.suffix in (".png", ".pt", ".pth") and path.name != "state.pt" and not path.name.startswith("."):
+            pieces.add(f"{path}:{content(path)}")
     return pieces
 
 
@@ -274,19 +261,28 @@ def damage_in_sight(folder: Path) -> list[str]:
     """Files under their final names that are incomplete, and images that differ from their line in the manifest."""
     bad = []
     lines = {place: manifest.read(place) for place in {path.parent for path in folder.rglob("*.png")}}
-    for path in folder.rglob("*"):
-        if path.name.startswith(".") or not path.is_file():
-            continue
-        if path.suffix == ".png" and (
-            not is_complete(path) or lines[path.parent].get(path.name, {}).get("sha256") != sha256_file(path)
-        ):
+    for path in folder.rglob("[!.]*"):
+        if path.suffix == ".png":
+            recorded = lines[path.parent].get(path.name, {}).get("sha256")
+            bad += [] if is_complete(path) and recorded == sha256_file(path) else [str(path)]
+        elif path.suffix == ".json" and content(path) == "damaged":
             bad.append(str(path))
-        if path.suffix == ".json":
-            try:
-                json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                bad.append(str(path))
     return bad
+
+
+def record_fault(count: Count, folder: Path, before: set[str], what: str, clean: bool = True) -> None:
+    """Count a fault, and what it lost of the finished work `before` or left damaged; `clean` says whether the script ended well."""
+    gone = before - finished(folder)
+    lost = [
+        piece for piece in gone if Path(piece.split(":")[0]).exists() or ".part" not in piece
+    ]  # a result replaces its .part file
+    bad = damage_in_sight(folder)
+    count.injected += 1
+    count.lost += len(lost)
+    count.wrong += len(bad)
+    count.survived += clean and not lost and not bad
+    if lost or bad or not clean:
+        count.notes.append(f"{what}, lost {lost}, damaged {bad}")
 
 
 def killed(
@@ -299,23 +295,13 @@ def killed(
     while count.injected < kills:
         before = finished(folder)
         code, output = run(script.path, argv, kill_after=rng.uniform(0.05, 1.0) * seconds)
-        if code >= 0:  # it ended before the signal came: start from an empty folder
-            if code == 0 and contents(script, folder) == reference:
-                shutil.rmtree(folder)
-                folder.mkdir()
-                argv = script.argv(folder)
-                seconds *= 0.9
-                continue
-            count.notes.append(f"{script.path} ended with {code} after a kill: {output[-200:]}")
-            count.injected += 1
-            continue
-        count.injected += 1
-        lost = {piece for piece in before - finished(folder) if Path(piece.split(":")[0]).exists() or ".part" not in piece}
-        bad = damage_in_sight(folder)
-        count.lost += len(lost)
-        count.wrong += len(bad)
-        count.survived += not lost and not bad
-        count.notes += [f"lost {piece}" for piece in lost] + [f"damaged {piece}" for piece in bad]
+        if code == 0 and contents(script, folder) == reference:  # it ended before the signal came: start from an empty folder
+            shutil.rmtree(folder)
+            folder.mkdir()
+            argv = script.argv(folder)
+            seconds *= 0.9
+        else:
+            record_fault(count, folder, before, f"{script.path} ended with {code} after a kill: {output[-200:]}", code < 0)
     return settle(count, script, argv, folder, reference)
 
 
@@ -340,30 +326,20 @@ def full_disk(script: LongScript, folder: Path, reference: dict[str, str]) -> Co
         code, output = run(script.path, argv, file_limit=limit)
         if code == 0:  # this script needs no larger file
             break
-        count.injected += 1
-        lost, bad = before - finished(folder), damage_in_sight(folder)
         clean = code == 1 and "Traceback" not in output
-        count.lost += len(lost)
-        count.wrong += len(bad)
-        count.survived += clean and not lost and not bad
-        if not clean or lost or bad:
-            count.notes.append(
-                f"{script.path} with files of {limit} bytes: code {code}, {output[-200:]}, lost {len(lost)}, damaged {bad}"
-            )
+        record_fault(count, folder, before, f"{script.path} with files of {limit} bytes: code {code}, {output[-200:]}", clean)
     return settle(count, script, argv, folder, reference)
 
 
 def damaged(script: LongScript, folder: Path, reference: dict[str, str], files: int, rng: random.Random) -> Count:
-    """Truncate files of a finished run, and flip a bit in them: the script must repair them, or it or their reader must refuse them."""
+    """Truncate files of the finished run in `folder`, and flip a bit in them: the script must repair them, or it or their reader refuse them."""
     count = Count()
-    folder.mkdir()
     argv = script.argv(folder)
-    run(script.path, argv)
-    names = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(LOGS)]
+    names = [
+        path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size and not path.name.endswith(LOGS)
+    ]
     for path in rng.sample(names, min(len(names), files)):
         whole = path.read_bytes()
-        if not whole:
-            continue
         for broken in (whole[: len(whole) // 2], flipped(whole, rng)):
             path.write_bytes(broken)
             code, output = run(script.path, argv)
@@ -383,17 +359,6 @@ def damaged(script: LongScript, folder: Path, reference: dict[str, str], files: 
 def flipped(data: bytes, rng: random.Random) -> bytes:
     at = rng.randrange(len(data))
     return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
-
-
-def hostile() -> Count:
-    """Run tests/hostile/test_hostile.py: each bad input must end in a clear error or in the documented handling."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests/hostile/test_hostile.py"), f"--junitxml={report}"]
-        subprocess.run(command, cwd=ROOT, capture_output=True)
-        (suite,) = ET.parse(report).getroot().iter("testsuite")
-    cases, failed = int(suite.get("tests", 0)), int(suite.get("failures", 0)) + int(suite.get("errors", 0))
-    return Count(cases, cases - failed, 0, failed)
 
 
 def page(args: argparse.Namespace, counts: dict[str, Count]) -> str:

@@ -155,22 +155,21 @@ def memory() -> str:
         "| optimiser | checkpointing | weights | gradients | optimiser states | activations | total |",
         "| --- | --- |" + " ---: |" * 5,
     ]
+
+    def read(model: torch.nn.Module, ids: Tensor) -> Tensor:  # with an attention mask, as des.models.encoders does
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+
     for name in OPTIMIZERS:
         for checkpointing in (False, True):
             with torch.device("meta"):
                 model = T5EncoderModel(T5Config(**XXL)).bfloat16()
             if checkpointing:
                 model.activation_checkpointing_enable()
-            plan = make_plan(model, read_masked, 512, 4, 6911, 2, 6911, 2, name, None, checkpointing)
+            plan = make_plan(model, read, 512, 4, 6911, 2, 6911, 2, name, None, checkpointing)
             sizes = (plan.weights, plan.gradients, plan.optimizer, plan.activations, plan.total)
             cells = " | ".join(f"{size / 1e9:.1f}" for size in sizes)
             lines.append(f"| {name} | {'yes' if checkpointing else 'no'} | {cells} |")
     return "\n".join([*lines, "", f"The codebook of 6,911 safe prompts takes {plan.codebook_on_disk / 1e9:.0f} GB of disk."])
-
-
-def read_masked(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """T5's last hidden state as `des.models.encoders` reads it, with an attention mask."""
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
 
 def page(args: argparse.Namespace, config: T5Config, runs: dict[str, tuple[list[Tensor], float]]) -> str:

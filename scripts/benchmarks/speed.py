@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_model(folder: Path) -> None:
-    """A CLIP-L/14-sized text encoder with random weights, in a pipeline-like folder."""
+    """Save a text encoder of CLIP-L/14's size with random weights, and a tokenizer, as a pipeline's folder holds them."""
     torch.manual_seed(0)
     config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     CLIPTextModel(config).save_pretrained(folder / "text_encoder")
@@ -168,7 +168,7 @@ def encoding_and_disk(work: Path) -> list[str]:
 
 
 def subset(folder: Path, rows: torch.Tensor, size: int) -> None:
-    """The first `size` rows as a codebook of their own, beside `folder`."""
+    """The first `size` rows as a separate codebook, beside `folder`."""
     target = folder.with_name(f"codebook_{size}")
     target.mkdir()
     save_file({"embeddings": rows[:size].contiguous()}, target / "codebook.safetensors")
@@ -251,7 +251,7 @@ def forward_flops(sequences: int, tokens: int = 77, width: int = 768, layers: in
 
 
 def time_published(work: Path, codebook: Codebook, batch: int, steps: int = 2) -> float:
-    """Seconds of one step after a first one that is not counted."""
+    """Seconds of one step of the published procedure, after a first step that is not timed."""
     model, frozen = (CLIPTextModel.from_pretrained(work / "model/text_encoder") for _ in range(2))
     concept, concept_ids, ids = case(load_encoder(str(work / "model")), batch)
     model.train()
@@ -263,7 +263,7 @@ def time_published(work: Path, codebook: Codebook, batch: int, steps: int = 2) -
 
 
 def time_here(work: Path, codebook: Codebook, batch: int, steps: int = 2) -> float:
-    """Seconds of one step of `des.training.loop.train` after a first one that is not counted."""
+    """Seconds of one step of `des.training.loop.train` after a first step that is not timed."""
     encoder = load_encoder(str(work / "model"))
     concept, concept_ids, ids = case(encoder, batch)
     rows = torch.arange(batch)
@@ -286,7 +286,7 @@ def case(encoder: TextEncoder, batch: int) -> tuple[losses.Concept, torch.Tensor
 
 
 def memory(work: Path) -> list[str]:
-    """Peak memory of the codebook and search stages beyond the model, each in a process of its own."""
+    """Peak memory of the codebook and search stages beyond the model, each in a separate process."""
     lines = []
     for what in ("codebook", "search"):
         command = [sys.executable, __file__, "--memory_of", what, str(work)]
@@ -305,7 +305,7 @@ def measure_memory(what: str, work: Path) -> dict[str, int]:
     fingerprint(encoder.model)  # touches every weight, so that all of the memory-mapped model is counted before
     prompts = some_prompts(SIZES[-1] if what == "codebook" else SIZES[0], seed=4)
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # restarts the peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets the recorded peak
     if what == "codebook":
         write_codebook(work / "codebook_memory", encoder, prompts, batch_size=32)
         size = (work / "codebook_memory/codebook.safetensors").stat().st_size

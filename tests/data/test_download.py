@@ -622,7 +622,7 @@ def test_a_source_that_changed_since_is_refused(call, offer, folder):
     assert snapshot(folder) == before
 
 
-def test_all_goes_on_after_what_cannot_be_had(call, offer, folder, loopback):
+def test_all_continues_after_a_set_that_cannot_be_downloaded(call, offer, folder, loopback):
     offer("coco_prompts", table(PROMPTS), sha256="0" * 64)
     url = offer.hub("mma", table(PROMPTS, column="adv_prompt"))
     loopback.gated.add(url.removeprefix(loopback.url))
@@ -641,7 +641,7 @@ def test_all_goes_on_after_what_cannot_be_had(call, offer, folder, loopback):
     assert names(folder) == kept
 
 
-def test_a_file_of_the_user_s_own(call, offer, folder, tmp_path, loopback):
+def test_a_file_of_the_user(call, offer, folder, tmp_path, loopback):
     """SneakyPrompt's list comes by mail; it is no training set, so minors are left out."""
     offer("sneaky", b"", url=None)
     done = call(SCRIPT, "sneaky", "--dir", folder)

@@ -117,7 +117,7 @@ def test_folders_of_ones_own_need_no_manifest(tmp_path):
     assert list(image_hashes(tmp_path)) == [tmp_path / "a.png"]
 
 
-def test_an_interrupted_scorer_goes_on(folder, call, monkeypatch):
+def test_an_interrupted_scorer_resumes(folder, call, monkeypatch):
     from des.evaluation.detectors.nudenet import NudeNet
 
     scored = []

@@ -441,7 +441,7 @@ def test_a_refused_upload_keeps_the_export(call, tiny_pipeline, tmp_path, monkey
 
 
 def test_without_peft_a_lora_is_refused_in_a_sentence(call, tiny_pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr("des.export.lora.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # export.py imports it when `call` runs it
     done, _ = export(call, tiny_pipeline, tmp_path, "lora")
     assert done.failed_in_one_sentence and "needs peft" in done.err and not (tmp_path / "out").exists()
 

@@ -219,7 +219,7 @@ def test_bad_input_writes_nothing(generate, tmp_path, change):
     assert not (tmp_path / "results").exists()
 
 
-def test_an_error_is_one_line_in_a_process_of_its_own(tmp_path, tiny_pipeline):
+def test_an_error_is_one_line_in_a_separate_process(tmp_path, tiny_pipeline):
     done = spawn(
         "generate.py",
         "--model_path",

@@ -89,19 +89,11 @@ def test_an_option_changes_the_images(generate, tmp_path, name, options):
     assert (pixels(tmp_path, name, "plain") != pixels(tmp_path, name, "changed")).any()
 
 
-@pytest.mark.parametrize("name", ["sd_v1", "sdxl"])
-def test_attention_slicing_draws_the_same(generate, tmp_path, name):
-    assert generate(name, results_dir="plain").code == 0
-    done = generate(name, results_dir="sliced", attention_slicing=[])
-    assert done.code == 0, done.err
-    assert abs(pixels(tmp_path, name, "plain") - pixels(tmp_path, name, "sliced")).max() <= 1
-
-
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
         ("flux", {"negative_prompt": "a"}, "takes no --negative_prompt"), ("sd_v1", {"max_sequence_length": 8}, "T5"),
-        ("sd_v3", {"attention_slicing": []}, "does nothing"), ("sd_v3", {"scheduler": "ddim"}, "does not suit"),
+        ("sd_v3", {"attention_slicing": []}, "use --enable_model_cpu_offload"), ("sd_v1", {"blur": []}, "--blur was removed"), ("sd_v3", {"scheduler": "ddim"}, "does not suit"),
         ("sd_v1", {"scheduler": "flow_euler"}, "does not suit"), ("sd_v1", {"use_refiner": []}, "SDXL"), ("sd_v1", {"strength": 0.5}, "go together"),
         ("sd_v1", {"mask_images": "m"}, "--init_images"), ("sdxl", {"refiner_path": "r"}, "need --use_refiner"), ("sd_v1", {"height": 13}, "cannot draw"),
         ("sdxl", {"model_type": "sd_v1"}, "is a sdxl"), ("sd_v1", {"enable_model_cpu_offload": []}, "needs a GPU"), ("flux", {"model_type": "sd_v3"}, "is a flux"),
@@ -252,7 +244,7 @@ def test_the_refiner_uses_the_protected_encoder(generate, family, tmp_path):
 def test_fp16_files_are_used_where_they_are(family, tmp_path, variant):
     pipe = open_pipeline(str(family("sdxl")), torch.float32)
     with torch.no_grad():
-        pipe.unet.conv_in.bias.fill_(3)  # tells the variant's files from the others
+        pipe.unet.conv_in.bias.fill_(3)  # marks the variant's files
     folder = tmp_path / "both"
     shutil.copytree(family("sdxl"), folder)
     if variant:

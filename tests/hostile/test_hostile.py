@@ -338,8 +338,8 @@ def refused(encoder, path):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_one_weight_that_is_not_finite_is_found(tmp_path, encoder, state, form, value):
     state[NAME][3, 4] = value
-    told = refused(encoder, write_state(tmp_path, state, form))
-    assert "NaN or infinite" in told and f"`{NAME}`" in told
+    message = refused(encoder, write_state(tmp_path, state, form))
+    assert "NaN or infinite" in message and f"`{NAME}`" in message
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
@@ -365,8 +365,8 @@ ODD_TENSORS = {
 @pytest.mark.parametrize("what", ODD_TENSORS)
 def test_tensors_that_are_no_weights_are_refused(tmp_path, encoder, state, what):
     change, says = ODD_TENSORS[what]
-    told = refused(encoder, write_state(tmp_path, state | {NAME: change(state[NAME])}, "pt"))
-    assert says in told and "layers.1.mlp.fc1.weight`" in told
+    message = refused(encoder, write_state(tmp_path, state | {NAME: change(state[NAME])}, "pt"))
+    assert says in message and "layers.1.mlp.fc1.weight`" in message
 
 
 def test_integers_are_no_weights_of_other_defences_either(call, tmp_path, monkeypatch, tiny_pipeline):

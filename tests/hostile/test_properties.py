@@ -67,7 +67,7 @@ def test_a_name_tells_itsrow_and_copy(output_name, method, row, copy):
 def test_pairing_finds_exactly_what_is_missing_and_surplus(count, copies, data):
     """A list of prompts against its images without some and with others beside them: a match, or the rows that differ."""
     wanted = {(row, copy) for row in range(count) for copy in range(copies)}
-    last = (0, copies - 1)  # it stays, and tells how many copies there are
+    last = (0, copies - 1)  # it stays, and shows how many copies there are
     missing = data.draw(st.sets(st.sampled_from(sorted(wanted)), max_size=3)) - {last}
     surplus = data.draw(st.sets(st.tuples(st.integers(count, count + 4), st.integers(0, copies - 1)), max_size=3))
     keys = wanted - missing | surplus
@@ -85,8 +85,8 @@ def test_pairing_finds_exactly_what_is_missing_and_surplus(count, copies, data):
             pair_with_prompts(Path(folder), path)
     parts = {"no image for": missing, "images beyond the list for": surplus}
     rows = {what: sorted({row for row, _ in differ}) for what, differ in parts.items() if differ}
-    told = "; ".join(f"{what} row {', '.join(map(str, those))}" for what, those in rows.items())
-    assert str(error.value) == f"{folder} does not match its {len(wanted)} prompts: {told}"
+    listed = "; ".join(f"{what} row {', '.join(map(str, those))}" for what, those in rows.items())
+    assert str(error.value) == f"{folder} does not match its {len(wanted)} prompts: {listed}"
 
 
 def picture(kind):

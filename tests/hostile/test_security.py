@@ -117,7 +117,7 @@ def write_prompts(path, count, long=False):
 
 
 def forbid_network(patch):
-    """Let every connection and look-up of a name fail, with the libraries told that they are online; returns a list of tries."""
+    """Let every connection and look-up of a name fail, with the libraries set to online mode; returns a list of attempts."""
     tries = []
 
     def refuse(*what, **_):
@@ -197,11 +197,11 @@ def test_a_hub_id_needs_the_network_and_says_so_offline(tmp_path, monkeypatch, o
 
 def test_prompts_are_in_no_log_unless_asked_for(whole_run):
     folder, ended = whole_run
-    told = {name: done.out + done.err for name, done in ended.items()} | {
+    output = {name: done.out + done.err for name, done in ended.items()} | {
         str(path): path.read_text() for path in folder.rglob("*.log")
     }
-    assert any(name.endswith("train.log") for name in told)
-    assert [name for name, text in told.items() if MARKER in text] == ["all images"]
+    assert any(name.endswith("train.log") for name in output)
+    assert [name for name, text in output.items() if MARKER in text] == ["all images"]
 
 
 def test_log_prompts_tells_row_and_prompt_as_they_are_drawn(whole_run):

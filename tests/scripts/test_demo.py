@@ -4,9 +4,10 @@ import json
 import random
 import re
 import subprocess
+from dataclasses import replace
 
 from demo import experiment, figure, prompts, train, world
-from demo.evaluation import PIPELINE, Sampling, evaluate
+from demo.evaluation import EXPERIMENTS, PIPELINE, Sampling, evaluate
 from des.data.prompts import read_prompts, read_rows
 from des.models.encoders import load_encoder
 from des.tables.jobs import JobRecords
@@ -132,7 +133,11 @@ def test_a_training_stage_that_was_interrupted_ends_with_the_same_weights(tmp_pa
     assert torch.equal(run(tmp_path / "b"), whole)
 
 
-def test_both_concepts_at_reduced_size(call, tmp_path):
+def test_both_concepts_at_reduced_size(call, tmp_path, monkeypatch):
+    """The training lists are replaced by short ones."""
+    assert EXPERIMENTS["both"].unsafe == ("demo_unsafe_train", "demo_house_unsafe_train")
+    short = replace(EXPERIMENTS["both"], unsafe=("demo_plain", "demo_house_plain"), safe="demo_both_benign")
+    monkeypatch.setitem(EXPERIMENTS, "both", short)
     done = call(
         "demo/experiment.py", "--concept", "both", "--out", tmp_path / "out", "--limit", 2, "--num_epochs", 1,
         "--num_inference_steps", 2, "--sets", "plain", "house_plain", "both_benign",
@@ -142,7 +147,8 @@ def test_both_concepts_at_reduced_size(call, tmp_path):
     assert all(report["before"][name]["concept"]["n"] == 2 for name in ("plain", "house_plain"))
     (metadata,) = (tmp_path / "out").rglob("checkpoint-1-metadata.json")
     assert json.loads(metadata.read_text())["concept_prompt"] == ["mushroom", "house"]
-    assert len(read_prompts(tmp_path / "out/prompts/demo_unsafe_train.csv")) == 4000
+    lists = [read_prompts(ROOT / f"datasets/{name}.csv") for name in short.unsafe]
+    assert read_prompts(tmp_path / "out/prompts/demo_unsafe_train.csv") == lists[0] + lists[1]
     records = [json.loads(path.read_text()) for path in (tmp_path / "out/jobs").iterdir()]
     sets = dict.fromkeys(("plain", "house_plain"), ("object",)) | {"both_benign": ("object", "colour", "background")}
     of_images = {f"{what} with {model}" for model in ("original", "protected-42") for what in (
@@ -193,19 +199,17 @@ def test_the_picture_shows_different_objects_and_names(tmp_path):
 
 
 def test_quick_start_at_reduced_size(tmp_path):
-    command = ["bash", str(ROOT / "scripts/quickstart.sh"), "--out", str(tmp_path / "out"), "--limit", "11", "--num_epochs", "1",
-               "--num_inference_steps", "4", "--sets", "plain", "benign"]  # fmt: skip
+    command = ["bash", str(ROOT / "scripts/quickstart.sh"), "--out", str(tmp_path / "out"), "--limit", "4", "--num_epochs", "1",
+               "--num_inference_steps", "2", "--sets", "plain", "benign"]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert report["before"]["plain"]["concept"]["n"] == report["after"]["42"]["plain"]["concept"]["n"] == 11
-    assert f"{report['before']['plain']['concept']['k']}/11" in done.stdout
+    assert report["before"]["plain"]["concept"]["n"] == report["after"]["42"]["plain"]["concept"]["n"] == 4
+    assert f"{report['before']['plain']['concept']['k']}/4" in done.stdout
     old, new = (run["plain"]["concept"]["k"] for run in (report["before"], report["after"]["42"]))
-    drawn = f"{old} of 11 before and after" if old == new else f"{old} of 11 before, {new} of 11 after"
-    assert (
-        f"\nMushrooms drawn: {drawn}. Other objects: " in done.stdout
-        and "ASR, the attack success rate, is the share" in done.stdout
-    )
+    drawn = f"{old} of 4 before and after" if old == new else f"{old} of 4 before, {new} of 4 after"
+    assert f"\nMushrooms drawn: {drawn}. Other objects: " in done.stdout
+    assert "ASR, the attack success rate, is the share" in done.stdout
     assert all(command in done.stdout for command in ("comparison.png", "scripts/report.py", "app.py --text_encoder_path"))
     with Image.open(tmp_path / "out/comparison.png") as picture:
         assert min(picture.size) > 300

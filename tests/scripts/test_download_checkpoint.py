@@ -123,7 +123,7 @@ def test_a_cut_connection_continues(script, server, folder, etag):
     assert (folder / "des.pt").read_bytes() == server.content
 
 
-def test_a_cut_is_seen_where_the_length_is_not_told(script, server, folder):
+def test_a_truncated_file_of_unknown_length_is_detected(script, server, folder):
     server.cut, server.after, server.chunked = 1, 100_000, True
     script.main(["des", "--dir", str(folder)])
     assert server.sent == [100_000, len(server.content) - 100_000]
@@ -144,7 +144,7 @@ def test_a_route_that_is_lost_on_the_way_is_a_broken_connection(script, server, 
     assert (folder / "des.pt").read_bytes() == server.content
 
 
-def test_a_server_without_ranges_starts_anew(script, server, folder):
+def test_a_server_without_ranges_starts_from_scratch(script, server, folder):
     server.cut, server.after, server.ranges_work = 1, 100_000, False
     script.main(["des", "--dir", str(folder)])
     assert server.sent == [100_000, len(server.content)]
@@ -167,14 +167,14 @@ def test_a_complete_part_is_not_fetched_again(script, server, folder, interrupte
     assert (folder / "des.pt").read_bytes() == server.content
 
 
-def test_a_part_that_is_too_long_starts_anew(script, server, folder, interrupted):
+def test_a_part_that_is_too_long_starts_from_scratch(script, server, folder, interrupted):
     interrupted.write_bytes(server.content + b"more")
     script.main(["des", "--dir", str(folder)])
     assert server.asked == [f"bytes={len(server.content) + 4}-", None]
     assert (folder / "des.pt").read_bytes() == server.content
 
 
-def test_a_complete_part_of_another_file_starts_anew(script, server, folder, interrupted):
+def test_a_complete_part_of_another_file_starts_from_scratch(script, server, folder, interrupted):
     interrupted.write_bytes(bytes(len(server.content)))
     interrupted.with_suffix(".etag").write_text('W/"one"')
     server.etag = 'W/"two"'
@@ -183,10 +183,10 @@ def test_a_complete_part_of_another_file_starts_anew(script, server, folder, int
     assert (folder / "des.pt").read_bytes() == server.content
 
 
-@pytest.mark.parametrize("told", ["bytes 7-{last}/{whole}", "nonsense"])
-def test_another_range_than_was_asked_for_is_never_appended(script, server, folder, interrupted, told):
-    server.told = told
-    if told == "nonsense":
+@pytest.mark.parametrize("content_range", ["bytes 7-{last}/{whole}", "nonsense"])
+def test_another_range_than_was_asked_for_is_never_appended(script, server, folder, interrupted, content_range):
+    server.content_range = content_range
+    if content_range == "nonsense":
         with pytest.raises(UserError, match="does not say which part"):
             script.main(["des", "--dir", str(folder)])
         assert interrupted.read_bytes() == server.content[:200_000]
@@ -197,7 +197,7 @@ def test_another_range_than_was_asked_for_is_never_appended(script, server, fold
 
 
 @pytest.mark.parametrize("etag", ['"two"', 'W/"two"'])
-def test_a_file_that_changed_meanwhile_starts_anew(script, server, tmp_path, folder, interrupted, etag):
+def test_a_file_that_changed_meanwhile_starts_from_scratch(script, server, tmp_path, folder, interrupted, etag):
     if etag.startswith("W/"):  # a weak tag is not sent, so that the answer's own must tell
         interrupted.with_suffix(".etag").write_text('W/"one"')
     server.content, server.etag = saved({"model_state_dict": {"weight": torch.ones(300, 300)}}, tmp_path), etag
@@ -206,7 +206,7 @@ def test_a_file_that_changed_meanwhile_starts_anew(script, server, tmp_path, fol
 
 
 def test_two_files_in_one_part_are_refused(script, server, tmp_path, folder, interrupted):
-    """Without an ETag nothing tells that the file changed; the checksums inside it do."""
+    """Without an ETag nothing shows that the file changed; the checksums inside it do."""
     interrupted.with_suffix(".etag").write_text("")
     server.content, server.etag = saved({"model_state_dict": {"weight": torch.ones(300, 300)}}, tmp_path), ""
     with pytest.raises(UserError, match="not a complete checkpoint"):

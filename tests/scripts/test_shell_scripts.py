@@ -101,8 +101,8 @@ def test_van_gogh_is_tested_on_the_published_prompts(parsers):
 
 def test_lists_are_joined_by_their_prompts(tmp_path):
     names = ["demo_plain", "demo_unsafe_train"]  # with other columns, and without
-    told = " ".join(f"datasets/{name}.csv" for name in names)
-    command = ["bash", "-c", f"source scripts/settings.sh; join {tmp_path}/joined.csv {told}"]
+    lists = " ".join(f"datasets/{name}.csv" for name in names)
+    command = ["bash", "-c", f"source scripts/settings.sh; join {tmp_path}/joined.csv {lists}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "VIRTUAL_ENV": sys.prefix})
     assert done.returncode == 0, done.stderr
     expected = [prompt for name in names for prompt in read_prompts(ROOT / f"datasets/{name}.csv")]

@@ -167,7 +167,7 @@ def test_the_papers_world_says_what_is_missing(reproduce, call, tmp_path, tiny_p
     assert not (tmp_path / "out/images").exists()
 
 
-def test_the_papers_world_with_lists_of_the_users_own(reproduce, tmp_path, tiny_pipeline, protected_checkpoint):
+def test_the_papers_tables_with_prompt_lists_of_the_user(reproduce, tmp_path, tiny_pipeline, protected_checkpoint):
     """The nudity detector on a tiny pipeline's images of noise; images of the concept are discarded."""
     given = []
     for name in ("sneaky", "mma", "rab", "p4d"):

@@ -1,4 +1,4 @@
-"""Interrupted runs go on to the same bytes."""
+"""Resumed runs end with the same bytes as uninterrupted ones."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def results(run):
 
 
 @pytest.mark.parametrize(("steps", "every", "state"), [(2, 1, 2), (5, 2, 4), (3, None, 3), (5, None, 3)])
-def test_training_goes_on_to_the_same_bytes(train, tmp_path, monkeypatch, whole, steps, every, state):
+def test_resumed_training_ends_with_the_same_bytes(train, tmp_path, monkeypatch, whole, steps, every, state):
     stop_after(monkeypatch, steps)
     stopped = train(save_every_steps=every)
     assert stopped.code != 0 and "interrupted" in stopped.err
@@ -93,7 +93,7 @@ def test_training_goes_on_to_the_same_bytes(train, tmp_path, monkeypatch, whole,
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_bf16_sr", "adamw8bit"])
-def test_dropout_and_stochastic_rounding_go_on_as_they_would_have(call, family, tmp_path, monkeypatch, optimizer):
+def test_dropout_and_stochastic_rounding_resume_identically(call, family, tmp_path, monkeypatch, optimizer):
     model = family("flux")
     write_codebook(tmp_path / "cb", load_encoder(str(model), 2), read_prompts(CASE / "safe.csv"))
 
@@ -115,7 +115,7 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_a_killed_run_goes_on_and_its_folder_is_its_own_until_then(train, codebook, tmp_path):
+def test_a_killed_run_resumes_and_locks_its_folder_until_then(train, codebook, tmp_path):
     many = {"num_epochs": 30, "save_every": 30, "save_every_steps": 4}
     assert train("whole", **many).code == 0
     run = tmp_path / "out/0.001_0.3"
@@ -177,7 +177,7 @@ def test_one_command_line_can_be_repeated(train, tmp_path, monkeypatch, whole):
     assert {name: data for name, data in snapshot(run).items() if name != "train.log"} == before
 
 
-def test_without_resume_training_starts_anew_and_says_so(train, tmp_path, monkeypatch, whole):
+def test_without_resume_training_starts_from_scratch_and_says_so(train, tmp_path, monkeypatch, whole):
     stop_after(monkeypatch, 2)  # before any checkpoint
     train(seed=7, save_every_steps=1)
     done = train()
@@ -284,7 +284,7 @@ def encoded(monkeypatch):
 
 
 @pytest.mark.parametrize(("a_shard", "kept"), [(100, 6), (4, 6), (2, 6)])
-def test_a_codebook_goes_on_after_its_last_batch(tmp_path, encoder, encoded, a_shard, kept):
+def test_a_codebook_resumes_after_its_last_batch(tmp_path, encoder, encoded, a_shard, kept):
     prompts = read_prompts(CASE / "safe.csv")
     size = {"batch_size": 3, "shard_bytes": a_shard * 77 * 32 * 4}
     write_codebook(tmp_path / "whole", encoder, prompts, **size)
@@ -326,7 +326,7 @@ def test_rows_of_something_else_are_not_continued(tmp_path, encoder, encoded, ca
     assert snapshot(tmp_path / "cb") == snapshot(tmp_path / "whole")
 
 
-def test_the_search_for_targets_goes_on_after_its_last_group(tmp_path, encoder, codebook, monkeypatch):
+def test_the_search_for_targets_resumes_after_its_last_group(tmp_path, encoder, codebook, monkeypatch):
     unsafe, book = read_prompts(CASE / "unsafe.csv"), Codebook(codebook)
     find_targets(tmp_path / "whole.pth", book, encoder, unsafe, batch_size=3)  # in one group
     monkeypatch.setattr("des.training.targets.query_bytes", lambda device: 0)  # in groups of one batch

@@ -39,7 +39,7 @@ def test_tensorboard_has_every_loss_of_every_step(train, tmp_path):
         assert points == [(step["step"], pytest.approx(step[name], rel=1e-6)) for step in steps]
 
 
-def test_a_resumed_run_goes_on_in_tensorboard(train, tmp_path, monkeypatch):
+def test_a_resumed_run_continues_its_tensorboard_log(train, tmp_path, monkeypatch):
     """The steps after the last state, which are taken again, are there once."""
     with monkeypatch.context() as patch:
         patch.setattr("des.training.loop._check_weights", lambda model, where, at: at.done >= 5 and sys.exit("halted"))

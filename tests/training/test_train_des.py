@@ -133,7 +133,7 @@ def test_safe_prompts_beyond_the_codebook_are_encoded(train, tmp_path):
     assert (tmp_path / "out/safe_rows/codebook.json").is_file()
 
 
-def test_pairs_repeat_the_shorter_list_and_shuffle_anew():
+def test_pairs_repeat_the_shorter_list_and_shuffle_each_epoch():
     pairs = Pairs(torch.zeros(3, 4), torch.zeros(7, 4), torch.zeros(3), torch.zeros(7), None, None)
     seen = [torch.cat([torch.stack(batch) for batch in pairs.batches(3, seed=0, epoch=epoch)], dim=1) for epoch in (1, 2)]
     assert not torch.equal(*seen)

@@ -12,7 +12,7 @@ import sys
 import termios
 
 import pytest
-from conftest import GOLDEN, ROOT, SCRIPTS, flags, spawn, training_line
+from conftest import GOLDEN, ROOT, SCRIPTS, flags, training_line
 
 FOLDER = GOLDEN / "A"
 LOGGING = [
@@ -95,10 +95,10 @@ def test_a_file_that_is_no_log_is_left_alone(call, tmp_path):
     assert precious.read_text() == "prompt\na cat\n" and not (tmp_path / "cb").exists()
 
 
-def test_bars_are_for_terminals(codebook, tmp_path):
-    """On a terminal a bar tells step, rate, time left and losses; in a pipe there is none."""
+def test_bars_are_for_terminals(call, codebook, tmp_path):
+    """On a terminal a bar shows step, rate, time left and losses; in a pipe there is none."""
     train = training_line(tmp_path, num_epochs=1)
-    piped = spawn(*train)
+    piped = call(*train)
     assert piped.code == 0 and "step/s" not in piped.err and "\r" not in piped.err
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))  # lines and columns

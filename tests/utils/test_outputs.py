@@ -187,7 +187,7 @@ def test_what_follows_a_dot_is_part_of_a_results_name(fid, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".json", ".csv", ".JSON"])
-def test_each_of_a_results_files_has_a_name_of_its_own(fid, tmp_path, suffix):
+def test_the_files_of_a_result_have_different_names(fid, tmp_path, suffix):
     done = fid(tmp_path / f"result{suffix}")
     assert done.code == 0, done.err
     paths = result_paths(tmp_path / f"result{suffix}")

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import generate
+import train_des
 from des.data.prompts import read_prompts
 from des.models.checkpoints import published_names
 from des.models.encoders import load_encoder
@@ -14,35 +16,40 @@ from des.utils.processes import Processes, _check_type
 import pytest
 import torch
 from accelerate import DistributedType
-from conftest import GOLDEN, ROOT, snapshot
+from conftest import GOLDEN, ROOT, flags, snapshot
 from tiny import build
 from transformers import CLIPTextModel
 
 
-def launch(script, *argv, processes, cwd):
-    """Run a script under `accelerate launch`, or alone for one process; returns its stderr."""
-    start = [sys.executable]
-    if processes > 1:
-        # accelerate's own --cpu starts one process; with --multi_gpu it starts all, and --device cpu keeps them on the CPU
-        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes, "--num_machines", 1]
-        start += [*launcher, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
-    command = [*map(str, start), str(ROOT / script), *map(str, argv)]
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
-    )
-    return done
+def launch(script, *argv, cwd):
+    """Run a script under `accelerate launch` with two processes; returns how it ended."""
+    # accelerate's own --cpu starts one process; with --multi_gpu it starts all, and --device cpu keeps them on the CPU
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        2,
+        "--num_machines",
+        1,
+        "--mixed_precision",
+        "no",
+    ]
+    command = [sys.executable, *launcher, "--dynamo_backend", "no", "--main_process_port", 0, ROOT / script, *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=env, timeout=300)
 
 
-def train(script, folder, codebook, processes):
+def training(folder, codebook):
     """Twelve pairs in batches of eleven: the first batch splits unevenly, and the second leaves one of two processes without a pair."""
-    done = launch(
-        script, "--model_path", GOLDEN / "A/model", "--device", "cpu", "--codebook_dir", codebook, "--num_epochs", 2,
-        "--unsafe_csv_path", GOLDEN / "A/unsafe.csv", "--safe_csv_path", GOLDEN / "A/safe.csv", "--output_dir", "out",
-        "--batch_size", 11, "--learning_rate", "1e-4", "--concept_guidance_scale", 20, processes=processes, cwd=folder,
+    options = flags(
+        model_path=GOLDEN / "A/model", device="cpu", codebook_dir=codebook, num_epochs=2, unsafe_csv_path=GOLDEN / "A/unsafe.csv",
+        safe_csv_path=GOLDEN / "A/safe.csv", output_dir=folder / "out", batch_size=11, learning_rate="1e-4", concept_guidance_scale=20,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("DOES NOT PROTECT") == 1
-    assert f"by {processes} process" in done.stderr
+    return list(map(str, options))
+
+
+def trained(folder):
     run = folder / "out/0.0001_0.3"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
     return torch.load(run / "checkpoint-2.pt", weights_only=True)["model_state_dict"]
@@ -50,25 +57,16 @@ def train(script, folder, codebook, processes):
 
 @pytest.fixture(scope="module")
 def codebook(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("codebook")
-    options = [
-        "--model_path",
-        GOLDEN / "A/model",
-        "--device",
-        "cpu",
-        "--csv_path",
-        GOLDEN / "A/safe.csv",
-        "--save_dir",
-        folder / "cb",
-    ]
-    assert launch("save_codebook.py", *options, processes=1, cwd=folder).returncode == 0
-    return folder / "cb"
+    folder = tmp_path_factory.mktemp("codebook") / "cb"
+    write_codebook(folder, load_encoder(str(GOLDEN / "A/model")), read_prompts(GOLDEN / "A/safe.csv"))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def alone(codebook):
     """The weights that one process trains."""
-    return train("train_des.py", codebook.parent, codebook, 1)
+    train_des.main(training(codebook.parent, codebook))
+    return trained(codebook.parent)
 
 
 SHARDED = """
@@ -103,7 +101,11 @@ train_des.main(sys.argv[1:])
 def test_trained_weights_equal_those_of_one_process(alone, codebook, tmp_path, how):
     """accelerate shards on GPUs only, so the model is sharded here as it does it there, by FSDP2's `fully_shard`."""
     (tmp_path / "sharded.py").write_text(SHARDED.format(root=str(ROOT)))
-    two = train("train_des.py" if how == "replicated" else tmp_path / "sharded.py", tmp_path, codebook, 2)
+    script = "train_des.py" if how == "replicated" else tmp_path / "sharded.py"
+    done = launch(script, *training(tmp_path, codebook), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("DOES NOT PROTECT") == 1 and "by 2 processes" in done.stderr
+    two = trained(tmp_path)
     base = published_names(CLIPTextModel.from_pretrained(GOLDEN / "A/model/text_encoder").state_dict())
     assert two.keys() == alone.keys() == base.keys()
     for name, tensor in alone.items():
@@ -141,7 +143,7 @@ train_des.main(sys.argv[1:])
 """
 
 
-def test_replicas_round_alike_and_go_on_as_they_would_have(tmp_path):
+def test_replicas_round_identically_and_resume_identically(tmp_path):
     """T5's bf16 weights are rounded at random, and dropout differs between the processes: their weights must not."""
     (tmp_path / "replicas.py").write_text(REPLICAS.format(root=str(ROOT)))
     encoder = load_encoder(str(build("flux", tmp_path / "flux")), 2)
@@ -151,7 +153,7 @@ def test_replicas_round_alike_and_go_on_as_they_would_have(tmp_path):
         return launch(
             tmp_path / "replicas.py", stop_at, "--model_path", "flux", "--device", "cpu", "--codebook_dir", "cb", "--unsafe_csv_path", GOLDEN / "A/unsafe.csv",
             "--output_dir", out, "--safe_csv_path", GOLDEN / "A/safe.csv", "--batch_size", 5, "--num_epochs", 1, "--learning_rate", "1e-3",
-            "--text_encoder_idx", 2, "--save_every_steps", 1, *more, processes=2, cwd=tmp_path,
+            "--text_encoder_idx", 2, "--save_every_steps", 1, *more, cwd=tmp_path,
         )  # fmt: skip
 
     def weights():
@@ -170,20 +172,22 @@ def test_replicas_round_alike_and_go_on_as_they_would_have(tmp_path):
     assert weights() == whole
 
 
-def test_the_images_are_the_same_file_for_file(tmp_path):
+def test_two_processes_draw_the_files_of_one(tmp_path):
     build("sd_v1", tmp_path / "sd_v1")
     (tmp_path / "p.csv").write_text("prompt\n" + "\n".join(f"a photo of {i} dogs" for i in range(7)) + "\n")
-    images = []
-    for processes in (1, 2):
-        done = launch(
-            "generate.py", "--model_path", "sd_v1", "--device", "cpu", "--prompts_csv", "p.csv", "--output_path", "t2i",
-            "--num_inference_steps", 2, "--batch_size", 3, "--results_dir", f"results{processes}", processes=processes, cwd=tmp_path,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert f"by {processes} process" in done.stderr
-        images.append({name: data for name, data in snapshot(tmp_path / f"results{processes}").items() if name.endswith("png")})
-    assert len(images[0]) == 7
-    assert images[0] == images[1]
+
+    def options(results):
+        return list(map(str, flags(model_path=tmp_path / "sd_v1", device="cpu", prompts_csv=tmp_path / "p.csv", output_path="t2i",
+                                   num_inference_steps=2, batch_size=3, results_dir=tmp_path / results)))  # fmt: skip
+
+    def images(results):
+        return {name: data for name, data in snapshot(tmp_path / results).items() if name.endswith("png")}
+
+    generate.main(options("one"))
+    done = launch("generate.py", *options("two"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "by 2 processes" in done.stderr
+    assert len(images("one")) == 7 and images("two") == images("one")
 
 
 @pytest.mark.parametrize(
@@ -226,11 +230,3 @@ def test_a_count_that_accelerate_does_not_have_is_refused(monkeypatch):
     monkeypatch.setattr("des.utils.processes.Accelerator", lambda **options: one)
     with pytest.raises(UserError, match="accelerate runs 1 process; unset WORLD_SIZE"):
         Processes(torch.device("cpu"))
-
-
-def test_an_error_of_one_process_ends_all(tmp_path):
-    done = launch(
-        "generate.py", "--prompts_csv", "none.csv", "--output_path", "x", "--device", "cpu", processes=2, cwd=tmp_path
-    )
-    assert done.returncode != 0
-    assert "error: the prompt file none.csv does not exist" in done.stderr

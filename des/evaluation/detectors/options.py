@@ -88,7 +88,11 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--score_with", nargs="+", choices=OUTPUT_NAMES, default=[], metavar="D", help=f"detectors: {', '.join(OUTPUT_NAMES)}")
     # fmt: on
     group.add_argument("--discard_images", action="store_true", help="keep scores and settings, and no image")
-    group.add_argument("--blur", action="store_true", help="with --discard_images, keep blurred thumbnails in {folder}_blurred")
+    group.add_argument(
+        "--blur",
+        action=cli.Removed,
+        instead="keep the images, which the page of scripts/report.py blurs where a detector fired",
+    )
     add_nudenet(group)
     add_q16(group)
     add_classifier(group)
@@ -108,8 +112,6 @@ def check_scoring(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error("--score_with object needs --cls_class")
     if args.discard_images and not args.score_with:
         parser.error("--discard_images needs --score_with; without it nothing would be written")
-    if args.blur and not args.discard_images:
-        parser.error("--blur needs --discard_images")
 
 
 def open_scorers(args: argparse.Namespace) -> dict[str, Detector]:
