@@ -24,7 +24,7 @@ from des.models.activations import use_lean_activations
 from des.models.checkpoints import read_metadata
 from des.models.encoders import encoder_class
 from des.training import run
-from des.training.checks import check_concept, check_guidance, check_lengths
+from des.training.checks import check_concept, check_guidance, check_lengths, refuse_equal_concepts
 from des.training.codebook import Codebook, write_codebook
 from des.training.pairs import Pairs
 from des.utils import stats
@@ -165,6 +165,7 @@ def train(
     hyper = run.settings_for(model.dtype, precision, optimizer, **settings)
     processes = Processes(copied.device, all_trained=embedding == "last_hidden_state")
     check_concept(concepts, unsafe)
+    refuse_equal_concepts(copied, concepts)
     facts = {"function": "des.train", "concept": concepts, "output_dir": str(output_dir), **asdict(hyper)}
     made_by = provenance(SimpleNamespace(device=copied.device, **facts))
     codebook_folder = output_dir / "codebook"

@@ -59,6 +59,7 @@ def test_what_cannot_protect_is_refused_and_changes_nothing(pipe, checkpoint):
         (["a", " "], {}, "none of them blank"),
         (["a"], {"encoder": 2}, "has no text encoder 2; it has 1"),
         (["a"], {"concept": []}, "`concept` has no prompts"),
+        (["a"], {"concept": ["church", "church"]}, "one concept is named twice"),
     ],
 )
 def test_training_refuses_lists_that_do_not_suit(pipe, tmp_path, unsafe, options, message):

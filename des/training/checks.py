@@ -49,12 +49,13 @@ def _occurs(word: str, text: str) -> bool:
 def refuse_equal_concepts(encoder: TextEncoder, concepts: Sequence[str]) -> None:
     """Raise UserError if two concepts have the same tokens, up to the encoder's length: they would count twice."""
     seen: dict[tuple[int, ...], str] = {}
-    for concept, ids in zip(concepts, encoder.tokenize(list(concepts)).tolist(), strict=True):
-        if (other := seen.setdefault(tuple(ids), concept)) != concept:
+    for concept, ids in zip(concepts, map(tuple, encoder.tokenize(list(concepts)).tolist()), strict=True):
+        if (other := seen.get(ids)) is not None:
             raise UserError(
-                f'--concept_prompt names one concept twice: "{_shortened(other)}" and "{_shortened(concept)}" have the same tokens '
+                f'one concept is named twice: "{_shortened(other)}" and "{_shortened(concept)}" have the same tokens '
                 f"in the {encoder.length} that text encoder {encoder.index} reads; leave one out"
             )
+        seen[ids] = concept
 
 
 def _shortened(text: str) -> str:

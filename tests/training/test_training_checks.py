@@ -112,7 +112,7 @@ def test_concepts_that_become_the_same_tokens_are_refused(concepts, equal):
     if not equal:
         refuse_equal_concepts(encoder, concepts)
         return
-    with pytest.raises(UserError, match="names one concept twice"):
+    with pytest.raises(UserError, match="one concept is named twice"):
         refuse_equal_concepts(encoder, concepts)
 
 
