@@ -12,7 +12,7 @@ from pathlib import Path
 from des.models.checkpoints import PROJECTION, fingerprint, plain_names, published_names, read_tensors, save_published
 from des.models.encoders import TextEncoder, family_of, load_encoder, read_index, subfolder_of, text_encoders
 from des.models.families import FAMILIES, exports_to
-from des.models.loading import load_model, loading
+from des.models.loading import dtype_option, load_model, loading
 from des.models.shift import embedding_of, is_unprotected, load_measured
 from des.utils.errors import UserError
 from des.utils.logs import logger
@@ -135,7 +135,7 @@ def _write_pipeline(export: Export, folder: Path) -> None:
 def _read_pipeline(export: Export, folder: Path) -> dict[int, nn.Module]:
     dtypes = {encoder.subfolder: encoder.model.dtype for encoder in export.encoders.values()}
     with loading("the exported pipeline"):
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype={"default": torch.bfloat16} | dtypes)
+        pipe = DiffusionPipeline.from_pretrained(folder, **dtype_option("diffusers", {"default": torch.bfloat16} | dtypes))
     return {i: getattr(pipe, encoder.subfolder).to(encoder.model.dtype) for i, encoder in export.encoders.items()}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from des.models.checkpoints import read_tensors, refuse_integers
-from des.models.loading import loading
+from des.models.loading import dtype_option, loading
 from des.models.weights import same_weights
 from des.utils.errors import UserError
 from des.utils.files import sha256_file
@@ -80,7 +80,9 @@ def check_other_unet(unet: nn.Module, model_path: str, base_model_path: str) -> 
     SafeGen is published as a whole pipeline, so no other check shows that its weights were loaded.
     """
     with loading(f"the UNet of --base_model_path {base_model_path}"):
-        base = UNet2DConditionModel.from_pretrained(base_model_path, subfolder="unet", dtype=unet.dtype).state_dict()
+        base = UNet2DConditionModel.from_pretrained(
+            base_model_path, subfolder="unet", **dtype_option("diffusers", unet.dtype)
+        ).state_dict()
     own = unet.state_dict()
     same_shapes = base.keys() == own.keys() and all(base[name].shape == tensor.shape for name, tensor in own.items())
     if same_shapes and same_weights(base, own):

@@ -23,7 +23,7 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _STATES = {  # the embedding in an encoder's output, by `Reading.states`
     "last": lambda output: output.last_hidden_state,
@@ -181,7 +181,7 @@ def family_of(model_path: str) -> Family:
 def read_config(model_path: str, subfolder: str) -> dict[str, Any]:
     """Read config.json of a text encoder from a folder or the hub; UserError if it cannot be read."""
     with loading(f"the configuration of {subfolder} in {model_path}"):
-        return PreTrainedConfig.get_config_dict(model_path, subfolder=subfolder)[0]
+        return PretrainedConfig.get_config_dict(model_path, subfolder=subfolder)[0]
 
 
 def subfolder_of(model_path: str, index: int) -> str:

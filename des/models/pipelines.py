@@ -11,7 +11,7 @@ from des.models.encoders import TextEncoder, encoder_class, family_of, read_inde
 from des.models.families import DIFFUSION, ENCODER_CLASSES, MOST_ENCODERS, REFINER_CLASS, Family
 from des.models.families import DTYPES as _DTYPES
 from des.models.identity import component_sha256s, scheduler_sha256
-from des.models.loading import load_model, loading, torch_dtype
+from des.models.loading import check_dtype, dtype_option, load_model, loading, torch_dtype
 from des.models.shift import embedding_of, load_measured
 from des.utils.errors import UserError
 from des.utils.logs import logger
@@ -65,7 +65,10 @@ def open_pipeline(
         encoders[name] = load_model(model_class, model_path, "cpu", f"the {name} of", dtype, **options)
     with loading(f"the pipeline {model_path}"):
         pipeline_class = getattr(diffusers, index["_class_name"])
-        pipe = pipeline_class.from_pretrained(model_path, dtype=dtype, variant=variant, **family.options, **encoders)
+        pipe = pipeline_class.from_pretrained(
+            model_path, variant=variant, **dtype_option("diffusers", dtype), **family.options, **encoders
+        )
+    check_dtype(pipe.components, dtype, model_path)
     _check_complete(pipe, model_path)
     scheduler = scheduler or family.scheduler
     if scheduler:
@@ -96,7 +99,10 @@ def open_refiner(refiner_path: str, base: DiffusionPipeline) -> DiffusionPipelin
     shared = {"text_encoder_2": base.text_encoder_2, "tokenizer_2": base.tokenizer_2, "vae": base.vae}
     options = {"variant": _variant(refiner_path, dtype), "add_watermarker": False}
     with loading(f"the refiner {refiner_path}"):
-        pipe = getattr(diffusers, REFINER_CLASS).from_pretrained(refiner_path, dtype=dtype, **options, **shared)
+        pipe = getattr(diffusers, REFINER_CLASS).from_pretrained(
+            refiner_path, **dtype_option("diffusers", dtype), **options, **shared
+        )
+    check_dtype(pipe.components, dtype, refiner_path)
     if pipe.text_encoder is not None:
         raise UserError(f"{refiner_path} has a text encoder besides text_encoder_2, which would be unprotected")
     _check_complete(pipe, refiner_path)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from des.models.activations import use_lean_activations
+from des.models.activations import checkpoint_blocks, use_lean_activations
 from des.models.encoders import not_padding
 from des.training import losses
 from des.training.memory import Plan, describe, make_plan
@@ -102,7 +102,7 @@ def test_real_sizes_without_memory(kind, config, dtype, tokens, parameters, auto
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model = build(kind, config, dtype)
     if gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_blocks(model)
     given = GIVEN | {"tokens": tokens, "autocast": autocast, "gradient_checkpointing": gradient_checkpointing}
     plan = make_plan(model, last, **given)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB
@@ -139,8 +139,8 @@ def test_activations_under_autocast():
 def test_checkpointing_keeps_the_inputs_and_one_block():
     planned, real = build(CLIPTextModel, CLIP), build(CLIPTextModel, CLIP, device="cpu")
     without = make_plan(planned, last, **GIVEN).activations
-    real.activation_checkpointing_enable()
-    planned.activation_checkpointing_enable()
+    checkpoint_blocks(real)
+    checkpoint_blocks(planned)
     plan = make_plan(planned, last, **GIVEN | {"gradient_checkpointing": True})
     assert plan.activations == pytest.approx(kept(real, last, block=real.encoder.layers[0]), rel=0.01)
     assert plan.activations < 0.6 * without
