@@ -14,7 +14,7 @@ from typing import Any
 from des.models.activations import use_lean_activations
 from des.models.checkpoints import fingerprint
 from des.models.families import ENCODER_CLASSES, PIPELINES, Family, Reading, find_family, shares_class
-from des.models.loading import load_model, loading, torch_dtype
+from des.models.loading import load_model, loading, release, torch_dtype
 from des.utils.errors import UserError
 from des.utils.files import sha256_texts
 from des.utils.logs import progress
@@ -244,6 +244,10 @@ def load_encoder(
     pipeline = read_index(model_path)
     if embedding == "pipeline" and pipeline is None:
         raise UserError(f"--embedding pipeline needs a pipeline's model_index.json, which {model_path} lacks")
+    if embedding == "pipeline" and pipeline["_class_name"] == "ChromaPipeline" and release("diffusers") < (0, 36):
+        raise UserError(
+            "--embedding pipeline needs diffusers 0.36 or newer for Chroma; earlier releases mask prompts differently"
+        )
     masked = bool(config.get("use_attention_mask"))
     reading = reading_for(pipeline and pipeline["_class_name"], index, architecture, embedding, masked)
     length = max_sequence_length or reading.length or tokenizer.model_max_length

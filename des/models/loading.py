@@ -26,13 +26,17 @@ def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, DTYPES[name])
 
 
+def release(library: str) -> tuple[int, ...]:
+    """Return the release number of an installed library, such as (4, 56, 1)."""
+    return Version(importlib.metadata.version(library)).release
+
+
 def dtype_option(library: str, dtype: Any) -> dict[str, Any]:
     """Return the option of `from_pretrained` that sets the dtype in the installed release of `library`, transformers or diffusers.
 
     Releases before those in _DTYPE_SINCE call it `torch_dtype` and silently ignore `dtype`; use `check_dtype` on the result.
     """
-    release = Version(importlib.metadata.version(library)).release
-    return {"dtype" if release >= _DTYPE_SINCE[library] else "torch_dtype": dtype}
+    return {"dtype" if release(library) >= _DTYPE_SINCE[library] else "torch_dtype": dtype}
 
 
 def check_dtype(modules: Mapping[str, Any], dtype: torch.dtype, what: str) -> None:
@@ -139,6 +143,9 @@ def surplus_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
     If config.json has fewer layers than the file, the last ones are unused and the model is truncated. Parts of a larger model
     (CLIP's vision tower, T5's decoder, a classifier's head) and constants such as `position_ids` are in no stack of `model`.
     """
-    stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    stacks = tuple(
+        f"{each}." for name in lists for each in (name, name.removeprefix("text_model."))
+    )  # transformers 4 has the prefix
     prefixes = ("text_model.", f"{getattr(model, 'base_model_prefix', '')}.")
     return sorted(name for name in names if any(name.removeprefix(prefix).startswith(stacks) for prefix in ("", *prefixes)))

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
 
+from des.models.loading import release
 from des.training import losses
 from des.utils.choices import OPTIMIZERS
 from des.utils.errors import UserError
 
 import torch
 import torch.nn.functional as F
-from packaging.version import Version
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -134,7 +134,7 @@ def _activations(
     The step runs on fake CUDA tensors, which have shapes, dtypes and CUDA's choice of kernels but no memory, so it needs no GPU.
     Raises UserError where the installed torch cannot do that.
     """
-    if Version(torch.__version__).release < _FAKE_CUDA and not torch.cuda.is_available():
+    if release("torch") < _FAKE_CUDA and not torch.cuda.is_available():
         needed = ".".join(map(str, _FAKE_CUDA))
         raise UserError(
             f"torch {torch.__version__} cannot compute a GPU's memory on a machine without a GPU; run this on a machine with one, or "
@@ -144,7 +144,13 @@ def _activations(
     if gradient_checkpointing:
         _run_last_block_without_checkpointing(model)
     with FakeTensorMode(allow_non_fake_inputs=True), _FusedAttention():
-        return _step(model.to_empty(device="cuda"), read, tokens, batch, autocast)
+        for (
+            module
+        ) in model.modules():  # `to_empty` cannot put tied weights on a fake device; here each becomes a tensor of its own
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                fake = torch.empty_like(tensor, device="cuda")
+                setattr(module, name, nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake)
+        return _step(model, read, tokens, batch, autocast)
 
 
 def _run_last_block_without_checkpointing(model: PreTrainedModel) -> None:

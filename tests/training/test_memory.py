@@ -11,6 +11,7 @@ from des.training import losses
 from des.training.memory import Plan, describe, make_plan
 from des.training.optimizers import make_optimizer
 from des.utils.choices import OPTIMIZERS
+from des.utils.errors import UserError
 
 import pytest
 import torch
@@ -225,3 +226,10 @@ def test_describe_keeps_the_margin_and_tells_of_devices():
     assert "24 GB yes, 40 GB yes, 80 GB yes" in small and "to reduce this" not in small
     assert "on each of 4 devices, sharded" in small
     assert "replicated" in describe(replace(PLAN, processes=4))
+
+
+def test_a_torch_that_cannot_count_says_so(monkeypatch):
+    monkeypatch.setattr("des.training.memory.release", lambda library: (2, 9, 1))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=r"cannot compute a GPU's memory .* install torch 2\.10 or newer"):
+        make_plan(build(CLIPTextModel, CLIP), last, **GIVEN)
