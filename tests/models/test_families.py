@@ -7,6 +7,7 @@ from des.models.encoders import load_encoder, not_padding, text_encoders
 from des.models.loading import release
 from des.models.pipelines import encoder_modules, open_pipeline, protect
 from des.training.codebook import Codebook, find_codebook
+from des.utils.errors import UserError
 
 import numpy as np
 import pytest
