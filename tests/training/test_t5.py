@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from des.models.encoders import load_encoder
+from des.models.loading import release
 from des.training import losses
 from des.training.codebook import Codebook, write_codebook
 from des.training.loop import Settings, train
@@ -210,8 +211,11 @@ def test_dry_run_reads_no_weight_and_writes_nothing(train_des, t5, tmp_path):
     finally:
         for path in (t5 / "text_encoder_2").glob("*.away"):
             path.rename(path.with_suffix(".safetensors"))
-    assert done.code == 0, done.err
     assert snapshot(tmp_path) == before
+    if release("torch") < (2, 10) and not torch.cuda.is_available():
+        assert done.failed_in_one_sentence and "torch 2.10 or newer" in done.err
+        return
+    assert done.code == 0, done.err
     for word in ("weights", "gradients", "optimizer", "activations", "codebook", "3 steps", "24 GB yes", "80 GB yes"):
         assert word in done.out, done.out
     count = sum(parameter.numel() for parameter in load_encoder(str(t5), 2).model.parameters())
