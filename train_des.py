@@ -93,6 +93,7 @@ if __name__ == "__main__":
     cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
 
 from des.data.prompts import read_prompts
+from des.models.activations import checkpoint_blocks
 from des.models.encoders import TextEncoder, load_encoder, per_encoder_name
 from des.training import run
 from des.training.checks import (
@@ -181,7 +182,7 @@ def load(args: argparse.Namespace, device_map: str | None = None, device: torch.
     chosen = args.embedding, args.max_sequence_length, device_map, args.variant
     encoder = load_encoder(args.model_path, args.text_encoder_idx, device or args.device, *chosen)
     if args.gradient_checkpointing:
-        encoder.model.activation_checkpointing_enable()
+        checkpoint_blocks(encoder.model)
     return encoder
 
 

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from demo.evaluation import CLIP, draw_reference
 from demo.world import BENIGN_KINDS, CONCEPT, SECOND, random_scene, render
-from des.models.loading import load_model
+from des.models.loading import features, load_model
 from des.utils.files import replacing
 
 import torch
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     for kinds in (BENIGN_KINDS, (CONCEPT,)):
         images = [render(random_scene(rng, kinds[i % len(kinds)]), rng) for i in range(RENDERS)]
         pixels = processor(images, return_tensors="pt").to(args.device)
-        means.append(normalize(model.get_image_features(**pixels).pooler_output, dim=1).mean(0))
+        means.append(normalize(features(model.get_image_features(**pixels)), dim=1).mean(0))
     with replacing(args.out / "q16_prompts.pt") as temporary:
         torch.save(torch.stack(means).cpu(), temporary)
 

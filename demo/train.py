@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from des.utils import cli
+from des.utils.files import write_json, write_text
 
 MODELS = Path(__file__).resolve().parent / "models"
 STAGES = ("tokenizer", "clip", "vae", "classifiers", "unet", "gates")
@@ -166,6 +167,16 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     _clip_tokenizer(folder).save_pretrained(args.work_dir / "tokenizer")
 
 
+def write_files_of_transformers_4(folder: Path) -> None:
+    """Write the files that transformers 4 reads, besides those that transformers 5 saves, for a tokenizer and a processor."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    write_text(folder / "vocab.json", json.dumps(model["vocab"], ensure_ascii=False))
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, model["merges"])]) + "\n")
+    processor = folder / "processor_config.json"
+    if processor.exists():
+        write_json(folder / "preprocessor_config.json", json.loads(processor.read_text(encoding="utf-8"))["image_processor"])
+
+
 def _clip_tokenizer(folder: Path) -> CLIPTokenizer:
     """Read vocab.json and merges.txt in CLIP's layout: letters, letters that end a word, merges, two special tokens."""
     merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines() if not line.startswith("#")]
@@ -201,6 +212,7 @@ def train_clip(args: argparse.Namespace) -> None:
     images = CLIPImageProcessor(size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     model.half().save_pretrained(args.out / "clip")
     CLIPProcessor(images, tokenizer).save_pretrained(args.out / "clip")
+    write_files_of_transformers_4(args.out / "clip")
 
 
 def train_vae(args: argparse.Namespace) -> None:
@@ -296,6 +308,7 @@ def train_unet(args: argparse.Namespace) -> None:
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).to(torch.float16).save_pretrained(args.out / "pipeline")  # fmt: skip
+    write_files_of_transformers_4(args.out / "pipeline/tokenizer")
 
 
 def _blurred(text: torch.Tensor) -> torch.Tensor:

@@ -35,29 +35,61 @@ find_python() {
 }
 
 use_environment() {
-    local requirements=$1 wanted stamp python quiet
+    local requirements=$1 pinned=()
     if [ -n "${VIRTUAL_ENV:-}" ] && [ ! -x "$VIRTUAL_ENV/bin/python" ]; then
         echo "== VIRTUAL_ENV names $VIRTUAL_ENV, where no Python environment is; using .venv instead" >&2
         unset VIRTUAL_ENV
     fi
     if [ -z "${VIRTUAL_ENV:-}" ]; then
-        if [ ! -x .venv/bin/python ]; then
-            python=$(find_python) || exit 1
-            echo "== Making .venv with $("$python" --version)"
-            "$python" -m venv .venv || fail "the virtual environment .venv could not be made"
-        fi
-        VIRTUAL_ENV=$PWD/.venv
-        export VIRTUAL_ENV
+        make_environment .venv
     fi
     export PATH="$VIRTUAL_ENV/bin:$PATH"
+    # An environment of the user's with PyTorch keeps its releases, if they are within the bounds of requirements.txt.
+    if [ "$VIRTUAL_ENV" = "$PWD/.venv" ] || ! python -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then
+        pinned=(-c constraints.txt)
+    fi
     python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$VIRTUAL_ENV has a Python older than 3.11"
-    wanted=$(cat requirements*.txt | cksum)
-    stamp="$VIRTUAL_ENV/.des-$requirements"
+    install_packages "$requirements" -r "$requirements" "${pinned[@]}"
+}
+
+# use_oldest [torch]: an environment with the oldest supported releases, which are the lower bounds in requirements.txt; of PyTorch with
+# `torch` only, else the pinned release
+use_oldest() {
+    local folder=.venv-oldest newest='^torch(vision)?[>=]=' tools
+    [ "${1:-}" = torch ] && folder=.venv-oldest-torch newest='^$'
+    make_environment "$folder"
+    export PATH="$VIRTUAL_ENV/bin:$PATH"
+    {
+        sed -nE "/$newest/d; s/^([A-Za-z0-9_-]+)>=([0-9.]+).*/\1==\2/p" requirements.txt
+        grep -E "$newest" constraints.txt || true
+    } >"$folder/oldest.txt"
+    mapfile -t tools < <(sed -nE 's/^(pytest[^ ]*).*/\1/p' requirements-dev.txt)
+    install_packages "the oldest releases" -r requirements.txt -c "$folder/oldest.txt" "${tools[@]}"
+}
+
+# make_environment FOLDER: a virtual environment there, which becomes the active one
+make_environment() {
+    local python
+    if [ ! -x "$1/bin/python" ]; then
+        python=$(find_python) || exit 1
+        echo "== Making $1 with $("$python" --version)"
+        "$python" -m venv "$1" || fail "the virtual environment $1 could not be made"
+    fi
+    VIRTUAL_ENV=$PWD/$1
+    export VIRTUAL_ENV
+}
+
+# install_packages NAME ARGUMENTS...: pip install, unless the requirements files are those of its last call
+install_packages() {
+    local name=$1 wanted stamp quiet
+    shift
+    wanted=$(cat requirements*.txt constraints.txt | cksum)
+    stamp="$VIRTUAL_ENV/.des-${name// /-}"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        echo "== Installing $requirements into $VIRTUAL_ENV: about 6.5 GB with PyTorch's CUDA libraries the first time, in some minutes"
+        echo "== Installing $name into $VIRTUAL_ENV: about 6.5 GB with PyTorch's CUDA libraries the first time, in some minutes"
         quiet=(--quiet)
         [ -t 1 ] && quiet=() # a terminal shows pip's progress
-        python -m pip install "${quiet[@]}" --disable-pip-version-check -r "$requirements" || fail "the packages could not be installed"
+        python -m pip install "${quiet[@]}" --disable-pip-version-check "$@" || fail "the packages could not be installed"
         echo "$wanted" >"$stamp"
     fi
 }
@@ -70,3 +102,7 @@ use_browser() { # for the tests of pages, which are skipped where there is none
             fail "Chromium could not be installed"
     fi
 }
+
+# The tests that also run with the oldest releases: the reference cases, codebook, losses, checkpoints, training, generation and families.
+OLDEST_TESTS=(tests/training/test_golden.py tests/training/test_codebook.py tests/training/test_losses.py tests/training/test_train_des.py
+    tests/training/test_t5.py tests/models tests/data/test_sampling.py tests/generation/test_generate_families.py)

@@ -109,6 +109,7 @@ class RowSettings:
 
 
 SINCE_2 = ("components", "scheduler_sha256")  # settings that records of format 1 lack
+TORCH = "torch"  # the setting with torch's release, which decides the pixels in half precision only; records in fp32 lack it
 LABELS = ("model_path", "base_model_path", "refiner_path")  # paths, which are not compared: models may be moved
 
 
@@ -151,6 +152,8 @@ def _earlier(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         before, version = dict(earlier["settings"]), int(earlier.get("format", 1))
+        if TORCH in settings:  # earlier records have it among their versions only
+            before.setdefault(TORCH, earlier["made_by"]["versions"]["torch"].split("+")[0])
     except _BROKEN:
         raise UserError(f"{path} cannot be read, so its images are of unknown origin; choose another --output_path") from None
     if version > FORMAT:

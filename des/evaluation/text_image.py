@@ -13,7 +13,7 @@ from des.evaluation.imagereward import load_imagereward, tokenize
 from des.evaluation.scored_images import Scoring, clip_cosine, load_processor, score_images
 from des.evaluation.scorer_identity import MODEL, PROCESSOR, TOKENIZER, configuration_sha256
 from des.models.checkpoints import fingerprint
-from des.models.loading import load_model, loading
+from des.models.loading import features, load_model, loading
 from des.utils.errors import UserError
 from des.utils.files import sha256_texts
 
@@ -71,7 +71,7 @@ def blipscore(images: pd.DataFrame, sources: Mapping[str, str], device: torch.de
 def _text_features(clip: CLIPModel, tokenizer: AutoTokenizer, texts: list[str]) -> torch.Tensor:
     length = clip.config.text_config.max_position_embeddings
     inputs = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(clip.device)
-    return clip.get_text_features(**inputs).pooler_output.cpu().double()
+    return features(clip.get_text_features(**inputs)).cpu().double()
 
 
 def imagereward(images: pd.DataFrame, sources: Mapping[str, str], device: torch.device, how: Scoring) -> Scored:

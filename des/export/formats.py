@@ -14,7 +14,7 @@ from pathlib import Path
 from des.models.checkpoints import PROJECTION, fingerprint, plain_names, published_names, save_published
 from des.models.encoders import TextEncoder, components_of, family_of, load_encoder, read_index, subfolder_of, text_encoders
 from des.models.families import FAMILIES, exports_to
-from des.models.loading import load_model, loading
+from des.models.loading import dtype_option, load_model, loading
 from des.models.model_files import INDEX, WEIGHT_SUFFIXES, copy_weights, fetch, read_json, weight_files
 from des.models.shift import concepts_of, embedding_of, is_unprotected, load_measured
 from des.models.tensor_files import read_tensors
@@ -221,7 +221,8 @@ def _read_pipeline(export: Export, folder: Path) -> dict[int, nn.Module]:
     dtypes = {encoder.subfolder: encoder.model.dtype for encoder in export.encoders.values()}
     absent = {name: None for name, kind in export.components.items() if kind is None}
     with loading("the exported pipeline"):
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype={"default": torch.bfloat16} | dtypes, **absent)
+        dtype = dtype_option("diffusers", {"default": torch.bfloat16} | dtypes)
+        pipe = DiffusionPipeline.from_pretrained(folder, **dtype, **absent)
     return {i: getattr(pipe, encoder.subfolder).to(encoder.model.dtype) for i, encoder in export.encoders.items()}
 
 

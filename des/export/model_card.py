@@ -171,7 +171,8 @@ def _how(
         "absent": "".join(f"{name}=None, " for name in absent),
         "components": f"[{', '.join(map(_python, encoders))}]",
     }
-    return f"```python\n{LOADING[file_format].format(**values)}\n```"
+    older = "diffusers before 0.40 and transformers before 4.56 silently ignore `dtype`; write `torch_dtype` for them."
+    return f"```python\n{LOADING[file_format].format(**values)}\n```\n\n{older}"
 
 
 def _training(name: str, facts: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from des.data import manifest
 from des.data.image_folders import image_files
-from des.data.run_record import COPY_SEED
+from des.data.run_record import COPY_SEED, TORCH
 from des.evaluation.classify import ImageScores
 from des.generation.defences import Defence
 from des.generation.sampler import Sampler
@@ -18,6 +18,7 @@ from des.models.pipelines import component_identities, encoder_sha256s
 from des.utils.files import replacing, sha256_file, sha256_texts, write_json
 from des.utils.locks import locked
 
+import torch
 from PIL import Image
 
 
@@ -44,6 +45,8 @@ def settings_of(
     for name, folder in input_folders.items():
         found = sorted(image_files(folder))
         settings[f"{name}s_sha256"] = sha256_texts(f"{path.name} {sha256_file(path)}" for path in found)
+    if sampling.dtype != "fp32":  # releases of torch draw other noise from one seed in half precision
+        settings[TORCH] = torch.__version__.split("+")[0]
     settings |= {"scheduler": type(pipe.scheduler).__name__, "scheduler_sha256": scheduler_sha256(pipe.scheduler)}
     settings["components"] = component_identities(pipe, defence.model_path, sampler.refiner, refiner_path, variant)
     return settings | encoder_sha256s(pipe) | {"prompts_sha256": sha256_texts(sampler.prompts)}

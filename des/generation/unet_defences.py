@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from des.models.checkpoints import unwrapped
-from des.models.loading import loading
+from des.models.loading import dtype_option, loading
 from des.models.model_files import fetch
 from des.models.tensor_files import read_tensors, refuse_integers
 from des.models.weights import same_weights
@@ -82,7 +82,7 @@ def check_other_unet(unet: nn.Module, model_path: str, base_model_path: str) -> 
     SafeGen is published as a whole pipeline, so no other check shows that its weights were loaded.
     """
     files = fetch(base_model_path, ["unet"], dtype=unet.dtype)
-    options = {"subfolder": "unet", "variant": files.variant("unet"), "dtype": unet.dtype}
+    options = {"subfolder": "unet", "variant": files.variant("unet"), **dtype_option("diffusers", unet.dtype)}
     with loading(f"the UNet of --base_model_path {base_model_path}"):
         base = UNet2DConditionModel.from_pretrained(files.folder, **options).state_dict()
     own = unet.state_dict()

@@ -14,7 +14,7 @@ from typing import Any
 from des.models.activations import use_lean_activations
 from des.models.checkpoints import fingerprint
 from des.models.families import ENCODER_CLASSES, FAMILIES, PIPELINES, Family, Reading, find_family
-from des.models.loading import load_model, loading, torch_dtype
+from des.models.loading import load_model, loading, release, torch_dtype
 from des.models.model_files import INDEX, check_variant, fetch, file_names, is_local, read_json
 from des.models.tokenizers import NO_LENGTH, load_tokenizer, tokenizer_name
 from des.utils.errors import UserError
@@ -24,7 +24,7 @@ from des.utils.logs import progress
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _STATES = {  # the embedding in an encoder's output, by `Reading.states`
     "last": lambda output: output.last_hidden_state,
@@ -224,7 +224,7 @@ def per_encoder_name(model_path: str, index: int, stem: str, pattern: str = "enc
     return stem if tuple(text_encoders(model_path)) == (1,) else pattern.replace("{i}", str(index)).replace("{stem}", stem)
 
 
-def reading_for(family: Family | None, index: int, architecture: str, embedding: str, config: PreTrainedConfig) -> Reading:
+def reading_for(family: Family | None, index: int, architecture: str, embedding: str, config: PretrainedConfig) -> Reading:
     """Return how text encoder `index` of a family is read for an `embedding`, one of EMBEDDINGS.
 
     `config` is the encoder's; some pipelines follow its `use_attention_mask`. `family` may be None for the last hidden state.
@@ -270,6 +270,10 @@ def load_encoder(
     pipeline = read_index(model_path)
     if embedding == "pipeline" and pipeline is None:
         raise UserError(f"--embedding pipeline needs a pipeline's model_index.json, which {model_path} lacks")
+    if embedding == "pipeline" and pipeline["_class_name"] == "ChromaPipeline" and release("diffusers") < (0, 36):
+        raise UserError(
+            "--embedding pipeline needs diffusers 0.36 or newer for Chroma; earlier releases mask prompts differently"
+        )
     family = family_of(model_path) if pipeline else None
     with loading(f"the configuration of {subfolder} in {model_path}", model_path):
         config = model_class.config_class.from_dict(content)

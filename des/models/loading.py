@@ -1,6 +1,7 @@
 """Loading pretrained models and tensors with errors instead of warnings."""
 
 import contextlib
+import importlib.metadata
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,15 +12,49 @@ from des.utils.errors import UserError
 from des.utils.hub import is_offline, missing, try_hub
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_DTYPE_SINCE = {"transformers": (4, 56), "diffusers": (0, 40)}  # releases since which `from_pretrained` reads `dtype`
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """Return torch's dtype for a value of `--dtype`."""
     return getattr(torch, DTYPES[name])
+
+
+def release(library: str) -> tuple[int, ...]:
+    """Return the release number of an installed library, such as (4, 56, 1)."""
+    return Version(importlib.metadata.version(library)).release
+
+
+def dtype_option(library: str, dtype: Any) -> dict[str, Any]:
+    """Return the option of `from_pretrained` that sets the dtype in the installed release of `library`, transformers or diffusers.
+
+    Releases before those in _DTYPE_SINCE call it `torch_dtype` and silently ignore `dtype`; use `check_dtype` on the result.
+    """
+    return {"dtype" if release(library) >= _DTYPE_SINCE[library] else "torch_dtype": dtype}
+
+
+def check_dtype(modules: Mapping[str, Any], dtype: torch.dtype, what: str) -> None:
+    """Raise UserError if one of these modules (by name; other values are skipped) was loaded in another dtype than `dtype`."""
+    for name, module in modules.items():
+        if isinstance(module, nn.Module) and module.dtype != dtype:
+            raise UserError(
+                f"the {name} of {what} was loaded in {module.dtype} instead of {dtype}; update diffusers and transformers"
+            )
+
+
+def features(output: Any) -> Tensor:
+    """Return the features [batch, width] from the output of CLIP's `get_text_features` or `get_image_features`.
+
+    transformers 5 returns them as `pooler_output`, transformers 4 returns the tensor itself.
+    """
+    return output if isinstance(output, Tensor) else output.pooler_output
 
 
 @contextlib.contextmanager
@@ -96,7 +131,10 @@ def load_model(
     """
     options = {"trust_remote_code": False} | options
     with loading(f"{what} {source}", source):
-        model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+        model, info = model_class.from_pretrained(
+            source, output_loading_info=True, **dtype_option("transformers", dtype), **options
+        )
+    check_dtype({"model": model}, dtype, f"{what} {source}")
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
         raise UserError(f"{what} {source} lacks or mismatches {len(wrong)} parameters, {wrong[0]} first")
@@ -114,6 +152,9 @@ def surplus_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
     If config.json has fewer layers than the file, the last ones are unused and the model is truncated. Parts of a larger model
     (CLIP's vision tower, T5's decoder, a classifier's head) and constants such as `position_ids` are in no stack of `model`.
     """
-    stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    stacks = tuple(
+        f"{each}." for name in lists for each in (name, name.removeprefix("text_model."))
+    )  # transformers 4 has the prefix
     prefixes = ("text_model.", f"{getattr(model, 'base_model_prefix', '')}.")
     return sorted(name for name in names if any(name.removeprefix(prefix).startswith(stacks) for prefix in ("", *prefixes)))

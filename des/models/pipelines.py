@@ -11,7 +11,7 @@ from des.models.encoders import TextEncoder, components_of, encoder_class, famil
 from des.models.families import DIFFUSION, ENCODER_CLASSES, MOST_ENCODERS, REFINER_CLASS, Family, find_family
 from des.models.families import DTYPES as _DTYPES
 from des.models.identity import component_sha256s, scheduler_sha256
-from des.models.loading import load_model, loading, torch_dtype
+from des.models.loading import check_dtype, dtype_option, load_model, loading, torch_dtype
 from des.models.model_files import check_variant, fetch, read_json
 from des.models.shift import embedding_of, load_measured
 from des.models.tokenizers import load_tokenizer, tokenizer_name
@@ -23,7 +23,7 @@ import torch
 import transformers
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {name: torch_dtype(name) for name in _DTYPES}
 _ENCODER_PART = re.compile("text_encoder|tokenizer")
@@ -111,7 +111,7 @@ def _open(
             files.variant(name)  # raises for a folder without weights, as read_config does for a damaged configuration
             read_config(model_path, name)
             with loading(f"the {name} of {model_path}"):
-                models[name] = model_class.from_pretrained(files.folder, dtype=dtype, **options)
+                models[name] = model_class.from_pretrained(files.folder, **dtype_option("diffusers", dtype), **options)
         elif issubclass(model_class, PreTrainedModel):
             files.variant(name)
             models[name] = load_model(model_class, str(files.folder), "cpu", f"the {name} of", dtype, **options)
@@ -121,7 +121,9 @@ def _open(
                     files.folder, model_path, name, class_name, config, components, family
                 )
     with loading(f"the pipeline {model_path}"):
-        pipe = getattr(diffusers, pipeline_class).from_pretrained(files.folder, dtype=dtype, **given, **models)
+        dtypes = dtype_option("diffusers", dtype)
+        pipe = getattr(diffusers, pipeline_class).from_pretrained(files.folder, **dtypes, **given, **models)
+    check_dtype(pipe.components, dtype, model_path)
     pipe.register_to_config(_name_or_path=model_path)
     _check_complete(pipe, model_path)
     pipe.set_progress_bar_config(disable=True)
@@ -196,7 +198,7 @@ def text_encoder(pipe: DiffusionPipeline, index: int, embedding: str = "last_hid
 
 def _config(pipe: DiffusionPipeline, component: str) -> dict[str, Any] | None:
     config = getattr(getattr(pipe, component, None), "config", None)
-    return config.to_dict() if isinstance(config, PreTrainedConfig) else config
+    return config.to_dict() if isinstance(config, PretrainedConfig) else config
 
 
 def readers(pipe: DiffusionPipeline, max_sequence_length: int | None = None) -> dict[str, tuple[PreTrainedTokenizerBase, int]]:

@@ -10,7 +10,7 @@ from des.utils.errors import UserError
 from des.utils.logs import logger
 
 import transformers
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
@@ -27,7 +27,7 @@ def load_tokenizer(
     model_path: str,
     subfolder: str,
     architecture: str,
-    config: PreTrainedConfig,
+    config: PretrainedConfig,
     components: Mapping[str, Any],
     family: Family | None,
 ) -> PreTrainedTokenizerBase:

@@ -11,7 +11,7 @@ from typing import Any
 from des.data import manifest
 from des.data.claims import check_complete
 from des.data.image_folders import image_hashes
-from des.data.run_record import RECORD_FIELDS, SINCE_2, Lines, Sampling, read_run, recorded_components
+from des.data.run_record import RECORD_FIELDS, SINCE_2, TORCH, Lines, Sampling, read_run, recorded_components
 from des.evaluation.results import Score, read_scores
 from des.generation.defences import METHODS
 from des.models.checkpoints import read_metadata
@@ -98,8 +98,8 @@ class ImageRun:
 
     @cached_property
     def later_conditions(self) -> dict[str, Any]:
-        """Conditions that records of format 1 lack; they are compared only if both runs have them."""
-        return {name: self.settings[name] for name in SINCE_2 if name not in RECORD_FIELDS and name in self.settings}
+        """Conditions that earlier records lack; they are compared only if both runs have them."""
+        return {name: self.settings[name] for name in (*SINCE_2, TORCH) if name not in RECORD_FIELDS and name in self.settings}
 
     @cached_property
     def drawn(self) -> dict[Key, dict[str, Any]]:

@@ -234,7 +234,8 @@ class Codebook:
     def farthest(self, queries: Tensor, nearest: bool = False) -> tuple[Tensor, Tensor]:
         """For each query [n, tokens, hidden], the lowest cosine similarity to any row and that row's index, both [n].
 
-        With `nearest`, the highest similarity instead. Of equal rows the first one is returned.
+        With `nearest`, the highest similarity instead. Of equal cosines the first one is returned. Equal rows may have cosines
+        that differ in the last bit, depending on their places in the blocks, so any one of them is returned.
         """
         # One block of rows at a time goes to the queries' device; matrix products in fp32 give its similarities to all queries, of
         # which only the lowest so far and its row are kept. So memory does not grow with the codebook.

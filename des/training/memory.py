@@ -5,22 +5,26 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
+from typing import Any
 
+from des.models.loading import release
 from des.training import losses
 from des.utils.choices import OPTIMIZERS
+from des.utils.errors import UserError
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedModel
 
 GB = 1e9
 CARDS = (24, 40, 80)  # GB
 MARGIN = 1.5  # GB
 PARTS = ("weights", "gradients", "optimizer", "activations", "total")
+_FAKE_CUDA = (2, 10)  # releases of torch before it abort when a fake CUDA tensor is computed without a GPU
 _BLOCK, _SMALLEST = 256, 4096  # torchao's 8-bit states: values per scale, and the smallest tensor that is quantized
 Read = Callable[[nn.Module, Tensor], Tensor]  # ids [n, tokens] to embeddings [n, rows, hidden], with the model that is given
 
@@ -123,20 +127,46 @@ def _state(parameter: Tensor, optimizer: str) -> int:
 
 
 def _activations(
-    model: nn.Module, read: Read, tokens: int, batch: int, autocast: torch.dtype | None, gradient_checkpointing: bool
+    model: PreTrainedModel, read: Read, tokens: int, batch: int, autocast: torch.dtype | None, gradient_checkpointing: bool
 ) -> tuple[int, int]:
     """Bytes that a step of `batch` pairs keeps for its backward pass on a CUDA device, and the values in one embedding.
 
     The step runs on fake CUDA tensors, which have shapes, dtypes and CUDA's choice of kernels but no memory, so it needs no GPU.
-    With checkpointing, a step keeps the inputs of the blocks, and the backward pass recomputes the last block while it holds all of
-    them. Therefore the last block runs without checkpointing here, so that its tensors are counted too.
+    Raises UserError where the installed torch cannot do that.
     """
+    if release("torch") < _FAKE_CUDA and not torch.cuda.is_available():
+        needed = ".".join(map(str, _FAKE_CUDA))
+        raise UserError(
+            f"torch {torch.__version__} cannot compute a GPU's memory on a machine without a GPU; run this on a machine with one, or "
+            f"install torch {needed} or newer"
+        )
     model = copy.deepcopy(model).train()
     if gradient_checkpointing:
-        [*_, last_block] = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
-        last_block.gradient_checkpointing = False
+        _run_last_block_without_checkpointing(model)
     with FakeTensorMode(allow_non_fake_inputs=True), _FusedAttention():
-        return _step(model.to_empty(device="cuda"), read, tokens, batch, autocast)
+        for (
+            module
+        ) in model.modules():  # `to_empty` cannot put tied weights on a fake device; here each becomes a tensor of its own
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                fake = torch.empty_like(tensor, device="cuda")
+                setattr(module, name, nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake)
+        return _step(model, read, tokens, batch, autocast)
+
+
+def _run_last_block_without_checkpointing(model: PreTrainedModel) -> None:
+    """Change a model with gradient checkpointing so that the tensors of its last block are counted as kept.
+
+    A step keeps the inputs of the blocks, and the backward pass recomputes the last block while it holds all of them.
+    """
+    calls = count(1)
+    for module in model.modules():  # either the blocks or the stack of them, depending on the release of transformers
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if checkpoint:
+
+            def run(block: Callable[..., Any], *inputs: Any, checkpoint: Callable[..., Any] = checkpoint) -> Any:
+                return block(*inputs) if next(calls) == model.config.num_hidden_layers else checkpoint(block, *inputs)
+
+            module._gradient_checkpointing_func = run
 
 
 def _step(model: nn.Module, read: Read, tokens: int, batch: int, autocast: torch.dtype | None) -> tuple[int, int]:

@@ -35,6 +35,7 @@ if __name__ == "__main__":
     cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
 
 from des.data.prompts import read_prompts
+from des.models.activations import checkpoint_blocks
 from des.models.encoders import load_encoder
 from des.training import losses
 from des.training.codebook import Codebook, write_codebook
@@ -164,7 +165,7 @@ def memory() -> str:
             with torch.device("meta"):
                 model = T5EncoderModel(T5Config(**XXL)).bfloat16()
             if checkpointing:
-                model.activation_checkpointing_enable()
+                checkpoint_blocks(model)
             plan = make_plan(model, read, 512, 4, 6911, 2, 6911, 2, name, None, checkpointing)
             sizes = (plan.weights, plan.gradients, plan.optimizer, plan.activations, plan.total)
             cells = " | ".join(f"{size / 1e9:.1f}" for size in sizes)

@@ -4,10 +4,11 @@ import json
 import os
 import shutil
 
-from des.data.run_record import Sampling
+from des.data.run_record import Sampling, claim
 from des.models import identity
 from des.models.identity import scheduler_sha256, sha256_of, weight_files
 from des.models.pipelines import DIFFUSION, as_scheduler, component_identities, open_pipeline, open_refiner
+from des.utils.errors import UserError
 from des.utils.files import sha256_file, sha256_texts
 
 import diffusers
@@ -267,3 +268,18 @@ def test_blobs_of_the_hub_cache_are_named_by_their_hash(cache, tmp_path):
     shutil.move(blob, tmp_path / "elsewhere")
     (tmp_path / "v").symlink_to(tmp_path / "elsewhere")
     assert sha256_of(tmp_path / "v") == sha256_file(tmp_path / "elsewhere")
+
+
+def test_a_half_precision_folder_is_not_completed_with_another_torch(tmp_path):
+    """The record's setting, or in records of earlier versions the version that drew the images."""
+    record = {"folder": tmp_path, "prompts": ["a dog"], "applied": {}, "keys": [(0, 0)], "truncated": {}}
+    bf16, made_by = {"dtype": "bf16"}, {"versions": {"torch": "2.9.1+cpu"}, "arguments": {}}
+    for recorded in (bf16 | {"torch": "2.9.1"}, bf16):
+        (tmp_path / "run.json").unlink(missing_ok=True)
+        claim(**record, settings=recorded, made_by=made_by)
+        claim(**record, settings=bf16 | {"torch": "2.9.1"}, made_by=made_by)
+        with pytest.raises(UserError, match=r"different settings: torch \(2\.9\.1, now 2\.14\.1\)"):
+            claim(**record, settings=bf16 | {"torch": "2.14.1"}, made_by=made_by)
+    (tmp_path / "run.json").unlink()
+    for made_by["versions"]["torch"] in ("2.9.1", "2.14.1"):
+        claim(**record, settings={"dtype": "fp32"}, made_by=made_by)

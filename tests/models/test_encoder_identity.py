@@ -15,6 +15,8 @@ from des.utils.resume import PartialFile, differing
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from tiny import clip, clip_tokenizer, t5
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, T5Config, T5ForConditionalGeneration
@@ -48,7 +50,9 @@ def test_a_configuration_with_fewer_layers_than_the_file_is_refused(copied, name
     model = copied(name)
     configure(model / ("text_encoder" if index == 1 else f"text_encoder_{index}"), **values)
     for load in (lambda: load_encoder(str(model), index), lambda: open_pipeline(str(model), torch.float32)):
-        with pytest.raises(UserError, match=r"layers that its config\.json does not describe"):
+        with pytest.raises(
+            UserError, match=r"layers that its config\.json does not describe|_keep_in_fp32_modules"
+        ):  # transformers 4
             load()
 
 
@@ -72,14 +76,15 @@ def test_other_parts_of_a_larger_model_are_not_surplus(copied, tmp_path):
     model = copied("sd_v1")
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}  # fmt: skip
     text = CLIPTextModel.from_pretrained(model / "text_encoder")
+    expected = fingerprint(text)  # before its file changes, which transformers 4 maps into memory
     whole = CLIPModel(CLIPConfig(text_config=text.config.to_dict(), vision_config=vision, projection_dim=8))
     whole.text_model.load_state_dict({name.removeprefix("text_model."): tensor for name, tensor in text.state_dict().items()})
     whole.save_pretrained(tmp_path / "whole")
     tensors = load_file(tmp_path / "whole/model.safetensors")
     tensors |= {"text_model.embeddings.position_ids": torch.arange(77)[None], "classifier.weight": torch.ones(2, 8)}
     save_file(tensors, model / "text_encoder/model.safetensors", {"format": "pt"})
-    assert fingerprint(load_encoder(str(model)).model) == fingerprint(text)
-    assert fingerprint(open_pipeline(str(model), torch.float32).text_encoder) == fingerprint(text)
+    assert fingerprint(load_encoder(str(model)).model) == expected
+    assert fingerprint(open_pipeline(str(model), torch.float32).text_encoder) == expected
 
     flux = copied("flux")
     config = T5Config.from_pretrained(flux / "text_encoder_2")
@@ -237,7 +242,8 @@ def test_a_checkpoints_folder_has_the_published_names(tmp_path, projected):
     """Also of a base that transformers 5 saved itself, without the prefix `text_model.`."""
     clip(1, projected=projected).save_pretrained(tmp_path / "base")
     model = type(clip(1, projected=projected)).from_pretrained(tmp_path / "base")
-    assert projected or "encoder.layers.0.mlp.fc1.weight" in load_file(tmp_path / "base/model.safetensors")
+    if not projected and Version(transformers.__version__).major > 4:
+        assert "encoder.layers.0.mlp.fc1.weight" in load_file(tmp_path / "base/model.safetensors")
     path = save_checkpoint(tmp_path / "checkpoint-1", model, model.state_dict(), {}, "hf")
     names = load_file(path / "model.safetensors").keys()
     assert {name.split(".")[0] for name in names} == {"text_model", *["text_projection"] * projected}

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from des.models.activations import use_lean_activations
+from des.models.activations import checkpoint_blocks, use_lean_activations
 from des.models.encoders import not_padding
 from des.training import losses
 from des.training.memory import Plan, describe, make_plan
 from des.training.optimizers import make_optimizer
 from des.utils.choices import OPTIMIZERS
+from des.utils.errors import UserError
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_real_sizes_without_memory(kind, config, dtype, tokens, parameters, auto
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model = build(kind, config, dtype)
     if gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_blocks(model)
     given = GIVEN | {"tokens": tokens, "autocast": autocast, "gradient_checkpointing": gradient_checkpointing}
     plan = make_plan(model, last, **given)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB
@@ -139,8 +140,8 @@ def test_activations_under_autocast():
 def test_checkpointing_keeps_the_inputs_and_one_block():
     planned, real = build(CLIPTextModel, CLIP), build(CLIPTextModel, CLIP, device="cpu")
     without = make_plan(planned, last, **GIVEN).activations
-    real.activation_checkpointing_enable()
-    planned.activation_checkpointing_enable()
+    checkpoint_blocks(real)
+    checkpoint_blocks(planned)
     plan = make_plan(planned, last, **GIVEN | {"gradient_checkpointing": True})
     assert plan.activations == pytest.approx(kept(real, last, block=real.encoder.layers[0]), rel=0.01)
     assert plan.activations < 0.6 * without
@@ -225,3 +226,10 @@ def test_describe_keeps_the_margin_and_tells_of_devices():
     assert "24 GB yes, 40 GB yes, 80 GB yes" in small and "to reduce this" not in small
     assert "on each of 4 devices, sharded" in small
     assert "replicated" in describe(replace(PLAN, processes=4))
+
+
+def test_a_torch_that_cannot_count_says_so(monkeypatch):
+    monkeypatch.setattr("des.training.memory.release", lambda library: (2, 9, 1))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=r"cannot compute a GPU's memory .* install torch 2\.10 or newer"):
+        make_plan(build(CLIPTextModel, CLIP), last, **GIVEN)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from des.models.encoders import load_encoder
+from des.models.loading import release
 from des.training import losses
 from des.training.codebook import Codebook, write_codebook
 from des.training.loop import Settings, train
@@ -68,7 +69,7 @@ def t5(family):
 
 def test_shards_hold_the_same_rows_as_one_file(t5, tmp_path):
     encoder = load_encoder(str(t5), 2)
-    prompts = [f"a photo of {'a dog and ' * i} a bus" for i in range(23)]
+    prompts = [f"{i} {'dogs and ' * (i % 5)} a bus" for i in range(23)]
     write_codebook(tmp_path / "one", encoder, prompts, batch_size=4)
     write_codebook(tmp_path / "many", encoder, prompts, batch_size=4, shard_bytes=64 * 96 * 2 * 5)
     one, many = Codebook(tmp_path / "one"), Codebook(tmp_path / "many")
@@ -76,8 +77,9 @@ def test_shards_hold_the_same_rows_as_one_file(t5, tmp_path):
     rows = torch.tensor([22, 0, 4, 5, 9, 10])
     assert torch.equal(one.rows(rows), many.rows(rows))
     queries = next(encoder.encode(["a kite", "3 dogs", "two people"], 3))
-    for a, b in zip(one.farthest(queries), many.farthest(queries), strict=True):
-        assert torch.equal(a, b)
+    (cosines, indices), (cosines_of_many, indices_of_many) = (codebook.farthest(queries) for codebook in (one, many))
+    assert torch.equal(indices, indices_of_many)
+    torch.testing.assert_close(cosines, cosines_of_many)
     (tmp_path / "many/codebook-00002-of-00005.safetensors").unlink()
     with pytest.raises(Exception, match="run save_codebook"):
         Codebook(tmp_path / "many")
@@ -209,8 +211,11 @@ def test_dry_run_reads_no_weight_and_writes_nothing(train_des, t5, tmp_path):
     finally:
         for path in (t5 / "text_encoder_2").glob("*.away"):
             path.rename(path.with_suffix(".safetensors"))
-    assert done.code == 0, done.err
     assert snapshot(tmp_path) == before
+    if release("torch") < (2, 10) and not torch.cuda.is_available():
+        assert done.failed_in_one_sentence and "torch 2.10 or newer" in done.err
+        return
+    assert done.code == 0, done.err
     for word in ("weights", "gradients", "optimizer", "activations", "codebook", "3 steps", "24 GB yes", "80 GB yes"):
         assert word in done.out, done.out
     count = sum(parameter.numel() for parameter in load_encoder(str(t5), 2).model.parameters())

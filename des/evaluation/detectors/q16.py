@@ -13,7 +13,7 @@ from typing import Any
 
 from des.evaluation.scorer_identity import MODEL, PROCESSOR, configuration_sha256
 from des.models.checkpoints import fingerprint
-from des.models.loading import check_finite, load_model, loading, read_pt
+from des.models.loading import check_finite, features, load_model, loading, read_pt
 from des.utils.errors import UserError
 from des.utils.files import sha256_file
 
@@ -74,7 +74,7 @@ class Q16:
             processor = CLIPImageProcessor.from_pretrained(folder)
         self.model = load_model(CLIPModel, folder, self.device, "the CLIP model")
         self._transform = lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
-        self.encode = lambda pixels: self.model.get_image_features(pixel_values=pixels).pooler_output
+        self.encode = lambda pixels: features(self.model.get_image_features(pixel_values=pixels))
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Turn an image into CLIP's input [3, height, width]."""
