@@ -47,8 +47,8 @@ STYLE = """
   --ink: var(--body-text-color); --muted: var(--body-text-color); --paper: var(--background-fill-primary); --grid: var(--border-color-primary);
   --series-0: #0072b2; --series-1: #c25100; --series-2: #00825f; --series-3: #a3467f; }
 .dark .des-maps { --series-0: #56b4e9; --series-1: #f28a3c; --series-2: #2fc498; --series-3: #dd8abf; }
-.des-maps svg { flex: 1 1 280px; min-width: 0; max-width: 560px; height: auto; }
-@media (max-width: 480px) { .des-maps { margin: 0 -12px; } .des-maps text { font-size: 12px !important; } }
+.des-maps svg { flex: 1 1 280px; min-width: 0; max-width: 560px; height: auto; overflow: visible; }
+@media (max-width: 480px) { .des-maps { margin: 0 -12px; } .des-maps text { font-size: 11px !important; } }
 .des-note, .des-about { color: var(--body-text-color); opacity: 0.8; font-size: 14px; }
 .des-counts { font-size: 16px; line-height: 1.7; font-variant-numeric: tabular-nums; }
 .des-page h1 { font-size: 24px; font-weight: 700; margin-bottom: 2px; }

@@ -142,7 +142,7 @@ def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: S
             axes.invert_yaxis()
         across, up = (f", mean and range of {len(each)} sets" if len(each) > 1 else "" for each in (asr, quality))
         axes.set_xlabel(textwrap.fill(f"{asr[0].title}, %{across}", 2 * _LABEL))
-        axes.set_ylabel(textwrap.fill(f"{title}, {better} is better{up}", 2 * _LABEL))
+        axes.set_ylabel(textwrap.fill(f"{title}, {better} is better{up}", _LABEL + 5))
         _legend(axes, comparison)
     sets = f"{asr[0].title} ({sets_of(asr, len(models))}) against {title} ({sets_of(quality, len(models))})"
     label = f"{sets}; upper left is best; not beaten: {', '.join(comparison.models[i].label for i in joined)}"
