@@ -228,7 +228,9 @@ def test_twins_of_every_family_differ_in_the_protected_encoder_only(family, tmp_
     assert rest == {key for key in twin.components if twin.components[key] is pipe.components[key]} | (
         rest & {key for key, value in pipe.components.items() if value is None}
     )
-    drawn = Session({"original": pipe, "protected": twin}, None).draw("a kite", Sampling(0, 2, 3.0))
+    steps = []
+    drawn = Session({"original": pipe, "protected": twin}, None).draw("a kite", Sampling(0, 2, 3.0), lambda: steps.append(1))
+    assert len(steps) == 4  # a drawing of any family can be cancelled after each step
     assert drawn["original"].image.tobytes() != drawn["protected"].image.tobytes()
 
 
