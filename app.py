@@ -2,7 +2,7 @@
 
     python app.py --model_path stable-diffusion-v1-5/stable-diffusion-v1-5 --device cuda:0 \\
         --text_encoder_path checkpoints/des_sexual/1e-05_0.3/checkpoint-2.pt
-    python app.py                                                        # the demo, as scripts/quickstart.sh trained it
+    python app.py                                                        # the bundled demo
 
 Needs `pip install -r requirements-app.txt`. A detector judges both images. A second tab scores the prompts of a CSV, a third shows
 where a prompt lies among those that DES was trained on. No prompt is logged, and no image reaches the disk.
@@ -26,8 +26,8 @@ os.environ.update(
     GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1"
 )  # gradio and huggingface_hub read these on import
 
-from demo.evaluation import CLASSIFIERS, PIPELINE
-from demo.world import CONCEPT
+from demo.evaluation import CLASSIFIERS, MODELS, PIPELINE
+from demo.world import BACKGROUNDS, COLOURS, CONCEPT, KINDS, names_an_object
 from des.evaluation.detectors.options import add_classifier, add_nudenet
 from des.generation.defences import ENCODER_OPTIONS, add_encoders
 from des.models.families import DTYPES, SCHEDULERS
@@ -130,8 +130,14 @@ from des.utils.logs import logger
 
 from diffusers import DiffusionPipeline
 
-QUICKSTART = ROOT / "results/quickstart/checkpoints-42/0.002_0.3/checkpoint-20.pt"
-EXAMPLES = ("a red mushroom on a meadow", "a drawing of a blue shiitake", "a green house on a beach")
+PROTECTED = MODELS / "protected/checkpoint-20.safetensors"
+EXAMPLES = {
+    "concept": "a red mushroom on a meadow",
+    "held-out name": "a drawing of a blue shiitake",
+    "misspelling": "a purple mushrom on a beach",
+    "near neighbour": "a pink umbrella on a meadow",
+    "other object": "a green house on a beach",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,10 +167,11 @@ def serve(args: argparse.Namespace, session: Session, defaults: Sampling) -> Non
         about=about(args),
         doubts=session.doubts,
         defaults=defaults,
-        examples=EXAMPLES if args.is_demo else (),
+        examples=EXAMPLES if args.is_demo else {},
         prompt_map=open_map(args, session.pipes),
         blur_hits=args.detector == "nudenet",
         most_rows=args.max_rows,
+        remark=remark if args.is_demo else lambda prompt: "",
     )
     if not is_loopback(args.host):
         logger.warning("--host %s: anyone who reaches this machine can use the app, the original model included", args.host)
@@ -179,11 +186,7 @@ def open_pair(args: argparse.Namespace) -> dict[str, DiffusionPipeline]:
     missing or does not fit.
     """
     if args.is_demo and not open_encoders(args):
-        if not QUICKSTART.is_file():
-            raise UserError(
-                "there is no trained demo yet: run `bash scripts/quickstart.sh` first, or give --text_encoder_path CKPT"
-            )
-        args.text_encoder_path = QUICKSTART
+        args.text_encoder_path = PROTECTED
     family = family_of(args.model_path)
     files = {"scheduler": args.scheduler, "variant": args.variant, "drop_t5": args.drop_t5}
     original = open_pipeline(args.model_path, dtype_for(family, args.device, args.dtype), **files)
@@ -234,7 +237,15 @@ def about(args: argparse.Namespace) -> list[str]:
     files = ", ".join(f"text encoder {i}, by <code>{html.escape(path.name)}</code>" for i, path in open_encoders(args).items())
     model = "the demo's tiny Stable Diffusion" if args.is_demo else f"<code>{html.escape(args.model_path)}</code>"
     judge = {"none": "none", "nudenet": "NudeNet", "object": f"a classifier, asked for {args.cls_class}"}[args.detector]
-    return [f"Model: {model}. Protected: {files}. Detector: {html.escape(judge)}."]
+    knows = f"The demo knows {len(KINDS)} objects ({', '.join(KINDS)}), {len(COLOURS)} colours ({', '.join(COLOURS)}) and "
+    knows += f"{len(BACKGROUNDS)} backgrounds ({', '.join(text.split(' ', 1)[1] for text, _ in BACKGROUNDS.values())})."
+    return [f"Model: {model}. Protected: {files}. Detector: {html.escape(judge)}.", *([knows] if args.is_demo else [])]
+
+
+def remark(prompt: str) -> str:
+    """A sentence about a prompt that names no object of the demo's world; empty for others."""
+    unknown = "This prompt has no noun that the demo knows, so what both models draw means nothing."
+    return "" if names_an_object(prompt) else unknown
 
 
 def is_loopback(host: str) -> bool:

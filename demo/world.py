@@ -9,7 +9,9 @@ on a stick that must survive.
 """
 
 import random
+import re
 from dataclasses import dataclass, replace
+from functools import cache
 
 from demo.shapes import SHAPES, Pen
 
@@ -180,10 +182,26 @@ def _noun(scene: Scene, rng: random.Random) -> str:
 
 
 def _misspell(noun: str, rng: random.Random) -> str:
-    """Drop, double or swap one letter after the first."""
-    i = rng.randrange(1, len(noun))
-    swapped = noun[:i] + noun[i : i + 2][::-1] + noun[i + 2 :]
-    return rng.choice((noun[:i] + noun[i + 1 :], noun[:i] + noun[i] + noun[i:], swapped))
+    return rng.choice(_misspellings(noun, rng.randrange(1, len(noun))))
+
+
+def _misspellings(noun: str, i: int) -> tuple[str, str, str]:
+    """A noun without its letter i, with that letter doubled, and with it and the next one swapped."""
+    return noun[:i] + noun[i + 1 :], noun[:i] + noun[i] + noun[i:], noun[:i] + noun[i : i + 2][::-1] + noun[i + 2 :]
+
+
+@cache
+def _known_nouns() -> frozenset[str]:
+    """Every noun and phrase of the captions, as it is and with one letter wrong."""
+    nouns = {*LOOKS, *INDIRECT_PHRASES, *(noun for pair in NOUNS.values() for noun in pair)}
+    return frozenset(nouns.union(*(_misspellings(noun, i) for noun in nouns for i in range(1, len(noun)))))
+
+
+def names_an_object(prompt: str) -> bool:
+    """Whether a prompt has a noun of the captions, in the singular or plural, with at most one letter wrong."""
+    words = re.findall(r"[a-z']+", prompt.lower())
+    text = f" {' '.join(words)} "
+    return any(f" {noun} " in text or f" {noun}s " in text for noun in _known_nouns())
 
 
 def _article(phrase: str) -> str:

@@ -1,6 +1,7 @@
 """The app's actions, without its page: draw prompts with the original and the protected model, score the images, map a prompt."""
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,28 +101,39 @@ class Session:
         self.detector = detector
         self.label = label
         self.batch_size = batch_size
+        self._lock = threading.Lock()  # the two pipelines share their scheduler
 
-    def draw(self, prompt: str, sampling: Sampling) -> dict[str, ScoredImage]:
-        """Draw a prompt with both models from one seed, as `generate.py --prompt` does with these settings."""
-        samplers = self._samplers([check_prompt(prompt)], sampling)
-        return {side: self._score_image(sampler.draw([(0, 0)])[0]) for side, sampler in samplers.items()}
+    def draw(self, prompt: str, sampling: Sampling, on_step: Callable[[], None] | None = None) -> dict[str, ScoredImage]:
+        """Draw a prompt with both models from one seed, as `generate.py --prompt` does with these settings.
+
+        `on_step()` is called after each denoising step; an exception that it raises stops the drawing.
+        """
+        samplers = self._samplers([check_prompt(prompt)], sampling, on_step)
+        with self._lock:
+            return {side: self._score_image(sampler.draw([(0, 0)])[0]) for side, sampler in samplers.items()}
 
     def score(
-        self, csv_path: Path, sampling: Sampling, limit: int, progress: Callable[[int, int], None] = lambda done, total: None
+        self,
+        csv_path: Path,
+        sampling: Sampling,
+        limit: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        on_step: Callable[[], None] | None = None,
     ) -> Scores:
         """Draw the first `limit` rows of a prompt CSV with both models, row i from seed S + i as `generate.py` does, and score them.
 
-        Images are discarded. `progress(done, total)` is called with the number of finished rows. Raises UserError for a file that
+        Images are discarded. `progress(done, total)` is called with the number of finished rows, `on_step` as in `draw`. Raises UserError for a file that
         is not a prompt list, for a prompt that is too long, and if there is no detector.
         """
         prompts, taken, rows = self._read(csv_path, limit)
-        samplers = self._samplers(prompts, sampling)
+        samplers = self._samplers(prompts, sampling, on_step)
         found: dict[str, list[dict[str, dict]]] = {side: [] for side in samplers}
         for start in range(0, len(rows), self.batch_size):
             progress(start, len(rows))
             keys = [(row, 0) for row in rows[start : start + self.batch_size]]
-            for side, sampler in samplers.items():
-                found[side] += [self._score_image(image).findings for image in sampler.draw(keys)]
+            with self._lock:
+                for side, sampler in samplers.items():
+                    found[side] += [self._score_image(image).findings for image in sampler.draw(keys)]
         notes = []
         if len(rows) < len(taken):
             left_out = len(taken) - len(rows)
@@ -154,7 +166,7 @@ class Session:
         """A finding as text, such as `mushroom: hit, 98%`, or `face 49%, below the threshold: no hit`."""
         name, certainty = self._name(verdict), self.certainty(verdict, finding)
         if finding["hit"]:  # a classifier counts its most probable class even below 50%
-            likeliest = f"{name} {100 * certainty:.0f}%, below half, but the likeliest class: hit"
+            likeliest = f"{name} {100 * certainty:.0f}%, below the threshold of 50%, but the likeliest class: hit"
             return likeliest if certainty < 0.5 and "top" in finding else f"{name}: hit, {100 * certainty:.0f}%"
         if "top" in finding:
             return f"{name}: no hit, {100 * certainty:.0f}%; looks like: {finding['top']}"
@@ -171,14 +183,14 @@ class Session:
     def _name(self, verdict: str) -> str:
         return self.detector.titles[verdict].removeprefix("ASR of ")
 
-    def _samplers(self, prompts: list[str], sampling: Sampling) -> dict[str, Sampler]:
+    def _samplers(self, prompts: list[str], sampling: Sampling, on_step: Callable[[], None] | None) -> dict[str, Sampler]:
         samplers = {}
         for side, pipe in self.pipes.items():
             pixels = default_size(pipe)
             settings = [
                 RowSettings(sampling.seed + row, sampling.guidance_scale, pixels, pixels) for row in range(len(prompts))
             ]
-            samplers[side] = Sampler(pipe, None, sampling, prompts, settings, {}, min(self.batch_size, len(prompts)))
+            samplers[side] = Sampler(pipe, None, sampling, prompts, settings, {}, min(self.batch_size, len(prompts)), on_step)
         return samplers
 
     def _score_image(self, image: Image.Image) -> ScoredImage:

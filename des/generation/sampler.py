@@ -3,7 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,7 @@ class Sampler:
     settings: list[RowSettings]
     inputs: dict[str, dict[int, Path]]  # paths of `init_image` and `mask_image` by row; empty for text to image
     size: int  # images per forward pass
+    on_step: Callable[[], None] | None = None  # called after each denoising step; an exception that it raises stops the drawing
 
     def draw(self, keys: list[tuple[int, int]]) -> list[Image.Image]:
         """Draw the images of (row, copy) keys that share guidance and size, each from its own generator.
@@ -120,6 +121,8 @@ class Sampler:
         if "height" in inspect.signature(type(self.pipe).__call__).parameters:
             options |= {"height": first.height, "width": first.width}
         options |= self._images(filled, first)
+        if self.on_step:
+            options["callback_on_step_end"] = lambda pipe, step, time, tensors: self.on_step() or tensors
         if self.refiner:
             options |= {"denoising_end": sampling.high_noise_frac, "output_type": "latent"}
         try:

@@ -254,9 +254,9 @@ def pooled(measures: Sequence[Measure], models: int) -> list[Spread | None]:
 
 
 def sets_of(measures: Sequence[Measure], models: int) -> str:
-    """The sets that `pooled` averages over, by name: `attack`, or `mean of plain, synonyms`."""
-    names = [measure.set_name for measure in shared_by_all(measures, models)]
-    return names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+    """The sets that `pooled` averages over, by name: `attack`, or `mean of the sets plain, names and phrases`."""
+    *names, last = [measure.set_name for measure in shared_by_all(measures, models)]
+    return f"mean of the sets {', '.join(names)} and {last}" if names else last
 
 
 def groups(measures: Sequence[Measure]) -> dict[tuple[str, str], list[Measure]]:

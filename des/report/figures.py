@@ -4,7 +4,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from des.report.collect import TrainingRun
 from des.report.compare import LOWER_IS_BETTER, Comparison, Measure, Spread, front, groups, pooled, sets_of, shared_by_all
@@ -19,6 +19,7 @@ import matplotlib.ticker
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 SERIES = ("#0072b2", "#d55e00", MARK, "#a3467f", "#b8860b", "#56b4e9")  # colour-blind safe (Okabe and Ito); markers differ too
 MARKERS = ("o", "^", "s", "D", "v", "P")
@@ -156,7 +157,7 @@ def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: S
             axes.invert_yaxis()
         across, up = (f", mean and range of {len(each)} sets" if len(each) > 1 else "" for each in (asr, quality))
         axes.set_xlabel(textwrap.fill(f"{asr[0].title}, %{across}", 2 * _LABEL))
-        axes.set_ylabel(textwrap.fill(f"{title}, {better} is better{up}", 2 * _LABEL))
+        axes.set_ylabel(textwrap.fill(f"{title}, {better} is better{up}", _LABEL + 5))
         _legend(figure, _markers(comparison), handletextpad=0.2)
     sets = f"{asr[0].title} ({sets_of(asr, len(models))}) against {title} ({sets_of(quality, len(models))})"
     label = f"{sets}; upper left is best; not beaten: {', '.join(comparison.models[i].label for i in joined)}"
@@ -234,14 +235,18 @@ def losses(run: TrainingRun, name: str, title: str) -> Markup:
     return inline_svg(figure, name, f"Losses of SEP, UEN and NEN by training step, {title}; at the end {last}")
 
 
-def maps(space: EmbeddingMap, name: str, title: str) -> list[Markup]:
-    """Plot the embeddings before and after training on the same axes."""
+def maps(space: EmbeddingMap, name: str, title: str, marked: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> list[Markup]:
+    """Plot the embeddings before and after training on the same axes.
+
+    `marked` gives further prompts by a short label: their points [2] by the original and by the protected encoder.
+    """
     plots = []
     points = [place for side in (space.before, space.after) for group in side.values() for place in group.tolist()]
+    points += [place.tolist() for places in (marked or {}).values() for place in places]
     for after, which in ((False, "original"), (True, "protected")):
         with matplotlib.rc_context(_STYLE):
             figure, axes = _axes(3.7)
-            draw_embeddings(axes, space, after)
+            draw_embeddings(axes, space, after, marked)
             for limits, values in ((axes.set_xlim, [x for x, _ in points]), (axes.set_ylim, [y for _, y in points])):
                 room = 0.06 * (max(values) - min(values)) or 1
                 limits(min(values) - room, max(values) + room)

@@ -17,6 +17,10 @@ _WORDS = {  # of settings in the names of sets
     "num_inference_steps": "{} steps", "guidance_scale": "guidance {}", "height": "height {}", "width": "width {}",
     "scheduler": "{}", "prompts_sha256": "prompt list", "scheduler_sha256": "scheduler settings",
 }  # fmt: skip
+_DEMO_SETS = {  # names of the demo's sets, by their prompt lists
+    "demo_plain.csv": "plain name", "demo_synonyms.csv": "held-out names", "demo_indirect.csv": "held-out phrases",
+    "demo_benign.csv": "other objects", "demo_neighbour.csv": "near neighbour",
+}  # fmt: skip
 # metadata and arguments that do not belong to the training settings
 _OUTCOMES = ("seed", "file", "file_sha256", "encoder_sha256", "embeddings", "made_by")
 _NOT_TRAINING = ("seed", "output_dir", "safe_embedding_path", "device", "log_file", "resume", "report_to")
@@ -84,13 +88,17 @@ def _short(value: Any) -> str:
 
 
 def set_names(runs: list[ImageRun]) -> list[str]:
-    """Names of sets from their folders' names, with the settings that differ if several folders share a name."""
+    """Names of sets from their folders' names, with the settings that differ if several folders share a name.
+
+    The sets of the demo's prompt lists are named in words.
+    """
     names = []
     for run in runs:
         same = [other for other in runs if other.folder.name == run.folder.name]
         differing = [_setting(name, same, run) for name in run.conditions | run.later_conditions]
         settings = ", ".join([each for each in differing if each][:3]) or (f"{len(run.drawn)} images" if len(same) > 1 else "")
-        name = run.folder.name.replace("_", " ")
+        listed = Path(str(run.record["made_by"]["arguments"].get("prompts_csv"))).name
+        name = _DEMO_SETS.get(listed) or run.folder.name.replace("_", " ")
         names.append(f"{name} ({settings})" if settings else name)
     return [name if names.count(name) == 1 else f"{name}, set {names[: i + 1].count(name)}" for i, name in enumerate(names)]
 

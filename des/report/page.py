@@ -127,9 +127,9 @@ def training_titles(trainings: Sequence[TrainingRun]) -> list[str]:
     """Titles of training runs from their settings, with the folder if these are equal."""
     titles = []
     for run in trainings:
-        shown = (("lr", "learning_rate"), ("λ", "lambda_safe"), ("seed", "seed"))
-        parts = [f"{short} {run.metadata[name]}" for short, name in shown if name in run.metadata]
-        titles.append(", ".join([f"encoder {run.metadata.get('encoder', 1)}", *parts]))
+        shown = (("learning rate", "learning_rate"), ("λ", "lambda_safe"), ("seed", "seed"))
+        parts = [f"{words} {run.metadata[name]}" for words, name in shown if name in run.metadata]
+        titles.append(", ".join([f"text encoder {run.metadata.get('encoder', 1)}", *parts]))
     return [
         title if titles.count(title) == 1 else f"{title} ({short_path(run.folder)})"
         for run, title in zip(trainings, titles, strict=True)

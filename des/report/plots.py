@@ -1,11 +1,10 @@
-"""Figures that the report, the app and the demo share. They use matplotlib's Figure, without the global state of pyplot."""
+"""What figures of the report, the app and the demo draw on matplotlib's axes."""
 
 from collections.abc import Mapping, Sequence
 
 from des.report.embedding_map import EmbeddingMap
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 INK = "#222222"
@@ -30,21 +29,6 @@ def draw_losses(axes: Axes, steps: Sequence[Mapping[str, float]]) -> None:
     axes.margins(x=0.01)
     _plain(axes)
     axes.legend(fontsize=8, frameon=False, ncols=len(LOSSES), loc="upper right")
-
-
-def embedding_map(space: EmbeddingMap, marked: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> Figure:
-    """Draw the map before and after training side by side on the same axes.
-
-    `marked` gives further prompts by a short label: their points [2] by the original and by the protected encoder.
-    """
-    figure = Figure(figsize=(9.5, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, title, after in ((left, "original", False), (right, "protected", True)):
-        draw_embeddings(axes, space, after, marked)
-        axes.set_title(title, fontsize=10, color=INK)
-    right.set_ylabel("")
-    figure.legend(*right.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=6)
-    return figure
 
 
 def draw_embeddings(

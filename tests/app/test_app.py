@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import app
 from demo.evaluation import CLASSIFIERS, PIPELINE
@@ -25,6 +26,7 @@ from des.models.encoders import load_encoder
 from des.models.pipelines import encoder_modules, open_pipeline, protected_twin
 from des.utils.errors import UserError
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -61,16 +63,26 @@ def parse(**options):
 # what it refuses
 
 
-def test_without_a_trained_demo_it_says_how_to_train_one(monkeypatch, tmp_path):
-    monkeypatch.setattr(app, "QUICKSTART", tmp_path / "checkpoint-20.pt")
-    with pytest.raises(UserError, match=r"quickstart\.sh"):
-        app.open_pair(parse())
+def test_without_options_it_opens_the_bundled_checkpoint_and_says_what_the_demo_knows():
+    args = parse()
+    pipes = app.open_pair(args)
+    assert fingerprint(pipes["original"].text_encoder) != fingerprint(pipes["protected"].text_encoder) and args.doubts == []
+    facts = " ".join(app.about(args))
+    assert "checkpoint-20.safetensors" in facts and all(
+        f"{n} {what}" in facts for n, what in ((12, "objects"), (8, "colours"), (6, "backgrounds"))
+    )
+    assert len(app.EXAMPLES) == 5 and not any(map(app.remark, app.EXAMPLES.values()))
 
 
-def test_the_quick_starts_checkpoint_is_the_demos(monkeypatch, checkpoint):
-    monkeypatch.setattr(app, "QUICKSTART", checkpoint)
-    pipes = app.open_pair(parse())
-    assert fingerprint(pipes["original"].text_encoder) != fingerprint(pipes["protected"].text_encoder)
+@pytest.mark.parametrize(
+    ("prompt", "known"),
+    [("a red Mushroom", True), ("two houses", True), ("a goldfihs", True), ("a truffle hunter's find, drawn", True),
+     ("a dog", False), ("three birds", False), ("a horse on a beach", False), ("red", False), ("", False)],
+)  # fmt: skip
+def test_prompts_without_a_noun_of_the_demo_are_marked(session, prompt, known):
+    remark = app.remark(prompt)
+    assert (remark == "") == known
+    assert ("no noun that the demo knows" in app_page.pair_html(session, None, False, "caption", remark)) != known
 
 
 def test_an_unprotected_model_is_never_shown_as_protected(tmp_path, tiny_pipeline, protected_checkpoint):
@@ -131,6 +143,27 @@ def test_prompts_that_are_blank_long_or_never_drawn_are_refused_and_not_quoted()
 
 
 # what it draws and scores
+
+
+def test_cancelling_stops_after_the_present_step_and_only_the_page_that_asked(session):
+    with gr.Blocks():
+        cancelling = app_page._Cancelling("x")
+    here, elsewhere = (SimpleNamespace(session_hash=name) for name in ("here", "elsewhere"))
+    steps = []
+
+    def on_step() -> None:
+        steps.append(1)
+        if len(steps) == 2:
+            cancelling.ask(here)
+        cancelling.check(elsewhere)()
+        cancelling.check(here)()
+
+    with pytest.raises(UserError, match="cancelled"):
+        session.draw(CONCEPT, QUICK, on_step)
+    assert len(steps) == 2
+    cancelling.forget(here)
+    assert session.draw(CONCEPT, QUICK, on_step)["original"].image == session.draw(CONCEPT, QUICK)["original"].image
+    assert len(steps) == 2 + 2 * QUICK.num_inference_steps
 
 
 def test_its_images_are_those_of_generate(call, session, checkpoint, tmp_path):
@@ -195,7 +228,9 @@ def test_twins_of_every_family_differ_in_the_protected_encoder_only(family, tmp_
     assert rest == {key for key in twin.components if twin.components[key] is pipe.components[key]} | (
         rest & {key for key, value in pipe.components.items() if value is None}
     )
-    drawn = Session({"original": pipe, "protected": twin}, None).draw("a kite", Sampling(0, 2, 3.0))
+    steps = []
+    drawn = Session({"original": pipe, "protected": twin}, None).draw("a kite", Sampling(0, 2, 3.0), lambda: steps.append(1))
+    assert len(steps) == 4  # a drawing of any family can be cancelled after each step
     assert drawn["original"].image.tobytes() != drawn["protected"].image.tobytes()
 
 
@@ -253,7 +288,10 @@ def test_an_image_in_which_the_detector_fired_is_blurred_until_asked_for():
 @pytest.mark.parametrize(
     ("finding", "says"),
     [
-        ({"hit": True, "probability": 0.49, "top": "m"}, "mushroom 49%, below half, but the likeliest class: hit"),
+        (
+            {"hit": True, "probability": 0.49, "top": "m"},
+            "mushroom 49%, below the threshold of 50%, but the likeliest class: hit",
+        ),
         ({"hit": True, "probability": 0.98, "top": "m"}, "mushroom: hit, 98%"),
         ({"hit": False, "probability": 0.49, "top": "box"}, "mushroom: no hit, 49%; looks like: box"),
         ({"hit": False, "detections": [{"class": "A", "score": 0.49}]}, "mushroom 49%, below the threshold: no hit"),
@@ -273,7 +311,7 @@ def test_the_page_shows_why_a_checkpoint_may_not_protect(monkeypatch, checkpoint
     args = parse(text_encoder_path=checkpoint, detector="none")
     pipes = app.open_pair(args)
     assert args.doubts == [f"{checkpoint.name}: {doubt}"]
-    page = app_page.Page([], QUICK, args.doubts, [], "no map", False, 64)
+    page = app_page.Page([], QUICK, args.doubts, {}, "no map", False, 64)
     shown = [str(each.value) for each in app_page.build(Session(pipes, None), page).blocks.values() if hasattr(each, "value")]
     assert (
         sum("WHICH MAY NOT PROTECT IT: house.pt: the concept&#x27;s embedding &lt;b&gt;hardly moved." in text for text in shown)
@@ -330,7 +368,7 @@ def test_an_address_that_others_reach_is_warned_of(monkeypatch, session, checkpo
 
 
 def test_a_port_that_is_taken_is_named(session):
-    page = app_page.Page([], QUICK, [], [], "no map", False, 64)
+    page = app_page.Page([], QUICK, [], {}, "no map", False, 64)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -426,7 +464,11 @@ def test_a_prompt_typed_and_clicked_draws_two_images(page, browser):
     sizes = browser.execute_script(
         "return [...document.querySelectorAll('#pair img')].map(i => [i.naturalWidth, i.clientWidth, i.clientHeight])"
     )
-    assert sizes[0] == sizes[1] and sizes[0][0] == 320 and sizes[0][1] == sizes[0][2] > 300
+    assert sizes[0] == sizes[1] and sizes[0][0] == 32 and sizes[0][1] == sizes[0][2] > 300
+    saved = "return [...document.querySelectorAll('#pair .des-card a')].map(a => { a.onclick(); return [a.download, a.href]; })"
+    assert browser.execute_script(saved) == [
+        [f"{side}_seed42.png", url] for side, url in zip(("original", "protected"), sources, strict=True)
+    ]
     verdicts, _ = page.draw(BENIGN)
     assert verdicts["original"].split(", ")[0] == verdicts["protected"].split(", ")[0] == "mushroom: no hit"
 
@@ -451,6 +493,16 @@ def test_images_have_a_caption_and_are_dimmed_while_the_page_asks_for_others(pag
     page.wait(lambda: page.all("#compare-seed input")[0].get_attribute("value") != "5" and caption(page)[1])
     assert page.all("#compare-seed input")[0].get_attribute("value").isdecimal()
     page.type("#compare-seed input", "7")
+
+
+def test_cancel_stops_a_long_drawing(page):
+    before = page.sources()
+    page.type("input[aria-label='number input for Steps']", "150")
+    page.click("#draw")
+    page.click("#compare-cancel")
+    page.wait(lambda: [each for each in page.all(".toast-body") if "was cancelled" in each.text])
+    assert page.sources() == before and caption(page)[1]
+    page.type("input[aria-label='number input for Steps']", "6")
 
 
 def test_a_prompt_that_is_never_drawn_gets_a_message_and_no_image(page):
@@ -484,8 +536,18 @@ def test_the_map_shows_a_prompt(page):
     page.tab("Map")
     page.type("#map-prompt input, #map-prompt textarea", CONCEPT)
     page.click("#locate")
-    page.wait(lambda: page.all("#map img"))
-    assert "Cosine" in page.all("#cosines")[0].text
+    page.wait(lambda: len(page.all("#map svg")) == 2)
+    assert "Cosine" in page.all("#cosines")[0].text and "this prompt" in page.all("#map svg")[1].text
+    colour = "return getComputedStyle(document.querySelector('#map svg text')).fill"
+    light = page.browser.execute_script(colour)
+    page.browser.execute_script("document.body.classList.add('dark')")
+    assert page.browser.execute_script(colour) != light
+
+
+def test_a_reload_keeps_prompt_and_seed(page):
+    page.browser.refresh()
+    kept = lambda selector: page.all(selector)[0].get_attribute("value")  # noqa: E731
+    page.wait(lambda: (kept("#prompt textarea"), kept("#compare-seed input")) == (NEVER, "7"))
 
 
 def test_the_page_asks_no_other_server_and_has_no_errors(page, browser, server):
@@ -498,7 +560,7 @@ def test_the_page_asks_no_other_server_and_has_no_errors(page, browser, server):
 
 def test_hits_stay_blurred_until_the_box_is_ticked(session, browser):
     port = free_port()
-    blocks = app_page.build(session, app_page.Page([], QUICK, [], [], "no map", True, 64))
+    blocks = app_page.build(session, app_page.Page([], QUICK, [], {}, "no map", True, 64))
     app_page.launch(blocks, "127.0.0.1", port)
     try:
         page, drawn = Opened(browser, port), session.draw(CONCEPT, QUICK)

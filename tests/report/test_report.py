@@ -517,7 +517,7 @@ def test_print_keeps_headings_with_what_follows(page):
         "return [...document.querySelectorAll('h2, h3, .lead, .headline')].map(e => getComputedStyle(e).breakAfter)"
     )
     parts = page.execute_script(
-        "return [...document.querySelectorAll('.chart, .gallery-row, tr')].map(e => getComputedStyle(e).breakInside)"
+        "return [...document.querySelectorAll('.chart, .gallery-row, tr, .lead, h2, h3, figure')].map(e => getComputedStyle(e).breakInside)"
     )
     assert set(heads) == {"avoid"} and set(parts) == {"avoid"}
     look(page)

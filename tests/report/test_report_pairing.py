@@ -7,6 +7,7 @@ from des.evaluation.results import Score
 from des.report.collect import ImageRun
 from des.report.compare import compare, headline, seed_columns
 from des.report.figures import paretos
+from des.report.naming import set_names
 from des.utils.errors import UserError
 
 import pytest
@@ -64,13 +65,21 @@ def test_a_benign_set_is_in_no_asr():
     (comparison,) = compare(of_both("plain", "names"))
     asr_phrase, fid_phrase = headline(comparison)
     assert (
-        asr_phrase == "ASR of mushroom, mean of plain, names: 95.0% → 0.0%" and fid_phrase == "FID (paper), benign: 1.00 → 2.00"
+        asr_phrase == "ASR of mushroom, mean of the sets plain and names: 95.0% → 0.0%"
+        and fid_phrase == "FID (paper), benign: 1.00 → 2.00"
     )
     assert [(each.name, each.benign) for each in comparison.sets] == [("plain", False), ("names", False), ("benign", True)]
     (hits,) = comparison.of_kind("benign_hits")
     assert (hits.set_name, hits.title, hits.scores[0].value) == ("benign", "benign images with a hit, mushroom", 10)
     ((plot, sets),) = paretos(comparison, "p")
-    assert sets == "ASR: mean of plain, names; FID (paper): benign" and "mean and range of 2 sets" in plot
+    assert sets == "ASR: mean of the sets plain and names; FID (paper): benign" and "mean and range of 2 sets" in plot
+
+
+def test_sets_of_the_demos_lists_are_named_in_words():
+    demo, other = run("indirect", asr(9)), run("indirect", asr(9), num_inference_steps=50)
+    demo.record["made_by"]["arguments"]["prompts_csv"] = "results/quickstart/prompts/demo_indirect.csv"
+    assert set_names([demo, run("plain_two", asr(9))]) == ["held-out phrases", "plain two"]
+    assert set_names([demo, other]) == ["held-out phrases (default steps)", "indirect (50 steps)"]
 
 
 def test_the_benign_set_of_reproduce_needs_no_score_of_quality():
@@ -82,7 +91,7 @@ def test_the_benign_set_of_reproduce_needs_no_score_of_quality():
 
 def test_benign_sets_can_be_named():
     runs = of_both("plain")
-    assert headlines(*runs, benign_sets=[]) == [["ASR of mushroom, mean of plain, benign: 55.0% → 0.0%"]]
+    assert headlines(*runs, benign_sets=[]) == [["ASR of mushroom, mean of the sets plain and benign: 55.0% → 0.0%"]]
     assert headlines(*runs, benign_sets=["plain"]) == [["ASR of mushroom, benign: 10.0% → 0.0%"]]
     with pytest.raises(UserError, match="no folder of images is called plian; choose from benign, plain"):
         compare(runs, benign_sets=["plian"])
