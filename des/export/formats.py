@@ -164,8 +164,8 @@ def _comfyui_files(export: Export, folder: Path) -> dict[int, Path]:
 def comfyui_misfit(name: str, model: PreTrainedModel) -> str:
     """Describe how an encoder differs from the network that ComfyUI builds for a name in COMFYUI; empty if it does not.
 
-    ComfyUI chooses a network of fixed sizes by the names of a file's tensors. It stops at other shapes, but leaves surplus layers out,
-    does not fill missing ones, and does not notice other heads or activations.
+    ComfyUI chooses a network of fixed sizes by the names of a file's tensors. It stops at other shapes, but ignores surplus layers,
+    leaves missing ones without weights, and cannot see the number of heads or the activation.
     """
     expected = COMFYUI[name]
     if hasattr(model, "text_projection"):
