@@ -13,7 +13,7 @@ from pathlib import Path
 
 from des.models.checkpoints import PROJECTION, fingerprint, plain_names, published_names, save_published
 from des.models.encoders import TextEncoder, components_of, family_of, load_encoder, read_index, subfolder_of, text_encoders
-from des.models.families import FAMILIES, exports_to
+from des.models.families import COMFYUI, FAMILIES, exports_to
 from des.models.loading import dtype_option, load_model, loading
 from des.models.model_files import INDEX, WEIGHT_SUFFIXES, copy_weights, fetch, read_json, weight_files
 from des.models.shift import concepts_of, embedding_of, is_unprotected, load_measured
@@ -248,9 +248,29 @@ def _comfyui_files(export: Export, folder: Path) -> dict[int, Path]:
     return {i: folder / f"{encoders[i].comfyui}.safetensors" for i in export.encoders}
 
 
+def comfyui_misfit(name: str, model: PreTrainedModel) -> str:
+    """Describe how an encoder differs from the network that ComfyUI builds for a name in COMFYUI; empty if it does not.
+
+    ComfyUI chooses a network of fixed sizes by the names of a file's tensors. It stops at other shapes, but ignores surplus layers,
+    leaves missing ones without weights, and cannot see the number of heads or the activation.
+    """
+    expected = COMFYUI[name]
+    if hasattr(model, "text_projection"):
+        expected = expected | {"projection_dim": expected["hidden_size"]}
+    given = {entry: getattr(model.config, entry, None) for entry in expected}
+    differing = [entry for entry in expected if given[entry] != expected[entry]]
+    return ", ".join(f"{entry} {given[entry]} instead of {expected[entry]}" for entry in differing)
+
+
 def _write_comfyui(export: Export, folder: Path) -> None:
     folder.mkdir()
     for i, path in _comfyui_files(export, folder).items():
+        misfit = comfyui_misfit(path.stem, export.encoders[i].model)
+        if misfit:
+            warning = (
+                "ComfyUI cannot run %s, because text encoder %s is not of the size that ComfyUI builds for this file: it has %s"
+            )
+            logger.warning(warning + "; export the model with --format pipeline or hf", path.name, i, misfit)
         named = comfyui_names(export.encoders[i].model.state_dict())
         save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, path, export.metadata(i))
 

@@ -38,7 +38,8 @@ pipe.unload_lora_weights()""",
 _UNNAMED = "HUB_ID_OR_FOLDER_OF_THE_ORIGINAL_MODEL"  # in Python blocks, where the original model's hub id is unknown
 _BY_HAND = {
     "comfyui": "Put {files} into ComfyUI's `models/text_encoders` and choose {them} in CLIPLoader, DualCLIPLoader or "
-    "TripleCLIPLoader, in place of the text encoder of the checkpoint.",
+    "TripleCLIPLoader, in place of the text encoder of the checkpoint. ComfyUI runs encoders of the sizes of CLIP-L, CLIP-bigG and "
+    "T5-XXL only.",
     "a1111": "Put {files} into `models/Stable-diffusion` and choose it as the checkpoint. Its text encoder is the protected one, "
     "every other tensor is the base file's.",
 }

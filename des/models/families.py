@@ -23,6 +23,20 @@ FLOW = {"flow_euler": "FlowMatchEulerDiscreteScheduler", "flow_heun": "FlowMatch
 SCHEDULERS = (*DIFFUSION, *FLOW)
 MODES = ("text", "image", "inpaint")  # inputs of a pipeline: a prompt, with an image, with an image and a mask
 REFINER_CLASS = "StableDiffusionXLImg2ImgPipeline"
+COMFYUI = {  # what ComfyUI's loader builds for each of its names, whatever the file's sizes: entries of the encoder's config.json
+    "clip_l": {
+        "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "hidden_act": "quick_gelu",
+    },
+    "clip_g": {
+        "vocab_size": 49408, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+        "hidden_act": "gelu",
+    },
+    "t5xxl": {
+        "vocab_size": 32128, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64,
+        "feed_forward_proj": "gated-gelu",
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,7 @@ ENCODER_CLASSES = {  # by the class in `text_encoder*/config.json`
 
 @dataclass(frozen=True)
 class Encoder:
-    """A text encoder of a family: how the pipeline reads it, and the name of its file in ComfyUI."""
+    """A text encoder of a family: how the pipeline reads it, and the name of its file in ComfyUI (a key of COMFYUI)."""
 
     reading: Reading
     comfyui: str | None = None

@@ -3,18 +3,16 @@
 import json
 import shutil
 
-from des.export.formats import LDM_ENCODER, PROMPTS, READERS, WRITERS, comfyui_names, load_protected, outputs, read_base, verify
+from des.export.formats import PROMPTS, READERS, WRITERS, comfyui_names, load_protected, outputs, verify
 from des.models.encoders import load_encoder
-from des.utils.errors import UserError
 from des.utils.files import sha256_file
 
 import pytest
 import torch
 from conftest import ROOT, flags, published_form, snapshot
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 SCRIPT = "scripts/export.py"
@@ -102,7 +100,9 @@ PUBLISHED = {
     ),
     "clip_g": (
         CLIPTextModelWithProjection,
-        CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280),
+        CLIPTextConfig(
+            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280, hidden_act="gelu",
+        ),
         clip_names(32, True), 517, {"text_model.encoder.layers.30.mlp.fc1.weight": (5120, 1280)},
     ),
     "t5xxl": (
@@ -206,64 +206,6 @@ def test_comfyui_in_half_precision(call, family, tmp_path):
     assert torch.equal(tensors[f"text_model.{key}"], state.get(key, state.get(f"text_model.{key}")).bfloat16())
 
 
-def single_file(model, path, dtype=torch.float16, drop=(), metadata=None, **other):
-    """A stand-in for a single-file SD 1.x checkpoint: the original encoder under its names, and other tensors."""
-    encoder = load_encoder(str(model)).model.to(dtype)
-    tensors = {"cond_stage_model.transformer." + name: tensor for name, tensor in comfyui_names(encoder.state_dict()).items()}
-    tensors[LDM_ENCODER + "embeddings.position_ids"] = torch.arange(77)[None]
-    tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.randn(8, 4, 3, 3).half()
-    tensors["first_stage_model.decoder.conv_in.bias"] = torch.randn(5)
-    tensors["model_ema.decay"] = torch.tensor(0.9999, dtype=torch.float64)
-    tensors |= other
-    metadata = {"format": "pt", "made": "here"} | (metadata or {})
-    save_file({name: tensor for name, tensor in tensors.items() if name not in drop}, path, metadata)
-    return path
-
-
-def test_a1111_replaces_the_encoder_and_nothing_else(call, tiny_pipeline, tmp_path):
-    base = single_file(tiny_pipeline, tmp_path / "v1-5.safetensors")
-    done, encoders = export(call, tiny_pipeline, tmp_path, "a1111", base_checkpoint=base)
-    assert done.code == 0, done.err
-    written = tmp_path / "out/v1-5-des.safetensors"
-    before, after = load_file(base), load_file(written)
-    assert after.keys() == before.keys()
-    expected = {"cond_stage_model.transformer." + name for name in clip_names(2)}
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == expected and {after[name].dtype for name in changed} == {torch.float16}
-    with safe_open(written, "pt") as file:
-        assert file.metadata()["made"] == "here" and described(file.metadata(), encoders[1], tmp_path)
-    model = create_diffusers_clip_model_from_ldm(
-        CLIPTextModel, after, subfolder="text_encoder", config=str(tiny_pipeline), torch_dtype=torch.float16
-    )
-    original = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
-    parts = {"unet": original.unet, "vae": original.vae, "safety_checker": None}  # the stand-in has no whole ones
-    pipe = StableDiffusionPipeline.from_single_file(written, config=str(tiny_pipeline), local_files_only=True, **parts)
-    encoders[1].model.half().float()
-    for each in (model.float(), pipe.text_encoder):
-        assert_same_embeddings(encoders[1], each, 1e-5)
-
-
-def test_an_a1111_base_as_merges_leave_it(call, tiny_pipeline, tmp_path):
-    """NovelAI's names, an infinite schedule, the base's hashes and title, position ids that a merge has averaged."""
-    ids, schedule = LDM_ENCODER + "embeddings.position_ids", {"log_one_minus_alphas_cumprod": torch.full((3,), -torch.inf)}
-    stale = {"modelspec.hash_sha256": "0x1", "sshs_model_hash": "2", "modelspec.title": "Base", "modelspec.author": "me"}
-    usual = load_file(single_file(tiny_pipeline, tmp_path / "usual.safetensors", metadata=stale, **schedule))
-    renamed = {name.replace("transformer.text_model.", "transformer."): tensor for name, tensor in usual.items()}
-    broken = {ids.replace("text_model.", ""): (0.999 * torch.arange(77))[None].half()}
-    save_file(renamed | broken, tmp_path / "nai.safetensors", {"format": "pt"} | stale)
-    done, _ = export(call, tiny_pipeline, tmp_path, "a1111", base_checkpoint=tmp_path / "nai.safetensors")
-    assert done.code == 0 and "position ids" in done.err, done.err
-    written = tmp_path / "out/nai-des.safetensors"
-    after = load_file(written)
-    assert after.keys() == usual.keys() and torch.equal(after[ids], torch.arange(77)[None])
-    assert {name for name in usual if not torch.equal(usual[name], after[name])} == {"cond_stage_model.transformer." + name for name in clip_names(2)}  # fmt: skip
-    with safe_open(written, "pt") as file:
-        assert file.metadata().keys() == {"format", "modelspec.author", "des"}
-    save_file(usual | {name: tensor.clone() for name, tensor in renamed.items()}, tmp_path / "both.safetensors")
-    with pytest.raises(UserError, match="two text encoders"):
-        read_base(tmp_path / "both.safetensors")
-
-
 @pytest.mark.parametrize("name", ["sd_v1", "sdxl"])
 def test_a_lora_of_full_rank_is_the_linear_part_of_the_change(call, family, tmp_path, name):
     pytest.importorskip("peft")
@@ -363,14 +305,6 @@ def test_a_folder_that_is_there_stays(call, tiny_pipeline, tmp_path):
         SCRIPT, *flags(model_path=tiny_pipeline, format="hf", out=tiny_pipeline / "out", text_encoder_path=tmp_path / "encoder1-2.pt")
     )  # fmt: skip
     assert done.failed_in_one_sentence and "inside the model" in done.err and not (tiny_pipeline / "out").exists()
-
-
-def test_an_a1111_base_without_all_of_the_encoder_leaves_nothing(call, tiny_pipeline, tmp_path):
-    lost = LDM_ENCODER + "encoder.layers.1.mlp.fc2.bias"
-    base = single_file(tiny_pipeline, tmp_path / "base.safetensors", drop=(lost,))
-    done, _ = export(call, tiny_pipeline, tmp_path, "a1111", base_checkpoint=base)
-    assert done.failed_in_one_sentence and lost in done.err
-    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
 def broken(model):
