@@ -19,13 +19,14 @@ from des.utils import cli
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     # fmt: off
-    cli.add_model(parser)
-    parser.add_argument("--csv_path", type=Path, required=True, metavar="CSV", help="the list, column `prompt`")
-    parser.add_argument("--concept_prompt", required=True, metavar="TEXT", help="the concept")
-    parser.add_argument("--share", type=cli.number(float, 0, 0.5, low_open=True), default=0.25, metavar="X", help="share of the prompts in each list")
-    parser.add_argument("--out", type=cli.output_file, nargs=2, required=True, metavar="CSV", help="files for the nearest and the farthest prompts")
+    main_group = parser.add_argument_group("main")
+    cli.add_model(main_group)
+    main_group.add_argument("--csv_path", type=Path, required=True, metavar="CSV", help="the list, column `prompt`")
+    main_group.add_argument("--concept_prompt", required=True, metavar="TEXT", help="the concept")
+    main_group.add_argument("--share", type=cli.number(float, 0, 0.5, low_open=True), default=0.25, metavar="X", help="share of the prompts in each list")
+    main_group.add_argument("--out", type=cli.output_file, nargs=2, required=True, metavar="CSV", help="files for the nearest and the farthest prompts")
     # fmt: on
-    cli.add_device(parser)
+    cli.add_device(main_group)
     return cli.check_device(parser, parser.parse_args(argv))
 
 
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"{args.csv_path} has {len(rows)} prompts, of which a share of {args.share} is none; give a longer list"
         )
-    encoder = load_encoder(args.model_path, 1, args.device)
+    encoder = load_encoder(args.model_path, 1, args.device, variant=args.variant)
     concept = next(encoder.encode([args.concept_prompt], 1)).float().flatten(1)
     batches = encoder.encode(rows["prompt"].tolist(), 64, "prompts")
     cosines = torch.cat([cosine_similarity(batch.float().flatten(1), concept).cpu() for batch in batches])

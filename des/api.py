@@ -225,7 +225,7 @@ def score(
     detector = _detector(cls_class, classifier, profile, place)
     options = {"function": "des.score", "folder": str(folder), "csv_path": str(csv_path) if csv_path else None}
     made_by = provenance(SimpleNamespace(device=place, **options))
-    score_folder(folder, output_name, detector, images, Reading(batch_size, num_workers), made_by, skip_unreadable)
+    score_folder(folder, folder / output_name, detector, images, Reading(batch_size, num_workers), made_by, skip_unreadable)
     return Score(folder / f"{output_name}.json")
 
 

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     logs.setup_logging()
     lists = {"attack": args.prompts_csv or ROOT / f"datasets/{LISTS[args.attack]}.csv", "harmless": args.benign_csv}
     expected = expected_percent(args)
-    records, jobs = JobRecords(args.out / "jobs"), PipelineJobs(args.model_path, args.device)
+    records, jobs = JobRecords(args.out / "jobs"), PipelineJobs(args.model_path, args.device, args.variant)
     found = {}
     for name, csv in lists.items():
         for method in MODELS:

@@ -185,7 +185,7 @@ def broken_checkpoint(tmp_path, tiny_pipeline, other_width, protected, what):
         published_form(other_width, path)
     elif what == "wrong prefix":
         state = torch.load(protected, weights_only=True)["model_state_dict"]
-        torch.save({"model_state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, path)
+        torch.save({"model_state_dict": {f"other.{name}": tensor for name, tensor in state.items()}}, path)
     return path
 
 

@@ -641,6 +641,7 @@ ZERO = {
     "tolerance",
     "damages",
     "guidance_scale",
+    "expected_asr",
     "lambda_safe",
     "concept_guidance_scale",
     "concept_guidance_ratio",

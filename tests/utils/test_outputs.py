@@ -42,13 +42,15 @@ FOLDERS = {
     "demo/gates.py": ["out"],
     "demo/train.py": ["out", "work_dir"],
     "demo/experiment.py": ["out"],
+    "scripts/benchmarks/first_check.py": ["out"],
+    **dict.fromkeys(("fid.py", "clipscore.py", "tasks/img_batch_classify.py", "tasks/img_batch_classify_q16.py"), ["output_dir"]),
 }
 READ = {
     "csv_path", "folder_dir", "prompts_file", "detector_weights", "gen_imgs_path", "coco_imgs_path", "ref_stats", "prompt_path",
     "image_folder", "csv_file", "run_dirs", "folder", "base_checkpoint", "prompts_csv", "scores", "checkpoint", "candidates",
     "codebook_dir", "unsafe_csv_path", "safe_csv_path", "init_images", "mask_images", "unet_path", "adapter_path", "coco_images",
     "q16_prompts", "i2i_images", "i2i_masks", "contents", "convert", "text_encoder_path", "text_encoder_2_path",
-    "text_encoder_3_path", "original_imgs_path", "multi_checkpoint", "style_checkpoint", "style_classifier",
+    "text_encoder_3_path", "original_imgs_path", "multi_checkpoint", "style_checkpoint", "style_classifier", "benign_csv",
 }  # fmt: skip
 
 
