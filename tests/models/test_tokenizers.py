@@ -53,6 +53,8 @@ def test_a_tokenizer_folder_may_name_no_class(tmp_path, case, index, tokenizer):
 def test_the_class_of_a_tokenizer_is_the_one_in_model_index(tmp_path, tiny_pipeline):
     folder = edited(tiny_pipeline, tmp_path / "m", "tokenizer/tokenizer_config.json", tokenizer_class="T5Tokenizer")
     assert type(load_encoder(str(folder), 1, "meta").tokenizer) is CLIPTokenizerFast  # in transformers 5, CLIPTokenizer itself
+    edited(folder, tmp_path / "usual", "model_index.json", tokenizer=["transformers", "CLIPTokenizer"])
+    assert type(open_pipeline(str(tmp_path / "usual"), torch.float32).tokenizer) is CLIPTokenizerFast
     edited(folder, tmp_path / "other", "model_index.json", tokenizer=["transformers", "CLIPTextModel"])
     with pytest.raises(UserError, match="transformers has no tokenizer class CLIPTextModel"):
         load_encoder(str(tmp_path / "other"), 1, "meta")
