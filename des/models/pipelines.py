@@ -11,7 +11,7 @@ from des.models.encoders import TextEncoder, components_of, encoder_class, famil
 from des.models.families import DIFFUSION, ENCODER_CLASSES, MOST_ENCODERS, REFINER_CLASS, Family, find_family
 from des.models.families import DTYPES as _DTYPES
 from des.models.identity import component_sha256s, scheduler_sha256
-from des.models.loading import check_dtype, dtype_option, load_model, loading, torch_dtype
+from des.models.loading import check_dtype, dtype_option, load_model, loading, release, torch_dtype
 from des.models.model_files import check_variant, fetch, read_json
 from des.models.shift import embedding_of, load_measured
 from des.models.tokenizers import load_tokenizer, tokenizer_name
@@ -38,7 +38,15 @@ LATENT_DIFFUSION = {  # from Stable Diffusion's published scheduler files; witho
 
 
 def dtype_for(family: Family, device: torch.device, asked: str | None) -> torch.dtype:
-    """Return the dtype asked for, or the family's; a default of fp16 becomes fp32 on CPUs, which compute it slowly."""
+    """Return the dtype to draw with: the one asked for, or the family's; a default of fp16 becomes fp32 on CPUs, which compute it slowly.
+
+    Raises UserError for a family with which the installed torch cannot draw: diffusers' attention for FLUX and Chroma passes
+    `enable_gqa`, which torch has since 2.5.
+    """
+    if family.pipeline in ("FluxPipeline", "ChromaPipeline") and release("torch") < (2, 5):
+        raise UserError(
+            f"drawing with a {family.name} needs torch 2.5 or newer, and torch {torch.__version__} is installed; update torch"
+        )
     if asked is None and family.dtype == "fp16" and device.type == "cpu":
         logger.info("on a CPU this model is drawn in fp32 instead of fp16; --dtype chooses otherwise")
         return torch.float32
@@ -121,13 +129,26 @@ def _open(
                     files.folder, model_path, name, class_name, config, components, family
                 )
     with loading(f"the pipeline {model_path}"):
-        dtypes = dtype_option("diffusers", dtype)
-        pipe = getattr(diffusers, pipeline_class).from_pretrained(files.folder, **dtypes, **given, **models)
+        parts, dtypes = given | models, dtype_option("diffusers", dtype)
+        # With transformers 4, diffusers refuses a fast tokenizer where model_index.json names the slow class (see `load_tokenizer`).
+        fast = {
+            name: part
+            for name, part in parts.items()
+            if getattr(part, "is_fast", False) and not _is_named(part, components[name])
+        }
+        pipe = getattr(diffusers, pipeline_class).from_pretrained(files.folder, **dtypes, **parts | dict.fromkeys(fast))
+        pipe.register_modules(**fast)
+        if "tokenizer" in fast and hasattr(pipe, "tokenizer_max_length"):  # SD3 and FLUX set it from the tokenizer
+            pipe.tokenizer_max_length = pipe.tokenizer.model_max_length
     check_dtype(pipe.components, dtype, model_path)
     pipe.register_to_config(_name_or_path=model_path)
     _check_complete(pipe, model_path)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _is_named(part: Any, entry: tuple[str, str]) -> bool:
+    return isinstance(part, getattr(transformers, entry[1], object))
 
 
 def _check_scheduler(folder: Path, model_path: str) -> None:

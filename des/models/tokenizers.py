@@ -46,8 +46,13 @@ def load_tokenizer(
     folder, what = tokenizer_name(subfolder), f"the tokenizer of {subfolder} in {model_path}"
     with loading(what):
         entry = components.get(folder) or [None]
-        name = entry[-1] or get_tokenizer_config(files, subfolder=folder).get("tokenizer_class")
-        tokenizer_class = getattr(transformers, name or ENCODER_CLASSES[architecture].tokenizer, None)
+        name = (
+            entry[-1]
+            or get_tokenizer_config(files, subfolder=folder).get("tokenizer_class")
+            or ENCODER_CLASSES[architecture].tokenizer
+        )
+        # In transformers 4, "CLIPTokenizer" is slow and splits some prompts otherwise than the class of this name in transformers 5.
+        tokenizer_class = getattr(transformers, f"{name}Fast", None) or getattr(transformers, name, None)
         if not (isinstance(tokenizer_class, type) and issubclass(tokenizer_class, PreTrainedTokenizerBase)):
             raise ValueError(f"transformers has no tokenizer class {name}")
         names = tokenizer_class.vocab_files_names.values()

@@ -1,14 +1,18 @@
 """generate.py's options over the pipeline classes: samplers, dtypes, refiner, image to image, inpainting, several images a row."""
 
+import contextlib
 import json
 import shutil
 
 from des.data.image_folders import pair_with_prompts
 from des.data.run_record import Sampling
 from des.generation.sampler import check_refiner
+from des.models import pipelines
 from des.models.checkpoints import fingerprint, published_names
 from des.models.encoders import load_encoder
-from des.models.pipelines import encoder_modules, open_pipeline, open_refiner, protect, text_encoder
+from des.models.families import FAMILIES
+from des.models.loading import release
+from des.models.pipelines import dtype_for, encoder_modules, open_pipeline, open_refiner, protect, text_encoder
 from des.utils.errors import UserError
 
 import numpy as np
@@ -30,7 +34,11 @@ def generate(call, tmp_path, monkeypatch, family):
     def run(name, **changes):
         common = {"model_path": family(name), "device": "cpu", "prompts_csv": "p.csv", "output_path": "t2i"}
         small = {"height": 16, "width": 16, "num_inference_steps": 2}
-        return call("generate.py", *flags(**common | small | changes))
+        done = call("generate.py", *flags(**common | small | changes))
+        if release("torch") < (2, 5) and "needs torch 2.5" in done.err:
+            assert done.failed_in_one_sentence and not (tmp_path / f"results/none/{name}").exists()
+            pytest.skip(done.err)
+        return done
 
     return run
 
@@ -60,6 +68,13 @@ def test_defaults_of_each_family(generate, tmp_path, name, scheduler, dtype, gui
     assert (settings["dtype"], settings["guidance_scale"], settings["seed"]) == (dtype, guidance, 42)
     assert done.err.count("fp32 instead of fp16") == (name == "sdxl")
     assert pixels(tmp_path, name).shape == (3, 16, 16, 3)
+
+
+@pytest.mark.parametrize(("name", "is_drawn"), [("flux", False), ("flux_schnell", False), ("chroma", False), ("sd_v3", True)])
+def test_torch_before_2_5_does_not_draw_flux_and_chroma(monkeypatch, name, is_drawn):
+    monkeypatch.setattr(pipelines, "release", lambda library: (2, 4, 1))
+    with contextlib.nullcontext() if is_drawn else pytest.raises(UserError, match=f"drawing with a {name} needs torch 2.5"):
+        assert dtype_for(FAMILIES[name], torch.device("cpu"), None) == torch.bfloat16
 
 
 def test_steps_default_to_the_familys(generate, tmp_path):

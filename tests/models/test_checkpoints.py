@@ -130,6 +130,10 @@ class Code:
         return (os.mkdir, (str(self.folder),))
 
 
+# torch before 2.6 cannot list the objects in a pickle without loading it
+LISTED = hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")
+
+
 def test_damaged_files_and_code_are_refused(tmp_path, protected_checkpoint, encoder):
     whole = protected_checkpoint.read_bytes()
     for length in (0, 100, len(whole) // 2, len(whole) - 1):
@@ -137,7 +141,7 @@ def test_damaged_files_and_code_are_refused(tmp_path, protected_checkpoint, enco
         with pytest.raises(UserError, match="not a complete checkpoint"):
             load_checkpoint(encoder, protected_checkpoint)
     torch.save({"model_state_dict": Code(tmp_path / "it-ran")}, tmp_path / "code.pt")
-    with pytest.raises(UserError, match="can be code"):
+    with pytest.raises(UserError, match="can be code" if LISTED else "contains code"):
         load_checkpoint(encoder, tmp_path / "code.pt")
     assert not (tmp_path / "it-ran").exists()
     with pytest.raises(UserError, match="the checkpoint file"):
@@ -159,7 +163,7 @@ OTHER_FILES = {
     "c.bin": (wrote(b"GGUF\x03" + bytes(90)), "GGUF file"),
     "c.ckpt": (wrote(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "pointer of Git LFS"),
     "c.safetensors": (wrote(b"\n<!DOCTYPE html><html></html>"), "web page"),
-    "extras.pt": (saved(EXTRAS), "objects beside tensors .*`numpy.*can be code"),
+    "extras.pt": (saved(EXTRAS), "objects beside tensors .*`numpy.*can be code" if LISTED else "contains code"),
     "scaled.safetensors": (lambda path: save_file(SCALED, path), "scaled fp8 weights .*scale_weight.* not supported"),
     "marked.pt": (saved({"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}), "scaled fp8 weights"),
 }

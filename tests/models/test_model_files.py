@@ -8,6 +8,7 @@ from des.export.formats import READERS, WRITERS, load_protected, verify
 from des.generation.unet_defences import check_other_unet
 from des.models.checkpoints import load_checkpoint
 from des.models.encoders import components_of, load_encoder, read_index, text_encoders
+from des.models.loading import dtype_option
 from des.models.model_files import check_variant, find_weights, model_name, split_revision
 from des.models.pipelines import component_identities, encoder_modules, open_pipeline, open_refiner
 from des.tables.pipeline_jobs import PipelineJobs
@@ -24,7 +25,9 @@ from diffusers import DiffusionPipeline
 def halves(family, tmp_path_factory):
     """The tiny SDXL with files of the variant fp16 only."""
     folder = tmp_path_factory.mktemp("halves") / "sdxl"
-    DiffusionPipeline.from_pretrained(family("sdxl"), dtype=torch.float16).save_pretrained(folder, variant="fp16")
+    DiffusionPipeline.from_pretrained(family("sdxl"), **dtype_option("diffusers", torch.float16)).save_pretrained(
+        folder, variant="fp16"
+    )
     return folder
 
 
@@ -131,7 +134,7 @@ def test_an_exported_pipeline_has_each_weight_once(halves, family, tmp_path, fol
 
 def test_shards_of_a_variant_are_exported_under_plain_names(family, tmp_path):
     folder = tmp_path / "sd"
-    pipe = DiffusionPipeline.from_pretrained(family("sd_v1"), dtype=torch.float16)
+    pipe = DiffusionPipeline.from_pretrained(family("sd_v1"), **dtype_option("diffusers", torch.float16))
     pipe.save_pretrained(folder, variant="fp16", max_shard_size="20KB")
     assert len(list(folder.glob("unet/*.fp16-0*"))) > 1
     made = load_protected(str(folder), {1: protected(folder, 1, tmp_path)})

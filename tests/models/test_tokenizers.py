@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import GOLDEN, flags, training_line
 from huggingface_hub import constants
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizerFast
 
 
 def edited(source, folder, file, **changes):
@@ -47,11 +47,14 @@ def test_a_tokenizer_folder_may_name_no_class(tmp_path, case, index, tokenizer):
     folder = edited(source, tmp_path / "m", f"{tokenizer}/tokenizer_config.json", tokenizer_class=None)
     ours, named = (load_encoder(str(each), index, "meta") for each in (folder, source))
     assert type(ours.tokenizer) is type(named.tokenizer) and ours.identity == named.identity
+    assert ours.tokenizer.is_fast  # transformers 4 has slow classes of these names, too, which read some prompts otherwise
 
 
 def test_the_class_of_a_tokenizer_is_the_one_in_model_index(tmp_path, tiny_pipeline):
     folder = edited(tiny_pipeline, tmp_path / "m", "tokenizer/tokenizer_config.json", tokenizer_class="T5Tokenizer")
-    assert type(load_encoder(str(folder), 1, "meta").tokenizer).__name__ == "CLIPTokenizer"
+    assert type(load_encoder(str(folder), 1, "meta").tokenizer) is CLIPTokenizerFast  # in transformers 5, CLIPTokenizer itself
+    edited(folder, tmp_path / "usual", "model_index.json", tokenizer=["transformers", "CLIPTokenizer"])
+    assert type(open_pipeline(str(tmp_path / "usual"), torch.float32).tokenizer) is CLIPTokenizerFast
     edited(folder, tmp_path / "other", "model_index.json", tokenizer=["transformers", "CLIPTextModel"])
     with pytest.raises(UserError, match="transformers has no tokenizer class CLIPTextModel"):
         load_encoder(str(tmp_path / "other"), 1, "meta")
@@ -98,11 +101,15 @@ def test_a_tokenizer_that_does_not_fit_its_encoder_is_refused(tmp_path, tiny_pip
     folder = tmp_path / "m"
     shutil.copytree(tiny_pipeline, folder)
     shutil.rmtree(folder / "tokenizer")
-    tokenizer = CLIPTokenizer() if misfit == "few tokens" else load_encoder(str(tiny_pipeline), 1, "meta").tokenizer
-    tokenizer.model_max_length = 248 if misfit == "longer prompts" else 77
-    if misfit == "added tokens":
-        tokenizer.add_tokens(["<one>", "<two>"])
-    if misfit != "no files":
+    if misfit == "few tokens":
+        (folder / "tokenizer").mkdir()
+        (folder / "tokenizer/vocab.json").write_text('{"a": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}')
+        (folder / "tokenizer/merges.txt").write_text("#version: 0.2\n")
+    elif misfit != "no files":
+        tokenizer = load_encoder(str(tiny_pipeline), 1, "meta").tokenizer
+        tokenizer.model_max_length = 248 if misfit == "longer prompts" else 77
+        if misfit == "added tokens":
+            tokenizer.add_tokens(["<one>", "<two>"])
         tokenizer.save_pretrained(folder / "tokenizer")
     for load in (lambda: load_encoder(str(folder)), lambda: open_pipeline(str(folder), torch.float32)):
         with pytest.raises(UserError, match=MISFITS[misfit]):
