@@ -43,9 +43,10 @@ FOLDERS = {
     "demo/train.py": ["out", "work_dir"],
     "demo/experiment.py": ["out"],
     "scripts/benchmarks/first_check.py": ["out"],
-    **dict.fromkeys(
-        ("fid.py", "clipscore.py", "tasks/img_batch_classify.py", "tasks/img_batch_classify_q16.py"), ["output_dir"]
-    ),
+    **{
+        key: ["output_dir"]
+        for key in ("fid.py", "clipscore.py", "tasks/img_batch_classify.py", "tasks/img_batch_classify_q16.py")
+    },
 }
 READ = {
     "csv_path", "folder_dir", "prompts_file", "detector_weights", "gen_imgs_path", "coco_imgs_path", "ref_stats", "prompt_path",
