@@ -12,7 +12,7 @@ from des.utils.errors import UserError
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, flags, snapshot
+from conftest import GOLDEN, drawn, flags, snapshot
 from PIL import Image
 from tiny import build
 
@@ -49,7 +49,7 @@ def train(run, family, tmp_path):
 def draw(run, model, out="t2i", **options):
     """Generate two small images."""
     size = {"height": 16, "width": 16, "num_inference_steps": 2}
-    return run("generate.py", model_path=model, prompts_csv="p.csv", output_path=out, **size | options)
+    return drawn(run("generate.py", model_path=model, prompts_csv="p.csv", output_path=out, **size | options))
 
 
 def pixels(folder):
@@ -59,6 +59,8 @@ def pixels(folder):
 @pytest.mark.parametrize(("name", "index"), EACH)
 @pytest.mark.parametrize("embedding", ["last_hidden_state", "pipeline"])
 def test_from_codebook_to_images(run, train, family, tmp_path, name, index, embedding):
+    if (name, embedding) == ("chroma", "pipeline") and release("diffusers") < (0, 36):
+        pytest.skip("it is refused; see test_the_pipeline_embedding_is_what_the_denoiser_gets")
     model = family(name)
     done = train(name, index, embedding=embedding)
     assert done.code == 0, done.err
