@@ -45,7 +45,7 @@ MAP_OPTIONS = ("safe_csv_path", "unsafe_csv_path", "concept_prompt")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     main_group = parser.add_argument_group("main")
     cli.add_model(main_group, default=None)
     cli.add_drop_t5(main_group)

@@ -17,15 +17,17 @@ from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     # fmt: off
-    cli.add_model(parser)
-    parser.add_argument("--csv_path", type=Path, required=True, metavar="CSV", help="the list, column `prompt`")
-    parser.add_argument("--concept_prompt", required=True, metavar="TEXT", help="the concept")
-    parser.add_argument("--share", type=cli.number(float, 0, 0.5, low_open=True), default=0.25, metavar="X", help="share of the prompts in each list")
-    parser.add_argument("--out", type=cli.output_file, nargs=2, required=True, metavar="CSV", help="files for the nearest and the farthest prompts")
+    lists = parser.add_argument_group("lists")
+    lists.add_argument("--csv_path", type=Path, required=True, metavar="CSV", help="the list, column `prompt`")
+    lists.add_argument("--concept_prompt", required=True, metavar="TEXT", help="the concept")
+    lists.add_argument("--share", type=cli.number(float, 0, 0.5, low_open=True), default=0.25, metavar="X", help="share of the prompts in each list")
+    lists.add_argument("--out", type=cli.output_file, nargs=2, required=True, metavar="CSV", help="files for the nearest and the farthest prompts")
     # fmt: on
-    cli.add_device(parser)
+    encoder = parser.add_argument_group("text encoder")
+    cli.add_model(encoder)
+    cli.add_device(encoder)
     return cli.check_device(parser, parser.parse_args(argv))
 
 

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from des.data.never_drawn import never_drawn
-from des.utils.errors import UserError
+from des.utils.errors import UserError, not_found
 from des.utils.logs import logger
 
 import pandas as pd
@@ -31,7 +31,7 @@ def read_table(csv_path: Path, separator: str = ",") -> pd.DataFrame:
             f"{csv_path} has a row with more cells than its header, or an open quote; put prompts with commas into quotes"
         ) from None
     except FileNotFoundError:
-        raise UserError(f"the prompt file {csv_path} does not exist; datasets/download.py downloads public ones") from None
+        raise not_found("the prompt file", csv_path, "datasets/download.py downloads public ones") from None
     except UnicodeDecodeError:
         raise UserError(f"{csv_path} is not a readable CSV file in UTF-8; save it as UTF-8 (`CSV UTF-8` in Excel)") from None
     except (pd.errors.EmptyDataError, IsADirectoryError) as error:

@@ -1,14 +1,15 @@
 """Command lines: options that several scripts share, argument types, and exit on errors."""
 
 import argparse
+import difflib
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from des.utils.errors import UserError
 from des.utils.logs import logger
@@ -27,6 +28,41 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
             value = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
             facts.append("default: " + value.replace("%", "%%"))
         return f"{text} ({'; '.join(facts)})" if facts else text
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a script's command line; `description` is the script's docstring. A wrong one ends in one line and exit status 2."""
+
+    def __init__(self, description: str | None = None):
+        super().__init__(description=description, formatter_class=HelpFormatter)
+        self._given: list[str] = []
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with `message` and, for an unknown option, the option that is most like it."""
+        known = [name for action in self._actions if action.help != argparse.SUPPRESS for name in action.option_strings]
+        given = [text.split("=")[0] for text in self._given if text.startswith("--") and len(text) > 2 and " " not in text]
+        unknown = [name for name in given if not any(option.startswith(name) for option in self._option_string_actions)]
+        hints = [f"{option} instead of {name}" for name in unknown if (option := _most_like(name, known))]
+        question = f" (did you mean {', '.join(hints)}?)" if hints else ""
+        self.exit(2, f"{self.prog}: error: {message}{question}; see --help\n")
+
+
+def _most_like(name: str, options: Iterable[str]) -> str | None:
+    """Return the option with the initials (`--lr`), a word (`--steps`) or about the spelling of `name`; None if none is similar."""
+    asked = name.strip("-").replace("-", "_").lower()
+
+    def likeness(option: str) -> float:
+        words = option.strip("-").split("_")
+        if asked == "".join(word[0] for word in words):
+            return 2
+        return difflib.SequenceMatcher(None, asked, "_".join(words)).ratio() + (asked in words)
+
+    best = max(options, key=likeness)
+    return best if likeness(best) > 0.6 else None
 
 
 _INTERRUPTED = "interrupted; finished files are kept"
