@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from des.models.families import DTYPES
 from des.utils.errors import UserError
-from des.utils.hub import is_offline, missing, try_hub
+from des.utils.hub import is_offline, missing, refusal, try_hub
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ def loading(what: str, source: str = "") -> Iterator[None]:
             reason = "one of its files contains code or is damaged"
         if source and not Path(source).exists() and is_offline() and isinstance(error, OSError):
             reason = missing()  # in place of transformers' advice for models that exist nowhere
+        reason = refusal(error, source) or reason
         raise UserError(f"{what} could not be loaded: {reason}") from None
 
 

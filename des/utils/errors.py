@@ -26,6 +26,9 @@ def not_found(what: str, path: Path, advice: str = "") -> UserError:
     beside: list[str] = []
     with contextlib.suppress(OSError):  # a folder that may not be listed
         beside = [each.name for each in missing.parent.iterdir() if each.suffix == path.suffix or each.is_dir()]
-    likely = difflib.get_close_matches(missing.name, [name for name in sorted(beside) if not name.startswith(".")], cutoff=0.5)
-    hint = f"; {missing.parent} has {', '.join(likely)}" if likely else ""
+    cutoff = 0 if path.suffix and missing == path.absolute() else 0.6
+    likely = difflib.get_close_matches(
+        missing.name, [name for name in sorted(beside) if not name.startswith(".")], cutoff=cutoff
+    )
+    hint = f" ({missing.parent} has {', '.join(likely)})" if likely else ""
     return UserError(f"{what} {path} does not exist{relative}{hint}{end}")

@@ -31,9 +31,26 @@ def missing() -> str:
     asked = _ask_hub.cache_info().currsize
     why = f"the hub {constants.ENDPOINT} cannot be reached" if asked else "HF_HUB_OFFLINE is set"
     return (
-        f"it is not on this machine as a whole, neither as a folder nor in the cache {constants.HF_HUB_CACHE}, and {why}; download "
-        "it where there is a connection (`hf download`), or name a local folder"
+        f"it is not on this machine as a whole, neither as a folder in the current folder, {Path.cwd()}, nor in the cache "
+        f"{constants.HF_HUB_CACHE}, and {why}; download it where there is a connection (`hf download`), or name a local folder"
     )
+
+
+def refusal(error: BaseException, source: str) -> str | None:
+    """Say why the hub did not send a file of the repository `source`, and what to do; None if `error` is not a refusal of the hub."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        page = f"{constants.ENDPOINT}/{source.partition('@')[0]}"
+        return f"its owner grants access on request; ask for it at {page}, and set HF_TOKEN to a token of that account"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        here = f"neither a folder in the current folder, {Path.cwd()}, nor a repository of the hub that you may read"
+        return f"{source} is {here}; correct the name, or for a private repository set HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision; correct --revision"
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return "the repository has no such file, so it is another kind of model"
+    return None
 
 
 @cache
