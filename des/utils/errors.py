@@ -25,10 +25,8 @@ def not_found(what: str, path: Path, advice: str = "") -> UserError:
         missing = missing.parent
     beside: list[str] = []
     with contextlib.suppress(OSError):  # a folder that may not be listed
-        beside = [each.name for each in missing.parent.iterdir() if each.suffix == path.suffix or each.is_dir()]
-    cutoff = 0 if path.suffix and missing == path.absolute() else 0.6
-    likely = difflib.get_close_matches(
-        missing.name, [name for name in sorted(beside) if not name.startswith(".")], cutoff=cutoff
-    )
+        shown = [each for each in sorted(missing.parent.iterdir()) if not each.name.startswith(".")]
+        beside = [each.name for each in shown if (each.suffix == missing.suffix if missing.suffix else each.is_dir())]
+    likely = difflib.get_close_matches(missing.name, beside, cutoff=0 if missing.suffix else 0.6)
     hint = f" ({missing.parent} has {', '.join(likely)})" if likely else ""
     return UserError(f"{what} {path} does not exist{relative}{hint}{end}")

@@ -1,0 +1,31 @@
+"""Errors about inputs that are missing."""
+
+from pathlib import Path
+
+from des.utils.errors import not_found
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            "run/checkpoint-2.pt",
+            "does not exist in the current folder, {here} ({here}/run has checkpoint-20.pt, other.pt); try x",
+        ),
+        ("{here}/run/checkpoint-2.pt", "does not exist ({here}/run has checkpoint-20.pt, other.pt); try x"),
+        ("runs/deep/checkpoint-2.pt", "does not exist in the current folder, {here} ({here} has run); try x"),
+        ("unlike/checkpoint-2.pt", "does not exist in the current folder, {here}; try x"),
+        ("run/checkpoint-20.pt/a.csv", "does not exist in the current folder, {here}; try x"),
+        ("run", "is a folder, but a file is needed; try x"),
+        ("run/other.pt", "is a file, but a folder is needed; try x"),
+    ],
+)
+def test_a_missing_input_is_named_with_what_it_is_relative_to_and_what_lies_beside_it(tmp_path, monkeypatch, path, message):
+    (tmp_path / "run").mkdir()
+    for name in ("checkpoint-20.pt", "other.pt", "checkpoint-2.json", ".checkpoint-2.pt"):
+        (tmp_path / "run" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    path = path.format(here=tmp_path)
+    assert str(not_found("the checkpoint", Path(path), "try x")) == f"the checkpoint {path} {message.format(here=tmp_path)}"
