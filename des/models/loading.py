@@ -40,7 +40,7 @@ def loading(what: str, source: str = "") -> Iterator[None]:
         if "weights_only" in reason:  # torch's message suggests turning off the protection against code
             reason = "one of its files contains code or is damaged"
         if source and not Path(source).exists() and is_offline() and isinstance(error, OSError):
-            reason = missing()  # in place of transformers' advice for models that exist nowhere
+            reason = missing(source)  # in place of transformers' advice for models that exist nowhere
         reason = refusal(error, source) or reason
         raise UserError(f"{what} could not be loaded: {reason}") from None
 

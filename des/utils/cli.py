@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -35,17 +35,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None = None):
         super().__init__(description=description, formatter_class=HelpFormatter)
-        self._given: list[str] = []
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        self._given = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Exit with `message` and, for an unknown option, the option that is most like it."""
-        known = [name for action in self._actions if action.help != argparse.SUPPRESS for name in action.option_strings]
-        given = [text.split("=")[0] for text in self._given if text.startswith("--") and len(text) > 2 and " " not in text]
+        given = [text.split("=")[0] for text in sys.argv[1:] if text.startswith("--") and len(text) > 2 and " " not in text]
         unknown = [name for name in given if not any(option.startswith(name) for option in self._option_string_actions)]
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        known = [name for action in shown for name in action.option_strings if name not in given]
         hints = [f"{option} instead of {name}" for name in unknown if (option := _most_like(name, known))]
         question = f" (did you mean {', '.join(hints)}?)" if hints else ""
         self.exit(2, f"{self.prog}: error: {message}{question}; see --help\n")

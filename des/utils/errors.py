@@ -20,6 +20,14 @@ def not_found(what: str, path: Path, advice: str = "") -> UserError:
         other = "a folder, but a file is needed" if path.is_dir() else "a file, but a folder is needed"
         return UserError(f"{what} {path} is {other}{end}")
     relative = "" if path.is_absolute() else f" in the current folder, {Path.cwd()}"
+    return UserError(f"{what} {path} does not exist{relative}{names_beside(path)}{end}")
+
+
+def names_beside(path: Path) -> str:
+    """Return ` (FOLDER has A, B, C)`, the names beside a missing path, or beside its first missing folder, that are most like it.
+
+    They are up to three files with its suffix or, for a name without a suffix, folders with similar names; "" if there are none.
+    """
     missing = path.absolute()
     while not missing.parent.exists():
         missing = missing.parent
@@ -28,5 +36,4 @@ def not_found(what: str, path: Path, advice: str = "") -> UserError:
         shown = [each for each in sorted(missing.parent.iterdir()) if not each.name.startswith(".")]
         beside = [each.name for each in shown if (each.suffix == missing.suffix if missing.suffix else each.is_dir())]
     likely = difflib.get_close_matches(missing.name, beside, cutoff=0 if missing.suffix else 0.6)
-    hint = f" ({missing.parent} has {', '.join(likely)})" if likely else ""
-    return UserError(f"{what} {path} does not exist{relative}{hint}{end}")
+    return f" ({missing.parent} has {', '.join(likely)})" if likely else ""

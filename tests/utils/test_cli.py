@@ -77,18 +77,19 @@ def test_the_example_of_the_help_is_a_whole_command_line(parsed, script):
         ("--removed", "--removed was removed; use --out; see --help"),
         ("--remove_d", "unrecognized arguments: --remove_d; see --help"),  # like an option that is not in the help
         ("--wings 2 --learn x", "argument --learning_rate: invalid float value: 'x'; see --help"),  # an abbreviation
+        ("--out x --oit y", "unrecognized arguments: --oit y; see --help"),  # like an option that is given already
         ("--out --help_me", "argument --out: expected one argument (did you mean --help instead of --help_me?); see --help"),
     ],
 )  # fmt: skip
-def test_a_wrong_command_line_ends_in_one_line(capsys, given, line):
+def test_a_wrong_command_line_ends_in_one_line(capsys, monkeypatch, given, line):
+    monkeypatch.setattr(sys, "argv", ["x.py", *given.split()])
     parser = cli.Parser("A script.")
-    parser.prog = "x.py"
     parser.add_argument("--learning_rate", type=float)
     parser.add_argument("--num_inference_steps", type=int)
     parser.add_argument("--out")
     parser.add_argument("--removed", action=cli.Removed, instead="use --out")
     with pytest.raises(SystemExit) as stop:
-        parser.parse_args(given.split())
+        parser.parse_args()
     assert stop.value.code == 2 and capsys.readouterr().err == f"x.py: error: {line}\n"
 
 

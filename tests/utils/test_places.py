@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -88,6 +89,13 @@ def test_a_refusal_of_the_hub_says_what_to_do(unreachable, kind, advice):
             refused, "401 Client Error."
         )  # __init__ needs a response, of a class that differs between versions
     assert "401" not in str(error.value) and advice in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["./none", "/none", "demo/models/clp"])
+def test_a_path_that_cannot_be_a_hub_id_asks_no_hub(unreachable, source):
+    with pytest.raises(UserError, match=f"the model {re.escape(str(Path(source)))} does not exist"):
+        load_processor(CLIPProcessor, source)
+    assert not unreachable
 
 
 def test_a_local_model_asks_no_hub(unreachable):
