@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from des.utils.errors import UserError
+from des.utils.errors import UserError, not_found
 from des.utils.logs import logger
 
 
@@ -97,6 +97,8 @@ def run(main: Callable[[], None]) -> None:
             raise
         sys.exit("error: memory ran out; use a smaller --batch_size, smaller images, or another --device")
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and isinstance(error.filename, str) and not Path(error.filename).exists():
+            sys.exit(f"error: {not_found('the file', Path(error.filename))}")
         sys.exit(f"error: {error.strerror or error}: {error.filename or 'a file'} could not be read or written")
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
