@@ -29,7 +29,7 @@ os.environ.update(
 from demo.evaluation import CLASSIFIERS, PIPELINE
 from demo.world import CONCEPT
 from des.evaluation.detectors.options import add_classifier, add_nudenet
-from des.generation.defences import ENCODER_OPTIONS, add_encoders
+from des.generation.defences import ENCODER_OPTIONS, add_encoders, open_encoders
 from des.models.families import DTYPES, SCHEDULERS
 from des.utils import choices, cli
 
@@ -114,7 +114,6 @@ from des.app.session import SIDES, PromptMap, Sampling, Session
 from des.data.prompts import read_prompts
 from des.evaluation.detectors.base import Detector
 from des.evaluation.detectors.options import open_classifier, open_nudenet
-from des.generation.defences import open_encoders
 from des.models.encoders import TextEncoder, load_encoder
 from des.models.pipelines import (
     dtype_for,
