@@ -154,7 +154,10 @@ def test_options_are_parsed_without_the_imports_that_follow(script):
     functions = {each.name: each for each in body[:middle] if isinstance(each, ast.FunctionDef)}
     used, queue = set(), ["parse_args"]
     while queue:
-        names = {node.id for node in ast.walk(functions[queue.pop()]) if isinstance(node, ast.Name)} - used
-        used |= names
-        queue += sorted(names & functions.keys())
+        nodes = list(ast.walk(functions[queue.pop()]))
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        local = bound(nodes) | {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        found = {node.id for node in names} - local - used
+        used |= found
+        queue += sorted(found & functions.keys())
     assert used & (bound(body[middle:]) - bound(body[:middle])) == set()
