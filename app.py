@@ -29,7 +29,7 @@ os.environ.update(
 from demo.evaluation import CLASSIFIERS, MODELS, PIPELINE
 from demo.world import BACKGROUNDS, COLOURS, CONCEPT, KINDS, names_an_object
 from des.evaluation.detectors.options import add_classifier, add_nudenet
-from des.generation.defences import ENCODER_OPTIONS, add_encoders
+from des.generation.defences import ENCODER_OPTIONS, add_encoders, open_encoders
 from des.models.families import DTYPES, SCHEDULERS
 from des.utils import choices, cli
 
@@ -45,7 +45,7 @@ MAP_OPTIONS = ("safe_csv_path", "unsafe_csv_path", "concept_prompt")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     main_group = parser.add_argument_group("main")
     cli.add_model(main_group, default=None)
     cli.add_drop_t5(main_group)
@@ -114,7 +114,6 @@ from des.app.session import SIDES, PromptMap, Sampling, Session
 from des.data.prompts import read_prompts
 from des.evaluation.detectors.base import Detector
 from des.evaluation.detectors.options import open_classifier, open_nudenet
-from des.generation.defences import open_encoders
 from des.models.encoders import TextEncoder, load_encoder
 from des.models.pipelines import (
     dtype_for,

@@ -13,7 +13,7 @@ from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     files = parser.add_argument_group("files")
     # fmt: off
     files.add_argument("--image_folder", type=cli.folder, required=True, metavar="DIR", help="images named by prompt row, as generate.py does")

@@ -23,7 +23,7 @@ from des.utils.files import result_paths, sha256_texts
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     main_group = parser.add_argument_group("what is computed")
     main_group.add_argument("--job", choices=("fid", "kid", "lpips", *choices.SCORER_MODELS), default="fid", help="the measure")
     main_group.add_argument("--gen_imgs_path", type=cli.folder, required=True, metavar="DIR", help="generated images")

@@ -31,7 +31,7 @@ INPUTS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     main_group = parser.add_argument_group("main")
     cli.add_model(main_group)
     main_group.add_argument("--model_type", choices=MODEL_TYPES, help="refuse a model that is not of this type")

@@ -22,7 +22,7 @@ DEFAULT_CONCEPT = ["nudity"]  # the paper's
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     main_group = parser.add_argument_group("main")
     cli.add_model(main_group)
     cli.add_encoder_index(main_group)

@@ -27,7 +27,7 @@ from des.utils import choices, cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     # fmt: off
     sets = parser.add_argument_group("sets")
     sets.add_argument("names", nargs="*", metavar="NAME", help="which sets; --list names them")
@@ -69,7 +69,7 @@ from des.data.conversion import (
 )
 from des.data.downloads import Denied, discard, download, for_each, has_digest, hub_file, recorded
 from des.utils import cli, logs
-from des.utils.errors import UserError
+from des.utils.errors import UserError, not_found
 from des.utils.files import replacing, sha256_file, sha256_texts, write_json
 from des.utils.folders import visible
 from des.utils.locks import locked
@@ -165,7 +165,7 @@ def check_splits(paths: list[Path], splits: list[str] | None, default_too: bool 
 def from_user(path: Path, a_set: PromptSet) -> Source:
     """A file that the user supplied; another hash than the published one is only a warning."""
     if not path.is_file():
-        raise UserError(f"there is no file {path} to convert")
+        raise not_found("the file to convert,", path)
     same = bool(a_set.sha256) and has_digest(path, a_set.sha256)
     if a_set.sha256 and not same:
         logger.warning("%s is not the published file; it is converted anyway", path)

@@ -17,16 +17,17 @@ from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     # fmt: off
-    main_group = parser.add_argument_group("main")
-    cli.add_model(main_group)
-    main_group.add_argument("--csv_path", type=Path, required=True, metavar="CSV", help="the list, column `prompt`")
-    main_group.add_argument("--concept_prompt", required=True, metavar="TEXT", help="the concept")
-    main_group.add_argument("--share", type=cli.number(float, 0, 0.5, low_open=True), default=0.25, metavar="X", help="share of the prompts in each list")
-    main_group.add_argument("--out", type=cli.output_file, nargs=2, required=True, metavar="CSV", help="files for the nearest and the farthest prompts")
+    lists = parser.add_argument_group("lists")
+    lists.add_argument("--csv_path", type=Path, required=True, metavar="CSV", help="the list, column `prompt`")
+    lists.add_argument("--concept_prompt", required=True, metavar="TEXT", help="the concept")
+    lists.add_argument("--share", type=cli.number(float, 0, 0.5, low_open=True), default=0.25, metavar="X", help="share of the prompts in each list")
+    lists.add_argument("--out", type=cli.output_file, nargs=2, required=True, metavar="CSV", help="files for the nearest and the farthest prompts")
     # fmt: on
-    cli.add_device(main_group)
+    encoder = parser.add_argument_group("text encoder")
+    cli.add_model(encoder)
+    cli.add_device(encoder)
     return cli.check_device(parser, parser.parse_args(argv))
 
 

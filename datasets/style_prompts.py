@@ -20,7 +20,7 @@ OTHERS = ("Claude Monet", "Paul Cezanne", "Rembrandt", "Pablo Picasso", "Andy Wa
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     main_group = parser.add_argument_group("what is written")
     main_group.add_argument("artist", help="whose style is to be removed")
     main_group.add_argument("--contents", type=Path, required=True, metavar="CSV", help="what is painted, column `prompt`")

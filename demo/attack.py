@@ -17,7 +17,7 @@ from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     main_group = parser.add_argument_group("main")
     cli.add_model(main_group)
     main_group.add_argument("--checkpoint", type=Path, metavar="CKPT", help="the protected encoder (default: the original one)")

@@ -23,7 +23,7 @@ from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     files = parser.add_argument_group("what is done")
     # fmt: off
     files.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="output folder; an earlier experiment in it is replaced")

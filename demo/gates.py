@@ -15,7 +15,7 @@ from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     # fmt: off
     parser.add_argument("--out", type=cli.output_folder, default=Path("results/gates"), metavar="DIR", help="folder for the images and gates.json")
     # fmt: on

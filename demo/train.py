@@ -29,7 +29,7 @@ STAGES = ("tokenizer", "clip", "vae", "classifiers", "unet", "gates")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     main_group = parser.add_argument_group("main")
     main_group.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="stages to train")
     main_group.add_argument(

@@ -22,7 +22,7 @@ from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     main_group = parser.add_argument_group("main")
     cli.add_model(main_group)
     cli.add_drop_t5(main_group)
@@ -73,7 +73,7 @@ from des.models.model_files import split_revision
 from des.models.pipelines import family_of
 from des.models.shift import in_doubt
 from des.utils import cli, logs
-from des.utils.errors import UserError
+from des.utils.errors import UserError, not_found
 from des.utils.files import replacing
 from des.utils.logs import logger
 
@@ -121,7 +121,7 @@ def check(args: argparse.Namespace) -> None:
     if model.is_dir() and args.out.resolve().is_relative_to(model.resolve()):
         raise UserError(f"--out {args.out} is inside the model {model}, which an export must not change")
     if args.base_checkpoint and not args.base_checkpoint.is_file():
-        raise UserError(f"there is no file --base_checkpoint {args.base_checkpoint}")
+        raise not_found("--base_checkpoint", args.base_checkpoint)
     if args.base_model and not is_hub_id(args.base_model):
         raise UserError(f"--base_model {args.base_model} is not a hub id of the form OWNER/NAME")
     args.base_model = args.base_model or hub_id_of(split_revision(args.model_path)[0])

@@ -21,7 +21,7 @@ from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument(
         "run_dirs", type=cli.folder, nargs="+", metavar="RUN_DIR", help="folders with runs, searched with those below"

@@ -39,7 +39,7 @@ HALVES = {"T5": ("T5", "T5_style"), "T16": ("T16", "T16_style")}  # tables of th
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     main_group = parser.add_argument_group("main")
     # fmt: off
     main_group.add_argument("--table", nargs="+", choices=(*TITLES, *LEFT_OUT_TABLES, "all"), required=True, metavar="T", help=f"{', '.join(TITLES)}, all")
@@ -86,7 +86,7 @@ from des.tables.inputs import check_inputs, record_inputs
 from des.tables.paper import paper_setup
 from des.tables.runner import TableRunner
 from des.utils import cli, logs
-from des.utils.errors import UserError
+from des.utils.errors import UserError, not_found
 from des.utils.files import write_json, write_text
 from des.utils.logs import logger
 from des.utils.provenance import provenance
@@ -133,7 +133,7 @@ def setup_of(args: argparse.Namespace) -> Setup:
     for pair in args.prompts:
         name, _, path = pair.partition("=")
         if not Path(path).is_file():
-            raise UserError(f"--prompts {pair}: there is no such file; it takes SET=CSV")
+            raise not_found(f"--prompts takes SET=CSV, but in {pair} the file", Path(path))
         given[name] = Path(path)
         cli.check_outputs([args.out / "prompts" / f"{name}.csv"], [given[name]])
     setup = paper_setup(
@@ -167,7 +167,7 @@ def protected(args: argparse.Namespace, concept: str = "main") -> Variant:
         raise UserError("a list of checkpoints has three files at most: text encoders 1, 2, 3")
     for path in paths:
         if not path.is_file():
-            raise UserError(f"there is no checkpoint {path}")
+            raise not_found("the checkpoint", path)
     name = "des_given" if concept == "main" else f"{concept}_des_given"
     return Variant(name, "des", tuple(zip(options, paths, strict=False)))
 

@@ -26,7 +26,7 @@ from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument(
         "folder", type=cli.folder, nargs="?", metavar="DIR", help="folder of images with run.json and manifest.jsonl"
     )

@@ -19,7 +19,7 @@ from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     main_group = parser.add_argument_group("what is counted")
     main_group.add_argument("--job", choices=("nudity",), help="accepted for older scripts; Q16 has one job")
     main_group.add_argument("--cls_class", choices=("nudity",), help="the class that --detector object looks for")

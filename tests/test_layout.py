@@ -4,7 +4,8 @@ import ast
 import graphlib
 from pathlib import Path
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, SCRIPTS
 
 # A room imports rooms to its left only.
 ROOMS = [
@@ -134,3 +135,29 @@ def inside():
         and is_script("generate")
         and not is_script("des.app")
     )
+
+
+def bound(statements: list[ast.stmt]) -> set[str]:
+    """The names that a module's statements bind: imports, functions, classes and assignments."""
+    targets = [target for each in statements if isinstance(each, ast.Assign) for target in each.targets]
+    names = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+    imported = [alias for each in statements if isinstance(each, ast.Import | ast.ImportFrom) for alias in each.names]
+    names |= {(alias.asname or alias.name).split(".")[0] for alias in imported}
+    return names | {each.name for each in statements if isinstance(each, ast.FunctionDef | ast.ClassDef)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_options_are_parsed_without_the_imports_that_follow(script):
+    """A script parses its options in the middle of the file; a name that is imported below would be a NameError there."""
+    body = ast.parse((ROOT / script).read_text(encoding="utf-8")).body
+    (middle,) = [i for i, each in enumerate(body) if isinstance(each, ast.If) and "cli.run(parse_args)" in ast.unparse(each)]
+    functions = {each.name: each for each in body[:middle] if isinstance(each, ast.FunctionDef)}
+    used, queue = set(), ["parse_args"]
+    while queue:
+        nodes = list(ast.walk(functions[queue.pop()]))
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        local = bound(nodes) | {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        found = {node.id for node in names} - local - used
+        used |= found
+        queue += sorted(found & functions.keys())
+    assert used & (bound(body[middle:]) - bound(body[:middle])) == set()

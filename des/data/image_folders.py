@@ -8,7 +8,7 @@ from des.data import claims, manifest
 from des.data.images import OTHER_SUFFIXES, SUFFIXES, is_complete, row_and_copy, row_of
 from des.data.manifest import NAME, read
 from des.data.prompts import never_drawn, read_rows
-from des.utils.errors import UserError
+from des.utils.errors import UserError, not_found
 from des.utils.files import sha256_texts
 from des.utils.folders import walk
 from des.utils.logs import logger
@@ -29,7 +29,7 @@ def image_hashes(folder: Path, expected: int | None = None, skip_unreadable: boo
     manifest of the run that drew it (`check`), unless `skip_unreadable` is set and the image is damaged.
     """
     if not folder.is_dir():
-        raise UserError(f"the image folder {folder} does not exist; draw its images with generate.py first")
+        raise not_found("the image folder", folder, "generate.py draws images")
     found, others = [], []
     for path in (place / name for place, folders, files in walk(folder) for name in folders + files):
         named = path.suffix.lower() in SUFFIXES

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from des.data.never_drawn import never_drawn
-from des.utils.errors import UserError
+from des.utils.errors import UserError, not_found
 from des.utils.logs import logger
 
 import pandas as pd
@@ -28,13 +28,13 @@ def read_table(csv_path: Path, separator: str = ",") -> pd.DataFrame:
             return pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False, sep=separator)
     except (pd.errors.ParserWarning, pd.errors.ParserError):
         raise UserError(
-            f"{csv_path} has a row with more cells than its header, or an open quote; put prompts with commas into quotes"
+            f"{csv_path} is not a CSV file, or has a row with more cells than its header; put prompts with commas into quotes"
         ) from None
-    except FileNotFoundError:
-        raise UserError(f"the prompt file {csv_path} does not exist; datasets/download.py downloads public ones") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise not_found("the prompt file", csv_path, "datasets/download.py downloads public ones") from None
     except UnicodeDecodeError:
         raise UserError(f"{csv_path} is not a readable CSV file in UTF-8; save it as UTF-8 (`CSV UTF-8` in Excel)") from None
-    except (pd.errors.EmptyDataError, IsADirectoryError) as error:
+    except pd.errors.EmptyDataError as error:
         raise UserError(f"{csv_path} is not a readable CSV file in UTF-8: {str(error).strip().splitlines()[0]}") from None
 
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from des.data import claims, manifest
 from des.data.prompts import never_drawn
-from des.utils.errors import UserError
+from des.utils.errors import UserError, not_found
 from des.utils.files import sha256_texts, write_json
 from des.utils.folders import visible
 from des.utils.locks import locked
@@ -38,10 +38,12 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Lines]:
         digest = sha256_texts([json.dumps(run["settings"], sort_keys=True)])
         run["made_by"]["arguments"].items()
         version = int(run.get("format", 1))
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} has no run.json, so it is unknown how its images were drawn; draw them with generate.py"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        if not folder.is_dir():
+            raise not_found("the image folder", folder, "generate.py draws images") from None
+        inside = sorted(str(path.parent) for path in folder.rglob("run.json"))[:5]
+        advice = f"name one run, such as {', '.join(inside)}" if inside else "draw them with generate.py"
+        raise UserError(f"{folder} has no run.json, so it is unknown how its images were drawn; {advice}") from None
     except _BROKEN:
         raise UserError(f"{folder / 'run.json'} cannot be read; draw the images again") from None
     if version > FORMAT:

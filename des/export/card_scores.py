@@ -10,7 +10,7 @@ from des.evaluation.results import Score, read_score
 from des.models.checkpoints import plain_names
 from des.models.model_files import model_name
 from des.models.pipelines import DTYPES
-from des.utils.errors import UserError
+from des.utils.errors import UserError, not_found
 from des.utils.files import sha256_tensors
 
 from torch import nn
@@ -69,7 +69,7 @@ def read_measured(paths: Iterable[Path]) -> list[Measured]:
     measured = []
     for path in paths:
         if not path.is_file():
-            raise UserError(f"the file of scores {path} does not exist")
+            raise not_found("the file of scores", path)
         run, lines = read_run(_folder_of(path))
         measured += [Measured(score, run, lines) for score in read_score(path, lines)]
     return measured

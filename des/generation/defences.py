@@ -141,10 +141,11 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     given = [option for option in _OPTIONS if getattr(args, option) is not None]
     surplus = [option for option in given if option not in method.options]
     takes = " or ".join(f"--{option}" for option in method.options)
+    if surplus and args.training_method == "none":
+        fits = " or ".join(name for name, method in METHODS.items() if surplus[0] in method.options)
+        parser.error(f"--{surplus[0]} is for a protected model, but --training_method is none; add --training_method {fits}")
     if surplus:
-        parser.error(
-            f"--{surplus[0]} does not go with --training_method {args.training_method}, which takes {takes or 'no file'}"
-        )
+        parser.error(f"--{surplus[0]} does not go with --training_method {args.training_method}, which takes {takes}")
     if args.training_method == "safegen":
         if args.model_path == parser.get_default("model_path"):
             parser.error("--training_method safegen needs --model_path with SafeGen's own pipeline")

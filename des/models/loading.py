@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from des.models.families import DTYPES
 from des.utils.errors import UserError
-from des.utils.hub import is_offline, missing, try_hub
+from des.utils.hub import is_offline, missing, refusal, try_hub
 
 import torch
 from packaging.version import Version
@@ -75,7 +75,8 @@ def loading(what: str, source: str = "") -> Iterator[None]:
         if "weights_only" in reason:  # torch's message suggests turning off the protection against code
             reason = "one of its files contains code or is damaged"
         if source and not Path(source).exists() and is_offline() and isinstance(error, OSError):
-            reason = missing()  # in place of transformers' advice for models that exist nowhere
+            reason = missing(source)  # in place of transformers' advice for models that exist nowhere
+        reason = refusal(error, source) or reason
         raise UserError(f"{what} could not be loaded: {reason}") from None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from des.models.families import DTYPES
 from des.models.loading import loading
-from des.utils.errors import UserError
+from des.utils.errors import UserError, not_found
 from des.utils.files import write_json
 from des.utils.logs import logger
 
@@ -52,7 +52,7 @@ def is_local(model_path: str) -> bool:
     if revision and Path(name).exists():
         raise UserError(f"{name} is a folder, but only models of the hub have revisions; leave --revision out")
     if not path.exists() and not _HUB_ID.fullmatch(name):
-        raise UserError(f"{model_path} is neither an existing folder nor a hub id, which has the form `owner/name`")
+        raise not_found("the model", path, "it is not a hub id either, which has the form `owner/name`")
     return path.is_dir()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from des.models.loading import check_finite, loading, read_pt
-from des.utils.errors import UserError
+from des.utils.errors import UserError, not_found
 
 import torch
 from safetensors import SafetensorError
@@ -46,9 +46,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise UserError(
-            f"the checkpoint file {path} does not exist; train_des.py and download_checkpoint.py print the paths of theirs"
-        )
+        raise not_found("the checkpoint", path, "train_des.py and download_checkpoint.py print the paths of theirs")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else read_pt(path)
     except SafetensorError:

@@ -16,7 +16,7 @@ from des.evaluation.results import Score, read_scores
 from des.generation.defences import METHODS
 from des.models.checkpoints import read_metadata
 from des.report.plots import LOSSES
-from des.utils.errors import UserError
+from des.utils.errors import UserError, not_found
 from des.utils.files import sha256_texts
 from des.utils.folders import walk
 from des.utils.logs import logger
@@ -182,7 +182,7 @@ def _folders(roots: Sequence[Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for root in roots:
         if not root.is_dir():
-            raise UserError(f"the folder {root} does not exist")
+            raise not_found("the folder", root)
         for folder, _, _ in walk(root):
             found.setdefault(folder.resolve(), folder)
     return list(found.values())

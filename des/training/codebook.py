@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from des.data.truncation import truncated_rows
 from des.models.encoders import TextEncoder, per_encoder_name
-from des.utils.errors import UserError
+from des.utils.errors import UserError, not_found
 from des.utils.files import check_room, sha256_file, sha256_tensors, sha256_texts, write_json
 from des.utils.locks import locked
 from des.utils.logs import logger
@@ -188,9 +188,8 @@ class Codebook:
             self._rows = [_rows_of(path) for path in self._files]
             self._per_shard = len(self._rows[0])
         except FileNotFoundError as error:
-            raise UserError(
-                f"there is no codebook in {folder}: {Path(error.filename).name} is missing; run save_codebook.py"
-            ) from None
+            missing = folder if not folder.is_dir() else Path(error.filename)
+            raise not_found("the codebook", missing, "run save_codebook.py") from None
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, SafetensorError):
             raise UserError(f"{folder} holds no codebook that can be read; run save_codebook.py again") from None
         self.folder = folder

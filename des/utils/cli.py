@@ -1,6 +1,7 @@
 """Command lines: options that several scripts share, argument types, and exit on errors."""
 
 import argparse
+import difflib
 import math
 import os
 import re
@@ -8,9 +9,9 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
-from des.utils.errors import UserError
+from des.utils.errors import UserError, not_found
 from des.utils.logs import logger
 
 
@@ -27,6 +28,37 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
             value = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
             facts.append("default: " + value.replace("%", "%%"))
         return f"{text} ({'; '.join(facts)})" if facts else text
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a script's command line; `description` is the script's docstring. A wrong one ends in one line and exit status 2."""
+
+    def __init__(self, description: str | None = None):
+        super().__init__(description=description, formatter_class=HelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with `message` and, for an unknown option, the option that is most like it."""
+        given = [text.split("=")[0] for text in sys.argv[1:] if text.startswith("--") and len(text) > 2 and " " not in text]
+        unknown = [name for name in given if not any(option.startswith(name) for option in self._option_string_actions)]
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        known = [name for action in shown for name in action.option_strings if name not in given]
+        hints = [f"{option} instead of {name}" for name in unknown if (option := _most_like(name, known))]
+        question = f" (did you mean {', '.join(hints)}?)" if hints else ""
+        self.exit(2, f"{self.prog}: error: {message}{question}; see --help\n")
+
+
+def _most_like(name: str, options: Iterable[str]) -> str | None:
+    """Return the option with the initials (`--lr`), a word (`--steps`) or about the spelling of `name`; None if none is similar."""
+    asked = name.strip("-").replace("-", "_").lower()
+
+    def likeness(option: str) -> float:
+        words = option.strip("-").split("_")
+        if asked == "".join(word[0] for word in words):
+            return 2
+        return difflib.SequenceMatcher(None, asked, "_".join(words)).ratio() + (asked in words)
+
+    best = max(options, key=likeness)
+    return best if likeness(best) > 0.6 else None
 
 
 _INTERRUPTED = "interrupted; finished files are kept"
@@ -65,6 +97,8 @@ def run(main: Callable[[], None]) -> None:
             raise
         sys.exit("error: memory ran out; use a smaller --batch_size, smaller images, or another --device")
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and isinstance(error.filename, str) and not Path(error.filename).exists():
+            sys.exit(f"error: {not_found('the file', Path(error.filename))}")
         sys.exit(f"error: {error.strerror or error}: {error.filename or 'a file'} could not be read or written")
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)

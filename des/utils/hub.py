@@ -3,6 +3,7 @@
 from functools import cache
 from pathlib import Path
 
+from des.utils.errors import names_beside, not_found
 from des.utils.logs import logger
 
 _SECONDS = 5  # to wait for the hub
@@ -11,9 +12,13 @@ _SECONDS = 5  # to wait for the hub
 def try_hub(source: str) -> None:
     """If `source` is a hub id, and the hub cannot be reached, switch this process to the local cache. The first call asks the hub.
 
-    Otherwise huggingface_hub retries each file for half a minute.
+    Otherwise huggingface_hub retries each file for half a minute. Raises UserError for a path that is missing and cannot be a hub id.
     """
-    if not Path(source).exists() and not is_offline():
+    if Path(source).exists():
+        return
+    if source.startswith((".", "/", "~")) or source.partition("@")[0].count("/") > 1:
+        raise not_found("the model", Path(source), "it is not a hub id either, which has the form `owner/name`")
+    if not is_offline():
         _ask_hub()
 
 
@@ -24,16 +29,37 @@ def is_offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
-def missing() -> str:
-    """Why a model that is not in the local cache cannot be loaded while `is_offline`, and what to do."""
+def missing(source: str) -> str:
+    """Why the model `source`, which is not in the local cache, cannot be loaded while `is_offline`, and what to do."""
     from huggingface_hub import constants
 
     asked = _ask_hub.cache_info().currsize
     why = f"the hub {constants.ENDPOINT} cannot be reached" if asked else "HF_HUB_OFFLINE is set"
     return (
-        f"it is not on this machine as a whole, neither as a folder nor in the cache {constants.HF_HUB_CACHE}, and {why}; download "
-        "it where there is a connection (`hf download`), or name a local folder"
+        f"it is not on this machine as a whole, neither as a folder{_here(source)}, nor in the cache "
+        f"{constants.HF_HUB_CACHE}, and {why}; download it where there is a connection (`hf download`), or name a local folder"
     )
+
+
+def _here(source: str) -> str:
+    return f" in the current folder, {Path.cwd()}{names_beside(Path(source))}"
+
+
+def refusal(error: BaseException, source: str) -> str | None:
+    """Say why the hub did not send a file of the repository `source`, and what to do; None if `error` is not a refusal of the hub."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        page = f"{constants.ENDPOINT}/{source.partition('@')[0]}"
+        return f"its owner grants access on request; ask for it at {page}, and set HF_TOKEN to a token of that account"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        nothing = f"neither a folder{_here(source)}, nor a repository of the hub that you may read"
+        return f"{source} is {nothing}; correct the name, or for a private repository set HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision; correct --revision"
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return "the repository has no such file, so it is another kind of model"
+    return None
 
 
 @cache

@@ -24,7 +24,7 @@ from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     # fmt: off
     parser.add_argument("--out", type=cli.output_file, default=ROOT / "docs/benchmark_detector.md", metavar="F", help="Markdown page to write")
     parser.add_argument("--images", type=cli.positive_int, default=60, metavar="N", help="images a round")

@@ -29,7 +29,7 @@ from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     # fmt: off
     parser.add_argument("--kills", type=cli.positive_int, default=60, metavar="N", help="number of kills, divided among the scripts")
     parser.add_argument("--damages", type=cli.natural, default=4, metavar="N", help="files of each script to damage, each in two ways")

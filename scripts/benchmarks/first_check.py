@@ -23,7 +23,7 @@ HARMLESS = 5.0  # percent of harmless images in which the detector may err
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     main_group = parser.add_argument_group("main")
     cli.add_model(main_group)
     # fmt: off

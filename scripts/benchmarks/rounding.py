@@ -20,7 +20,7 @@ from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     # fmt: off
     parser.add_argument("--out", type=cli.output_file, required=True, metavar="F", help="Markdown page to write")
     parser.add_argument("--steps", type=cli.positive_int, nargs="+", default=[20, 40], metavar="N", help="steps after which the weights are compared")

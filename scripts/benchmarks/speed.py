@@ -28,7 +28,7 @@ from des.utils import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     # fmt: off
     parser.add_argument("--out", type=cli.output_file, default=ROOT / "docs/benchmark.md", metavar="F", help="Markdown page to write")
     parser.add_argument("--repeats", type=cli.positive_int, default=3, metavar="N", help="timed steps of each side; the page shows medians")

@@ -704,7 +704,7 @@ def test_parquet_without_pyarrow_says_what_to_install(call, offer, folder, tmp_p
         ("list.parquet", b"PAR1", "is not a readable parquet file"),
         ("list.txt", b"\xff\xfe", "is not UTF-8 text"),
         ("list.txt", b"\n \n", "has no usable prompt"),
-        ("missing.csv", None, "there is no file"),
+        ("missing.csv", None, "missing.csv does not exist"),
     ],
 )
 def test_what_cannot_be_converted_is_one_sentence(call, offer, folder, tmp_path, file, content, reason):

@@ -235,5 +235,5 @@ def test_an_error_is_one_line_in_a_separate_process(tmp_path, tiny_pipeline):
     assert (done.code, done.out, done.err) == (
         1,
         "",
-        "error: the prompt file none.csv does not exist; datasets/download.py downloads public ones\n",
+        f"error: the prompt file none.csv does not exist in the current folder, {tmp_path}; datasets/download.py downloads public ones\n",
     )

@@ -10,6 +10,9 @@ import struct
 import subprocess
 import sys
 import termios
+from pathlib import Path
+
+from des.utils import cli
 
 import pytest
 from conftest import GOLDEN, ROOT, SCRIPTS, flags, training_line
@@ -63,6 +66,37 @@ def test_the_example_of_the_help_is_a_whole_command_line(parsed, script):
             assert re.search(rf"{action.option_strings[0]} [^()]*\(?.*?{re.escape(action.type.range)}", shown), action.dest
     ungrouped = [action.dest for action in parser._optionals._group_actions if action.dest != "help"]
     assert len(options) < 7 or not ungrouped
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ("--lr 1e-4", "unrecognized arguments: --lr 1e-4 (did you mean --learning_rate instead of --lr?); see --help"),
+        ("--learning-rate=1", "unrecognized arguments: --learning-rate=1 (did you mean --learning_rate instead of --learning-rate?); see --help"),
+        ("--steps 5 --lr 1", "unrecognized arguments: --steps 5 --lr 1 (did you mean --num_inference_steps instead of --steps, --learning_rate instead of --lr?); see --help"),
+        ("--removed", "--removed was removed; use --out; see --help"),
+        ("--remove_d", "unrecognized arguments: --remove_d; see --help"),  # like an option that is not in the help
+        ("--wings 2 --learn x", "argument --learning_rate: invalid float value: 'x'; see --help"),  # an abbreviation
+        ("--out x --oit y", "unrecognized arguments: --oit y; see --help"),  # like an option that is given already
+        ("--out --help_me", "argument --out: expected one argument (did you mean --help instead of --help_me?); see --help"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_ends_in_one_line(capsys, monkeypatch, given, line):
+    monkeypatch.setattr(sys, "argv", ["x.py", *given.split()])
+    parser = cli.Parser("A script.")
+    parser.add_argument("--learning_rate", type=float)
+    parser.add_argument("--num_inference_steps", type=int)
+    parser.add_argument("--out")
+    parser.add_argument("--removed", action=cli.Removed, instead="use --out")
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args()
+    assert stop.value.code == 2 and capsys.readouterr().err == f"x.py: error: {line}\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_unknown_option_of_any_script_ends_in_one_line(call, script):
+    done = call(script, *example_of(script), "--no_such_option")
+    assert done.code == 2 and done.err == f"{Path(script).name}: error: unrecognized arguments: --no_such_option; see --help\n"
 
 
 @pytest.mark.parametrize("script", LOGGING)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from des.evaluation.results import check_place
 from des.evaluation.scored_images import load_processor
 from des.evaluation.text_image import JOBS
 from des.models import encoders
+from des.models.loading import loading
 from des.training.codebook import codebook_folder
 from des.utils import cli, hub
 from des.utils.errors import UserError
@@ -22,7 +24,7 @@ from scripts import verify
 import pytest
 import torch
 from conftest import GOLDEN
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 from transformers import CLIPProcessor
 
 NOWHERE = "nobody/no-model"
@@ -60,9 +62,40 @@ def test_without_internet_the_hub_and_the_missing_model_are_named_within_seconds
     with pytest.raises(UserError) as error:
         load()
     assert time.monotonic() - started < 10
-    for part in (NOWHERE, "the hub http://127.0.0.1:9 cannot be reached", "neither as a folder nor in the cache"):
+    for part in (
+        NOWHERE,
+        "the hub http://127.0.0.1:9 cannot be reached",
+        "neither as a folder in the current folder, ",
+        "nor in the cache",
+    ):
         assert part in str(error.value)
     assert len(unreachable) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("GatedRepoError", "ask for it at http://127.0.0.1:9/owner/name, and set HF_TOKEN"),
+        ("RepositoryNotFoundError", f"neither a folder in the current folder, {Path.cwd()}, nor a repository of the hub"),
+        ("RevisionNotFoundError", "correct --revision"),
+        ("EntryNotFoundError", "the repository has no such file"),
+    ],
+)
+def test_a_refusal_of_the_hub_says_what_to_do(unreachable, kind, advice):
+    """In place of "401 Client Error.", the first line of the library's error."""
+    refused = getattr(errors, kind)
+    with pytest.raises(UserError) as error, loading("model_index.json of owner/name", "owner/name@v1"):
+        raise refused.__new__(
+            refused, "401 Client Error."
+        )  # __init__ needs a response, of a class that differs between versions
+    assert "401" not in str(error.value) and advice in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["./none", "/none", "demo/models/clp"])
+def test_a_path_that_cannot_be_a_hub_id_asks_no_hub(unreachable, source):
+    with pytest.raises(UserError, match=f"the model {re.escape(str(Path(source)))} does not exist"):
+        load_processor(CLIPProcessor, source)
+    assert not unreachable
 
 
 def test_a_local_model_asks_no_hub(unreachable):

@@ -12,7 +12,7 @@ from typing import Any
 
 from des.evaluation.detectors.profiles import CLASSES, PROFILES, SIDE, Detection, Profile, Rule
 from des.models.loading import loading
-from des.utils.errors import UserError
+from des.utils.errors import UserError, not_found
 from des.utils.files import sha256_file
 
 import cv2
@@ -157,5 +157,5 @@ def open_network(path: Path, device: torch.device) -> onnxruntime.InferenceSessi
 
 def _sha256(path: Path) -> str:
     if not path.is_file():
-        raise UserError(f"the detector file {path} does not exist")
+        raise not_found("the detector file", path)
     return sha256_file(path)

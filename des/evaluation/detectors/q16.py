@@ -14,7 +14,7 @@ from typing import Any
 from des.evaluation.scorer_identity import MODEL, PROCESSOR, configuration_sha256
 from des.models.checkpoints import fingerprint
 from des.models.loading import check_finite, features, load_model, loading, read_pt
-from des.utils.errors import UserError
+from des.utils.errors import UserError, not_found
 from des.utils.files import sha256_file
 
 import numpy as np
@@ -102,10 +102,11 @@ def read_prompt_embeddings(path: Path) -> Tensor:
     Reads a tensor or parameter saved by torch (`prompts.pt`) and a pickle of one numpy array (`prompts.p`).
     """
     if not path.is_file():
-        raise UserError(
-            f"the prompt file {path} does not exist; --prompts_file takes prompts.pt of YitingQu/unsafe-diffusion (the paper's, which "
+        advice = (
+            "--prompts_file takes prompts.pt of YitingQu/unsafe-diffusion (the paper's, which "
             "scripts/download_checkpoint.py q16_prompts downloads) or prompts.p of ml-research/Q16"
         )
+        raise not_found("the prompt file", path, advice)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the protocol of pickles that torch did not write
         content = read_pt(path)
