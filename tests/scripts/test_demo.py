@@ -207,7 +207,9 @@ def test_quick_start_at_reduced_size(call, tmp_path, monkeypatch):
     """The command that quickstart.sh would run, on short training lists; test_both_concepts_at_reduced_size has FID and CLIP score."""
     python = tmp_path / "environment/bin/python"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\ncase "$1" in\n-c) exec {sys.executable} "$@" ;;\n-m) ;; # pip\n*) printf "%s\\n" "$@" ;;\nesac\n')
+    python.write_text(
+        f'#!/bin/sh\ncase "$1" in\n-c) exec {sys.executable} "$@" ;;\n-m) ;; # pip\n*) printf "%s\\n" "$@" ;;\nesac\n'
+    )
     python.chmod(0o755)
     command = ["bash", str(ROOT / "scripts/quickstart.sh"), "--out", str(tmp_path / "out"), "--limit", "2", "--num_epochs", "1",
                "--num_inference_steps", "2", "--sets", "plain", "neighbour"]  # fmt: skip
