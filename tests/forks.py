@@ -1,7 +1,7 @@
-"""Scripts in processes of their own, forked from one process that has imported the libraries: each starts in no time.
+"""Run scripts in separate processes that start within milliseconds: they are forked from one process that has imported the libraries.
 
-Run as a program, this file is that process. It computes nothing itself, because PyTorch's backward pass does not work in a child that is forked
-from a process which has called it.
+This file, run as a program, is that process. It computes nothing, because PyTorch's backward pass fails in a process that was forked from one
+which had called it.
 """
 
 import atexit
@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -71,6 +72,7 @@ if __name__ == "__main__":
         os.environ.clear()
         os.environ.update(job["environment"] | ranks)
         os.chdir(job["cwd"])
+        signal.alarm(600)  # a process whose peers have died would wait for hours
         for descriptor, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{job['output']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
         sys.argv = job["argv"]

@@ -208,7 +208,7 @@ def test_quick_start_at_reduced_size(call, tmp_path, monkeypatch):
     python = tmp_path / "environment/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(
-        f'#!/bin/sh\ncase "$1" in\n-c) exec {sys.executable} "$@" ;;\n-m) ;; # pip\n*) printf "%s\\n" "$@" ;;\nesac\n'
+        f'#!/bin/sh\ncase "$1" in\n-c) exec "{sys.executable}" "$@" ;;\n-m) ;; # pip\n*) printf "%s\\n" "$@" ;;\nesac\n'
     )
     python.chmod(0o755)
     command = ["bash", str(ROOT / "scripts/quickstart.sh"), "--out", str(tmp_path / "out"), "--limit", "2", "--num_epochs", "1",

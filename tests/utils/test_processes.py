@@ -24,12 +24,13 @@ from transformers import CLIPTextModel
 def launch(script, *argv):
     """Run a script under `accelerate launch` with two processes; returns how it ended."""
     # accelerate's own --cpu starts one process; with --multi_gpu it starts all, and --device cpu keeps them on the CPU
-    command = (
-        f"{sys.executable} -m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    )
-    command += f" --dynamo_backend no --main_process_port 0 {ROOT / script}"
+    options = [
+        "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(ROOT / script), *argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command.split(), *argv], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
