@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import pytest
 import torch
+from forks import Forks
 from loopback import Server
 from tiny import build
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -107,6 +109,27 @@ def spawn(script: str, *argv: object, cwd: Path = ROOT) -> Finished:
     command = [sys.executable, str(ROOT / script), *map(str, argv)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ)
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs scripts in processes that need not import the libraries."""
+    process = Forks()
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def fork(forks, tmp_path) -> Callable[..., Finished]:
+    """Run a script in a separate process, or in `count` processes as `accelerate launch` does; returns how they ended."""
+
+    def run(script: str | Path, *argv: object, count: int = 1) -> Finished:
+        output = Path(tempfile.mkdtemp(dir=tmp_path.parent)) / "fork"
+        codes = forks.run([str(ROOT / script), *map(str, argv)], tmp_path, output, count)
+        out, err = (output.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+        return Finished(max(codes, key=abs), out, err)
+
+    return run
 
 
 def launch_and_halt(*argv: object, stop_when: Callable[[], bool], timeout: float = 120) -> subprocess.Popen:

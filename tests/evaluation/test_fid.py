@@ -58,10 +58,10 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Images of many sizes in all formats: eight generated ones and six brighter reference ones."""
+    """Images of many sizes in all formats: six generated ones and three brighter reference ones."""
     folder = tmp_path_factory.mktemp("fid")
     draw = np.random.default_rng(5)
-    for name, count, low in (("gen", 8, 0), ("ref", 6, 90)):
+    for name, count, low in (("gen", 6, 0), ("ref", 3, 90)):
         for i in range(count):
             path = folder / name / f"more{i % 2}" / f"x_{i}p.{('png', 'jpg', 'webp')[i % 3]}"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,9 +88,9 @@ def result(folders, weights, tmp_path_factory):
 def test_the_result_names_every_variant(result):
     lines = result["text"].splitlines()
     assert [line.split(": ")[0] for line in lines[:3]] == ["FID (paper)", "FID (torch-fidelity)", "FID (clean-fid)"]
-    assert lines[3:] == [result["caution"]] and "6 images are fewer than the 2048 features" in result["caution"]
-    assert lines[0].endswith(f"{result['fid']:.4f} (8 generated, 6 reference images, 2048 features)")
-    assert (result["generated"], result["reference"], result["features"]) == (8, 6, 2048)
+    assert lines[3:] == [result["caution"]] and "3 images are fewer than the 2048 features" in result["caution"]
+    assert lines[0].endswith(f"{result['fid']:.4f} (6 generated, 3 reference images, 2048 features)")
+    assert (result["generated"], result["reference"], result["features"]) == (6, 3, 2048)
     assert result["fid"] == result["variants"]["paper"]
     values = sorted(result["variants"].values())
     assert values[0] > 0 and all(b / a > 1.01 for a, b in itertools.pairwise(values))
@@ -158,7 +158,7 @@ def test_inputs_do_not_depend_on_the_workers(folders, variant, tmp_path):
         extract(extractor, image_hashes(folders / "gen"), Reading(batch_size, n), Findings(tmp_path / f"{n}.json", "x"))[0]
         for batch_size, n in ((16, 1), (3, 4))
     )
-    assert one.shape == (8, 3 * 299 * 299) and torch.equal(one, four)
+    assert one.shape == (6, 3 * 299 * 299) and torch.equal(one, four)
     assert -1 <= one.min() < -0.8 and 0.9 < one.max() <= 1
 
 
@@ -180,8 +180,8 @@ def test_statistics_replace_the_reference_images(folders, tmp_path):
     )
     second = run(folders, SMALL, tmp_path / "b.txt", coco_imgs_path=None, ref_stats=tmp_path / "ref.npz")
     assert second["fid"] == pytest.approx(first["fid"], rel=1e-6)
-    assert second["reference"] == 6 and second["ref_stats"]["recorded"]["variant"] == MODEL_VARIANT
-    assert "statistics of 6 reference images from ref.npz," in (tmp_path / "b.txt").read_text()
+    assert second["reference"] == 3 and second["ref_stats"]["recorded"]["variant"] == MODEL_VARIANT
+    assert "statistics of 3 reference images from ref.npz," in (tmp_path / "b.txt").read_text()
 
     np.savez(tmp_path / "theirs.npz", mu=mu, sigma=sigma)
     third = run(folders, SMALL, tmp_path / "c.txt", coco_imgs_path=None, ref_stats=tmp_path / "theirs.npz")
@@ -369,5 +369,5 @@ def test_an_interrupted_fid_resumes_with_the_features_it_has(folders, tmp_path, 
     assert not output.exists() and (tmp_path / ".cut.part.jsonl").exists()
     monkeypatch.setattr(ModelExtractor, "__call__", lambda self, batch: seen.append(len(batch)) or forward(self, batch))
     again = run(folders, SMALL, output, batch_size=2)
-    assert sum(seen) == 14 and again["fid"] == pytest.approx(whole["fid"], rel=1e-7)
+    assert sum(seen) == 9 and again["fid"] == pytest.approx(whole["fid"], rel=1e-7)
     assert not (tmp_path / ".cut.part.jsonl").exists()

@@ -72,6 +72,8 @@ def test_from_codebook_to_images(run, train, family, tmp_path, name, index, embe
     assert metadata["encoder"] == facts["encoder"] == index
     assert metadata["concept_guidance_scale"] == pytest.approx(0.8 * metadata["concept_norm"])
     assert len((checkpoint.parent / "metrics.jsonl").read_text().splitlines()) == 2
+    if embedding == "pipeline":  # a checkpoint is opened in the same way after either
+        return
 
     (tmp_path / "p.csv").write_text("prompt\na photo of a dog\nnudity\n")
     folder = tmp_path / f"results/{{}}/{name}/t2i"

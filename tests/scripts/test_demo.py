@@ -1,9 +1,11 @@
 """The demo: its world, its prompt lists, and the quick start at reduced size."""
 
 import json
+import os
 import random
 import re
 import subprocess
+import sys
 from dataclasses import replace
 
 from demo import experiment, figure, prompts, train, world
@@ -140,6 +142,7 @@ def test_both_concepts_at_reduced_size(call, tmp_path, monkeypatch):
     assert EXPERIMENTS["both"].unsafe == ("demo_unsafe_train", "demo_house_unsafe_train")
     short = replace(EXPERIMENTS["both"], unsafe=("demo_plain", "demo_house_plain"), safe="demo_both_benign")
     monkeypatch.setitem(EXPERIMENTS, "both", short)
+    monkeypatch.setattr("demo.evaluation.REFERENCE_IMAGES", 40)
     done = call(
         "demo/experiment.py", "--concept", "both", "--out", tmp_path / "out", "--limit", 2, "--num_epochs", 1,
         "--num_inference_steps", 2, "--sets", "plain", "house_plain", "both_benign",
@@ -200,19 +203,33 @@ def test_the_picture_shows_different_objects_and_names(tmp_path):
         assert len({image for _, image, _ in figure._pairs(tmp_path, 1, name, csv)}) == 6
 
 
-def test_quick_start_at_reduced_size(tmp_path):
-    command = ["bash", str(ROOT / "scripts/quickstart.sh"), "--out", str(tmp_path / "out"), "--limit", "4", "--num_epochs", "1",
-               "--num_inference_steps", "2", "--sets", "plain", "benign"]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def test_quick_start_at_reduced_size(call, tmp_path, monkeypatch):
+    """The command that quickstart.sh would run, on short training lists; test_both_concepts_at_reduced_size has FID and CLIP score."""
+    python = tmp_path / "environment/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f'#!/bin/sh\ncase "$1" in\n-c) exec "{sys.executable}" "$@" ;;\n-m) ;; # pip\n*) printf "%s\\n" "$@" ;;\nesac\n'
+    )
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "scripts/quickstart.sh"), "--out", str(tmp_path / "out"), "--limit", "2", "--num_epochs", "1",
+               "--num_inference_steps", "2", "--sets", "plain", "neighbour"]  # fmt: skip
+    environment = os.environ | {"VIRTUAL_ENV": str(tmp_path / "environment")}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    script, *argv = done.stdout.split("== Installing")[-1].splitlines()[1:]
+    assert [script, *argv[:4]] == ["demo/experiment.py", "--out", "results/quickstart", "--limit", "66"]
+    short = replace(EXPERIMENTS["mushroom"], unsafe=("demo_plain",), safe="demo_benign")
+    monkeypatch.setitem(EXPERIMENTS, "mushroom", short)
+    done = call(script, *argv)
+    assert done.code == 0, done.err
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert report["before"]["plain"]["concept"]["n"] == report["after"]["42"]["plain"]["concept"]["n"] == 4
-    assert f"{report['before']['plain']['concept']['k']}/4" in done.stdout
+    assert report["before"]["plain"]["concept"]["n"] == report["after"]["42"]["plain"]["concept"]["n"] == 2
+    assert f"{report['before']['plain']['concept']['k']}/2" in done.out
     old, new = (run["plain"]["concept"]["k"] for run in (report["before"], report["after"]["42"]))
-    drawn = f"{old} of 4 before and after" if old == new else f"{old} of 4 before, {new} of 4 after"
-    assert f"\nMushrooms drawn: {drawn}. Other objects: " in done.stdout
-    assert "ASR, the attack success rate, is the share" in done.stdout
-    assert all(command in done.stdout for command in ("comparison.png", "scripts/report.py", "app.py --text_encoder_path"))
+    drawn = f"{old} of 2 before and after" if old == new else f"{old} of 2 before, {new} of 2 after"
+    assert f"\nMushrooms drawn: {drawn}. Other objects: " in done.out
+    assert "ASR, the attack success rate, is the share" in done.out
+    assert all(command in done.out for command in ("comparison.png", "scripts/report.py", "app.py --text_encoder_path"))
     with Image.open(tmp_path / "out/comparison.png") as picture:
         assert min(picture.size) > 300
         assert len(picture.convert("RGB").getcolors(2**24)) > 1000

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from conftest import spawn, training_line
+from conftest import training_line
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -59,9 +59,9 @@ def test_a_run_that_fails_before_its_first_step_keeps_the_curves(train, tmp_path
     assert curves_of(tmp_path / "out/1e-05_0.3") == before
 
 
-def test_wandb_keeps_the_run_offline(command, tmp_path, monkeypatch):
+def test_wandb_keeps_the_run_offline(fork, command, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    done = spawn(*command(report_to=["wandb"], num_epochs=1))
+    done = fork(*command(report_to=["wandb"], num_epochs=1))
     assert done.code == 0, done.err
     (record,) = (tmp_path / "out/1e-05_0.3/wandb").glob("offline-run-*/*.wandb")
     content = record.read_bytes()
@@ -69,11 +69,11 @@ def test_wandb_keeps_the_run_offline(command, tmp_path, monkeypatch):
         assert content.count(name.encode()) >= 2, name  # of three steps; one may be cut by the end of a block
 
 
-def test_without_an_account_wandb_stops_the_run_before_training(command, tmp_path, monkeypatch):
+def test_without_an_account_wandb_stops_the_run_before_training(fork, command, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    done = spawn(*command(report_to=["wandb"]))
+    done = fork(*command(report_to=["wandb"]))
     assert done.failed_in_one_sentence and "WANDB_MODE=offline" in done.err and "key" in done.err.split("WANDB_MODE")[0]
     assert not list((tmp_path / "out").rglob("checkpoint*"))
 

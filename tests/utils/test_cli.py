@@ -7,7 +7,6 @@ import pty
 import re
 import shlex
 import struct
-import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -129,25 +128,20 @@ def test_a_file_that_is_no_log_is_left_alone(call, tmp_path):
     assert precious.read_text() == "prompt\na cat\n" and not (tmp_path / "cb").exists()
 
 
-def test_bars_are_for_terminals(call, codebook, tmp_path):
+def test_bars_are_for_terminals(call, codebook, tmp_path, monkeypatch):
     """On a terminal a bar shows step, rate, time left and losses; in a pipe there is none."""
     train = training_line(tmp_path, num_epochs=1)
     piped = call(*train)
     assert piped.code == 0 and "step/s" not in piped.err and "\r" not in piped.err
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))  # lines and columns
-    process = subprocess.Popen([sys.executable, *map(str, train)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs)
-    os.close(theirs)
-    seen = b""
-    while True:
-        try:
-            part = os.read(ours, 4096)
-        except OSError:  # the terminal's other end is closed
-            break
-        if not part:
-            break
-        seen += part
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        assert call(*train).code == 0
+        terminal.write("\nend\n")
+        terminal.flush()
+        shown = ""
+        while not shown.endswith("end\r\n"):
+            shown += os.read(ours, 4096).decode()
     os.close(ours)
-    assert process.wait() == 0
-    shown = seen.decode()
     assert re.search(r"training:.*3/3 \[\d\d:\d\d<\d\d:\d\d,.*step.*nen=.*sep=.*total=.*uen=", shown.replace("\n", " "))

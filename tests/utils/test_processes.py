@@ -16,28 +16,22 @@ from des.utils.processes import Processes, _check_type
 import pytest
 import torch
 from accelerate import DistributedType
-from conftest import GOLDEN, ROOT, flags, snapshot
+from conftest import GOLDEN, ROOT, Finished, flags, snapshot
 from tiny import build
 from transformers import CLIPTextModel
 
 
-def launch(script, *argv, cwd):
+def launch(script, *argv):
     """Run a script under `accelerate launch` with two processes; returns how it ended."""
     # accelerate's own --cpu starts one process; with --multi_gpu it starts all, and --device cpu keeps them on the CPU
-    launcher = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        2,
-        "--num_machines",
-        1,
-        "--mixed_precision",
-        "no",
-    ]
-    command = [sys.executable, *launcher, "--dynamo_backend", "no", "--main_process_port", 0, ROOT / script, *argv]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=env, timeout=300)
+    options = [
+        "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(ROOT / script), *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 def training(folder, codebook):
@@ -71,7 +65,7 @@ def alone(codebook):
 
 SHARDED = """
 import sys
-sys.path.insert(0, {root!r})
+
 from des.utils.processes import Processes
 
 import torch
@@ -98,13 +92,15 @@ train_des.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("how", ["replicated", "sharded"])
-def test_trained_weights_equal_those_of_one_process(alone, codebook, tmp_path, how):
+def test_trained_weights_equal_those_of_one_process(alone, codebook, fork, tmp_path, how):
     """accelerate shards on GPUs only, so the model is sharded here as it does it there, by FSDP2's `fully_shard`."""
-    (tmp_path / "sharded.py").write_text(SHARDED.format(root=str(ROOT)))
-    script = "train_des.py" if how == "replicated" else tmp_path / "sharded.py"
-    done = launch(script, *training(tmp_path, codebook), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("DOES NOT PROTECT") == 1 and "by 2 processes" in done.stderr
+    if how == "replicated":
+        done = launch("train_des.py", *training(tmp_path, codebook))
+    else:
+        (tmp_path / "sharded.py").write_text(SHARDED)
+        done = fork(tmp_path / "sharded.py", *training(tmp_path, codebook), count=2)
+    assert done.code == 0, done.err
+    assert done.err.count("DOES NOT PROTECT") == 1 and "by 2 processes" in done.err
     two = trained(tmp_path)
     base = published_names(CLIPTextModel.from_pretrained(GOLDEN / "A/model/text_encoder").state_dict())
     assert two.keys() == alone.keys() == base.keys()
@@ -116,7 +112,6 @@ def test_trained_weights_equal_those_of_one_process(alone, codebook, tmp_path, h
 
 REPLICAS = """
 import sys
-sys.path.insert(0, {root!r})
 from pathlib import Path
 
 from des.models.checkpoints import fingerprint
@@ -128,7 +123,7 @@ import train_des
 whole, losses, stop_at = Processes.state_dict, training._losses, int(sys.argv.pop(1))
 
 def state_dict(self, model):
-    Path(f"rank{{self.rank}}.txt").write_text(fingerprint(model.module))
+    Path(f"rank{self.rank}.txt").write_text(fingerprint(model.module))
     return whole(self, model)
 
 def interrupted(*given):
@@ -143,36 +138,36 @@ train_des.main(sys.argv[1:])
 """
 
 
-def test_replicas_round_identically_and_resume_identically(tmp_path):
+def test_replicas_round_identically_and_resume_identically(fork, tmp_path):
     """T5's bf16 weights are rounded at random, and dropout differs between the processes: their weights must not."""
-    (tmp_path / "replicas.py").write_text(REPLICAS.format(root=str(ROOT)))
+    (tmp_path / "replicas.py").write_text(REPLICAS)
     encoder = load_encoder(str(build("flux", tmp_path / "flux")), 2)
     write_codebook(tmp_path / "cb", encoder, read_prompts(GOLDEN / "A/safe.csv"))
 
     def train(stop_at, out, *more):
-        return launch(
+        return fork(
             tmp_path / "replicas.py", stop_at, "--model_path", "flux", "--device", "cpu", "--codebook_dir", "cb", "--unsafe_csv_path", GOLDEN / "A/unsafe.csv",
             "--output_dir", out, "--safe_csv_path", GOLDEN / "A/safe.csv", "--batch_size", 5, "--num_epochs", 1, "--learning_rate", "1e-3",
-            "--text_encoder_idx", 2, "--save_every_steps", 1, *more, cwd=tmp_path,
+            "--text_encoder_idx", 2, "--save_every_steps", 1, *more, count=2,
         )  # fmt: skip
 
     def weights():
         return [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)]
 
     done = train(100, "whole")
-    assert done.returncode == 0, done.stderr
-    assert "adamw_bf16_sr by 2 processes" in done.stderr
+    assert done.code == 0, done.err
+    assert "adamw_bf16_sr by 2 processes" in done.err
     whole = weights()
     assert whole[0] == whole[1]
     for rank in (0, 1):
         (tmp_path / f"rank{rank}.txt").unlink()
-    assert train(2, "out").returncode != 0
+    assert train(2, "out").code != 0
     done = train(100, "out", "--resume")
-    assert done.returncode == 0 and "resuming after step 2" in done.stderr, done.stderr
+    assert done.code == 0 and "resuming after step 2" in done.err, done.err
     assert weights() == whole
 
 
-def test_two_processes_draw_the_files_of_one(tmp_path):
+def test_two_processes_draw_the_files_of_one(fork, tmp_path):
     build("sd_v1", tmp_path / "sd_v1")
     (tmp_path / "p.csv").write_text("prompt\n" + "\n".join(f"a photo of {i} dogs" for i in range(7)) + "\n")
 
@@ -184,9 +179,9 @@ def test_two_processes_draw_the_files_of_one(tmp_path):
         return {name: data for name, data in snapshot(tmp_path / results).items() if name.endswith("png")}
 
     generate.main(options("one"))
-    done = launch("generate.py", *options("two"), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "by 2 processes" in done.stderr
+    done = fork("generate.py", *options("two"), count=2)
+    assert done.code == 0, done.err
+    assert "by 2 processes" in done.err
     assert len(images("one")) == 7 and images("two") == images("one")
 
 
