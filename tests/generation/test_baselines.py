@@ -108,7 +108,7 @@ def test_damaged_and_missing_files_are_refused(unet, tmp_path, function, file):
     for length in (0, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         refuses(function, unet, path, "not a complete checkpoint")
-    refuses(function, unet, tmp_path / f"missing-{file}", "the checkpoint file")
+    refuses(function, unet, tmp_path / f"missing-{file}", "does not exist")
 
 
 class Code:
