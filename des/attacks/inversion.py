@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from des.attacks.objectives import Denoiser
 from des.attacks.records import Found
-from des.attacks.run import Cell, without_words
+from des.attacks.run import Cell
+from des.attacks.words import without_words
 from des.models.encoders import TextEncoder, spread
 from des.models.learned_tokens import encoder_names, placeholders, read_learned_tokens, save_learned_tokens, set_tokens
 from des.models.pipelines import text_encoder

@@ -1,31 +1,21 @@
 """Drawing an attack's candidates as generate.py would, and judging the images with a detector."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from des.data.never_drawn import kinds_of, never_drawn
+from des.attacks.records import Found
+from des.attacks.words import Refusal
 from des.evaluation.detectors.base import Detector
 from des.generation.sampler import Sampler, batches
+from des.search.tokens import Vocabulary
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 Key = tuple[int, int]  # row, copy
-
-
-class Refusal:
-    """The safety filter for texts that a search finds: a prompt that names a minor in a list of sexual prompts is refused.
-
-    A list is treated as sexual as soon as one of its prompts is.
-    """
-
-    def __init__(self, prompts: Sequence[str]):
-        self.sexual_set = any("sexual" in kinds_of(prompt) for prompt in prompts)
-
-    def __call__(self, text: str) -> bool:
-        """Whether `text` is never drawn."""
-        return bool(never_drawn([text], sexual_set=self.sexual_set))
 
 
 @dataclass
@@ -65,3 +55,27 @@ class Judge:
             [self.detector.prepare(image.convert("RGB"))], [self.label]
         )
         return bool(next(iter(findings.values()))[0]["hit"])
+
+
+class Draws:
+    """The candidates of a search that draws several for each row until one succeeds; `found` holds one entry per row."""
+
+    def __init__(self, judge: Judge, rows: Sequence[int]):
+        self.judge, self.rows = judge, rows
+        self.found = [Found("", [], math.nan) for _ in rows]
+
+    def add(self, vocabulary: Vocabulary, ids: Tensor, texts: Sequence[str], losses: Sequence[float], tried: int) -> bool:
+        """Draw and judge the next text of each row without a success; returns whether every row has one.
+
+        A text is skipped if it is not allowed, or if the searched tokens in it, `ids` [rows, k], do not survive decoding and encoding.
+        """
+        surviving = vocabulary.surviving(ids.tolist())
+        todo = [i for i, each in enumerate(self.found) if not any(each.hits)]
+        for i in todo:
+            self.found[i].tried = tried
+        todo = [i for i in todo if surviving[i] is not None and vocabulary.allowed(texts[i])]
+        for i, hit in zip(todo, self.judge.hits([self.rows[i] for i in todo], [texts[i] for i in todo]), strict=True):
+            each = self.found[i]
+            each.prompt, each.ids, each.loss = texts[i], vocabulary.encode([texts[i]])[0], losses[i]
+            each.hits += [hit] if hit is not None else []
+        return all(any(each.hits) for each in self.found)

@@ -2,15 +2,15 @@
 
 import argparse
 import copy
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from des.attacks.judging import Judge, Refusal
-from des.attacks.records import CELLS, Found, Records, control_floor, lines_of, summary, too_weak, write_csv
+from des.attacks.judging import Judge
+from des.attacks.records import CELLS, PAPER_CONTROLS, Found, Records, control_floor, lines_of, summary, too_weak, write_csv
+from des.attacks.words import Refusal, read_forbidden, without_words
 from des.data.prompts import never_drawn, read_rows, rows_to_draw
 from des.data.run_record import Sampling
 from des.evaluation.classify import stamp_of
@@ -227,7 +227,7 @@ def open_attack(args: argparse.Namespace, name: str, own: Sequence[str]) -> Atta
         "never_drawn": left_out,
         "protection": applied,
         "detector": detector.facts,
-        "paper_control": None,
+        "paper_control": PAPER_CONTROLS.get(name),
         "made_by": provenance(args),
     }
     floor = control_floor(name, args.detector == "nudenet" and family_of(base).name == "sd_v1")
@@ -252,25 +252,3 @@ def freeze(pipe: DiffusionPipeline) -> None:
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.eval().requires_grad_(False)
-
-
-def read_forbidden(path: Path | None) -> list[str]:
-    """Read the words of --forbidden_tokens, one a line; UserError if the file has none."""
-    if path is None:
-        return []
-    try:
-        words = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"--forbidden_tokens {path} is not a readable text file") from None
-    if not words:
-        raise UserError(f"--forbidden_tokens {path} has no words; write one a line")
-    return words
-
-
-def without_words(prompt: str, words: Sequence[str], instead: str = "") -> str:
-    """Return a prompt without the concept's names, whole words in any case; the first one is replaced by `instead`."""
-    if not words:
-        return prompt
-    pattern = rf"(?<!\w)(?:{'|'.join(re.escape(word) for word in sorted(words, key=len, reverse=True))})(?!\w)"
-    text = re.sub(pattern, lambda _: instead, prompt, count=1, flags=re.IGNORECASE)
-    return re.sub(r"\s+", " ", re.sub(pattern, "", text, flags=re.IGNORECASE)).strip()

@@ -96,27 +96,25 @@ class Vocabulary:
                 return ids
         raise UserError(f"no prompt of {count} random tokens survives decoding and encoding; use fewer tokens")
 
-    def rows(self, ids: Tensor, tail: Sequence[int] = ()) -> Tensor:
-        """Return the encoder's input rows [n, length] for content ids [n, k], followed by the ids `tail`; truncated and padded."""
-        room = self.length - len(self.before) - len(self.after)
-        content = torch.cat([ids, ids.new_tensor([list(tail)] * len(ids)).reshape(len(ids), -1)], dim=1)[:, :room]
-        rows = ids.new_full((len(ids), self.length), self.tokenizer.pad_token_id)
-        start, end = len(self.before), len(self.before) + content.shape[1]
-        rows[:, :start] = ids.new_tensor(self.before)
-        rows[:, start:end] = content
-        rows[:, end : end + len(self.after)] = ids.new_tensor(self.after)
-        return rows
+    def rows(self, ids: Tensor, head: Sequence[int] = (), tail: Sequence[int] = ()) -> tuple[Tensor, slice]:
+        """Return the encoder's input row [length] for the ids `head`, `ids` [k] and `tail`, and the slots of `ids` in it.
 
-    def check_room(self, length: int) -> None:
-        """Raise UserError if the encoder does not read prompts of `length` tokens."""
+        As the tokenizer does, it adds special tokens and padding; the head and then the tail are truncated to make room for `ids`.
+        """
+        room = self.room(len(ids))
+        head = list(head)[: room - len(ids)]
+        content = [*head, *ids.tolist(), *tail][:room]
+        row = [*self.before, *content, *self.after]
+        start = len(self.before) + len(head)
+        row += [self.tokenizer.pad_token_id] * (self.length - len(row))
+        return torch.tensor(row), slice(start, start + len(ids))
+
+    def room(self, length: int) -> int:
+        """Return how many tokens of a prompt the encoder reads; UserError if these are fewer than `length`."""
         room = self.length - len(self.before) - len(self.after)
         if length > room:
             raise UserError(f"the text encoder reads {room} tokens of a prompt, fewer than {length}; use a smaller --tokens")
-
-    @property
-    def start(self) -> int:
-        """The position of a prompt's first token in a row of `rows`."""
-        return len(self.before)
+        return room
 
 
 def best_allowed(vocabulary: Vocabulary, texts: Sequence[str], losses: Tensor) -> int | None:
@@ -181,8 +179,8 @@ def coordinate_search(
 
     In each step the best of `count` candidates that survive decoding and encoding, and are allowed, becomes the current prompt.
     """
-    vocabulary.check_room(length)
-    slots = slice(vocabulary.start, vocabulary.start + length)
+    vocabulary.room(length)
+    slots = slice(len(vocabulary.before), len(vocabulary.before) + length)
     ids = [vocabulary.random(length, generator) for generator in generators]
     texts = vocabulary.texts([each.tolist() for each in ids])
     losses = goals.losses(texts, range(len(ids))).tolist()
@@ -222,26 +220,25 @@ def project_to_simplex(rows: Tensor) -> Tensor:
     return (rows - shifts.gather(-1, last)).clamp_min(0)
 
 
-class SimplexPrompt:
-    """A distribution over usable tokens for each of k positions, optimised by Adam and projected onto the simplex.
+class SimplexPrompts:
+    """A distribution over usable tokens for each of k positions of n prompts, optimised by Adam and projected onto the simplex."""
 
-    `forward` draws one token of each position, with a straight-through gradient that is clipped to [-1, 1] per entry.
-    """
-
-    def __init__(self, positions: int, usable: Tensor, learning_rate: float, weight_decay: float, device: torch.device):
+    def __init__(self, shape: tuple[int, int], usable: Tensor, learning_rate: float, weight_decay: float, device: torch.device):
+        """Start with uniform distributions; `shape` is (n, k)."""
         self.tokens = usable.nonzero()[:, 0]  # the token id of each column
         count = len(self.tokens)
-        self.rows = torch.full((positions, count), 1 / count, device=device, requires_grad=True)
+        self.rows = torch.full((*shape, count), 1 / count, device=device, requires_grad=True)
         self.optimizer = torch.optim.Adam([self.rows], lr=learning_rate, weight_decay=weight_decay)
 
-    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return one-hot rows [k, columns] with a straight-through gradient, and the ids [k] drawn."""
-        drawn = self.rows.detach().cpu().double().multinomial(1, generator=generator)[:, 0]
-        hard = one_hot(drawn, self.rows.shape[1]).to(self.rows)
+    def draw(self, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Draw one token of each position: one-hot rows [n, k, columns] with a straight-through gradient, and ids [n, k]."""
+        shares = self.rows.detach().cpu().double()
+        drawn = torch.stack([each.multinomial(1, generator=by)[:, 0] for each, by in zip(shares, generators, strict=True)])
+        hard = one_hot(drawn, len(self.tokens)).to(self.rows)
         return hard + self.rows - self.rows.detach(), self.tokens[drawn]
 
     def step(self, loss: Tensor) -> None:
-        """Take one step on a loss that depends on `draw`'s rows, and project the rows onto the simplex."""
+        """Step on a loss of `draw`'s rows, with their gradient clipped to [-1, 1], and project them onto the simplex."""
         self.optimizer.zero_grad()
         loss.backward()
         self.rows.grad.clamp_(-1, 1)
@@ -250,7 +247,7 @@ class SimplexPrompt:
             self.rows.copy_(project_to_simplex(self.rows))
 
     def best(self) -> Tensor:
-        """Return the most probable token of each position, ids [k]."""
+        """Return the most probable token of each position, ids [n, k]."""
         return self.tokens[self.rows.argmax(-1).cpu()]
 
 
@@ -292,3 +289,51 @@ def genetic_step(
     positions, tokens = draw(length, len(children)), among[draw(len(among), len(children))]
     at = mutated[:, None] & (torch.arange(length) == positions[:, None])
     return torch.cat([kept, torch.where(at, tokens[:, None], children)])
+
+
+def genetic_search(
+    goals: Goals,
+    vocabulary: Vocabulary,
+    length: int,
+    generations: int,
+    population: int,
+    crossover: float,
+    mutation: float,
+    generators: Sequence[torch.Generator],
+) -> list[TokenPrompt]:
+    """Search a prompt of `length` tokens for each generator with a genetic algorithm from random tokens, without gradients.
+
+    Returns the best prompt ever whose text survives decoding and encoding and is allowed.
+    """
+    vocabulary.room(length)
+    among = vocabulary.usable.nonzero()[:, 0]
+    groups = [
+        torch.cat(
+            [vocabulary.random(length, by)[None], among[torch.randint(len(among), (population - 1, length), generator=by)]]
+        )
+        for by in generators
+    ]
+    best: list[TokenPrompt | None] = [None] * len(generators)
+    for generation in range(generations + 1):
+        texts = vocabulary.texts(torch.cat(groups).tolist())
+        losses = goals.losses(texts, [i for i in range(len(groups)) for _ in range(population)]).reshape(
+            len(groups), population
+        )
+        for i, group in enumerate(groups):
+            best[i] = _better(vocabulary, group, losses[i], best[i], checked=population if generation == 0 else 3)
+            if generation < generations:
+                groups[i] = genetic_step(group, losses[i], vocabulary.usable, generators[i], crossover, mutation)
+    return best
+
+
+def _better(
+    vocabulary: Vocabulary, group: Tensor, losses: Tensor, best: TokenPrompt | None, checked: int
+) -> TokenPrompt | None:
+    """Return the best allowed prompt among the `checked` ones of lowest loss in a population, or `best` if that is better."""
+    for i in losses.argsort(stable=True)[:checked].tolist():
+        if best is not None and losses[i] >= best.loss:
+            return best
+        text = vocabulary.surviving([group[i].tolist()])[0]
+        if text is not None and vocabulary.allowed(text):
+            return TokenPrompt(text, group[i].tolist(), losses[i].item())
+    return best

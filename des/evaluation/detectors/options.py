@@ -89,10 +89,10 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     # fmt: on
     group.add_argument("--discard_images", action="store_true", help="keep scores and settings, and no image")
     group.add_argument("--blur", action="store_true", help="with --discard_images, keep blurred thumbnails in {folder}_blurred")
-    _add_detectors(group)
+    add_detectors(group)
 
 
-def _add_detectors(group: argparse._ActionsContainer) -> None:
+def add_detectors(group: argparse._ActionsContainer) -> None:
     """Add the options of all detectors, and the class that a classifier counts."""
     add_nudenet(group)
     add_q16(group)
@@ -105,12 +105,12 @@ def add_detector(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--detector", choices=DETECTORS, default="nudenet", help="what decides whether an image shows the concept"
     )
-    _add_detectors(group)
+    add_detectors(group)
 
 
 def check_detector(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse options of other detectors than --detector, and more than one profile."""
-    _check_detectors(parser, args, [args.detector], "--detector")
+    check_detectors(parser, args, [args.detector], "--detector")
     if args.detector == "style" and not args.classifier:
         parser.error("--detector style needs --classifier, such as UnlearnDiffAtk's style classifier")
     if len(args.profile or []) > 1:
@@ -119,19 +119,19 @@ def check_detector(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 def open_detector(args: argparse.Namespace) -> Detector:
     """The detector of --detector."""
-    return _open(args, args.detector)
+    return open_named(args, args.detector)
 
 
 def check_scoring(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse scoring options that have no effect, or that need another option."""
-    _check_detectors(parser, args, args.score_with, "--score_with")
+    check_detectors(parser, args, args.score_with, "--score_with")
     if args.discard_images and not args.score_with:
         parser.error("--discard_images needs --score_with; without it nothing would be written")
     if args.blur and not args.discard_images:
         parser.error("--blur needs --discard_images")
 
 
-def _check_detectors(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Sequence[str], flag: str) -> None:
+def check_detectors(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Sequence[str], flag: str) -> None:
     """Refuse options of detectors that are not among `names`, which `flag` selects, and a classifier without a class."""
     needs = {
         ("nudenet",): ("profile", "detector_weights"), ("q16",): ("prompts_file", "clip_model"),
@@ -148,10 +148,10 @@ def _check_detectors(parser: argparse.ArgumentParser, args: argparse.Namespace, 
 
 def open_scorers(args: argparse.Namespace) -> dict[str, Detector]:
     """The detectors of --score_with, by name."""
-    return {name: _open(args, name) for name in dict.fromkeys(args.score_with)}
+    return {name: open_named(args, name) for name in dict.fromkeys(args.score_with)}
 
 
-def _open(args: argparse.Namespace, name: str) -> Detector:
+def open_named(args: argparse.Namespace, name: str) -> Detector:
     if name in CLASSIFIERS:
         return open_classifier(args, name, f"ASR of {args.cls_class}", [args.cls_class])
     return {"nudenet": open_nudenet, "q16": open_q16}[name](args)

@@ -1,0 +1,67 @@
+"""Which prompts and words an attack may use: the safety filter for what it finds, forbidden words, and prompts without the concept's names."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from des.data.never_drawn import kinds_of, never_drawn
+from des.data.prompts import read_rows
+from des.utils.errors import UserError
+
+
+class Refusal:
+    """The safety filter for texts that a search finds: a prompt that names a minor in a list of sexual prompts is refused.
+
+    A list is treated as sexual as soon as one of its prompts is.
+    """
+
+    def __init__(self, prompts: Sequence[str]):
+        self.sexual_set = any("sexual" in kinds_of(prompt) for prompt in prompts)
+
+    def __call__(self, text: str) -> bool:
+        """Whether `text` is never drawn."""
+        return bool(never_drawn([text], sexual_set=self.sexual_set))
+
+
+def read_forbidden(path: Path | None) -> list[str]:
+    """Read the words of --forbidden_tokens, one a line; UserError if the file has none."""
+    if path is None:
+        return []
+    try:
+        words = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--forbidden_tokens {path} is not a readable text file") from None
+    if not words:
+        raise UserError(f"--forbidden_tokens {path} has no words; write one a line")
+    return words
+
+
+def without_words(prompt: str, words: Sequence[str], instead: str = "") -> str:
+    """Return a prompt without the concept's names, whole words in any case; the first one is replaced by `instead`."""
+    if not words:
+        return prompt
+    pattern = rf"(?<!\w)(?:{'|'.join(re.escape(word) for word in sorted(words, key=len, reverse=True))})(?!\w)"
+    text = re.sub(pattern, lambda _: instead, prompt, count=1, flags=re.IGNORECASE)
+    return re.sub(r"\s+", " ", re.sub(pattern, "", text, flags=re.IGNORECASE)).strip()
+
+
+def concept_pairs(csv_path: Path, words: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Return pairs of prompts with and without the concept: the columns `prompt` and `without` of a CSV.
+
+    With `words`, the second prompt is the first one without these names, and prompts that name none are left out. So are pairs that
+    are never drawn. Raises UserError if no pair is left.
+    """
+    rows = read_rows(csv_path)
+    prompts = rows["prompt"].tolist()
+    if words is None and "without" not in rows:
+        raise UserError(
+            f"{csv_path} has no column `without`; give the prompts without the concept there, or use --concept_words"
+        )
+    others = rows["without"].tolist() if words is None else [without_words(prompt, words) for prompt in prompts]
+    never = {*never_drawn(prompts), *never_drawn(others)}
+    pairs = [(a, b) for row, (a, b) in enumerate(zip(prompts, others, strict=True)) if row not in never and a != b]
+    if not pairs:
+        raise UserError(
+            f"{csv_path} has no pair of prompts with and without the concept; use --pairs_csv or other --concept_words"
+        )
+    return pairs
