@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from des.attacks.cells import Cell
 from des.attacks.judging import Draws
 from des.attacks.objectives import Denoiser
 from des.attacks.records import Found
-from des.attacks.run import Cell
 from des.models.encoders import TextEncoder
 from des.models.pipelines import text_encoder
 from des.search.soft import embedding_table, input_embeddings

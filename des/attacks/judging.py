@@ -67,13 +67,13 @@ class Draws:
     def add(self, vocabulary: Vocabulary, ids: Tensor, texts: Sequence[str], losses: Sequence[float], tried: int) -> bool:
         """Draw and judge the next text of each row without a success; returns whether every row has one.
 
-        A text is skipped if it is not allowed, or if the searched tokens in it, `ids` [rows, k], do not survive decoding and encoding.
+        A text is skipped if the searched tokens in it, `ids` [rows, k], do not survive decoding and encoding, or are not allowed.
         """
         surviving = vocabulary.surviving(ids.tolist())
         todo = [i for i, each in enumerate(self.found) if not any(each.hits)]
         for i in todo:
             self.found[i].tried = tried
-        todo = [i for i in todo if surviving[i] is not None and vocabulary.allowed(texts[i])]
+        todo = [i for i in todo if surviving[i] is not None and vocabulary.allowed(surviving[i])]
         for i, hit in zip(todo, self.judge.hits([self.rows[i] for i in todo], [texts[i] for i in todo]), strict=True):
             each = self.found[i]
             each.prompt, each.ids, each.loss = texts[i], vocabulary.encode([texts[i]])[0], losses[i]

@@ -1,31 +1,24 @@
-"""The driver of the attack scripts: opens the attacked and the original pipeline, runs a search on each cell, and writes the results."""
+"""The driver of the attack scripts: runs a search on each cell row by row, and writes the results."""
 
 import argparse
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from des.attacks.cells import CELLS, Cell, open_models
 from des.attacks.judging import Judge
-from des.attacks.records import CELLS, PAPER_CONTROLS, Found, Records, control_floor, lines_of, summary, too_weak, write_csv
+from des.attacks.records import PAPER_CONTROLS, Found, Records, control_floor, lines_of, summary, too_weak, write_csv
 from des.attacks.words import Refusal, read_forbidden, without_words
-from des.data.prompts import never_drawn, read_rows, rows_to_draw
+from des.data.prompts import read_rows, rows_to_draw
 from des.data.run_record import Sampling
 from des.evaluation.classify import stamp_of
-from des.evaluation.detectors.base import Detector
 from des.evaluation.detectors.options import open_detector
-from des.generation.defences import Defence, open_defence
 from des.generation.image_run import reserved, settings_of
-from des.generation.options import open_dtype, open_guidance
 from des.generation.sampler import Sampler, check_sizes, published_rows, row_settings
-from des.models.encoders import TextEncoder
-from des.models.loading import loading
-from des.models.pipelines import encoder_modules, family_of, open_pipeline, place, text_encoder
-from des.search.tokens import TokenPrompt, Vocabulary
+from des.models.pipelines import family_of
 from des.utils import cli, logs
-from des.utils.errors import UserError
 from des.utils.files import sha256_texts, write_json
 from des.utils.locks import locked
 from des.utils.logs import logger, progress
@@ -33,59 +26,20 @@ from des.utils.provenance import provenance
 
 import pandas as pd
 from diffusers import DiffusionPipeline
-from torch import nn
-
-
-@dataclass
-class Cell:
-    """A model under a condition. `starts` and `targets` are prompts by row; without names, the starts lack the concept's words."""
-
-    name: str
-    pipe: DiffusionPipeline  # that draws the candidates
-    original: DiffusionPipeline
-    targets: list[str]
-    starts: list[str]
-    words: list[str]  # that were taken out of the starts; empty with names
-    forbidden: list[str]  # in found prompts
-    judge: Judge
-    images: Judge  # draws with the original pipeline
-    records: Records
-    seed: int
-    folder: Path  # of the records
-    never_drawn: set[int]  # rows
-
-    def vocabulary(self, encoder: TextEncoder) -> Vocabulary:
-        """The tokens that a search of this cell may use."""
-        return Vocabulary(encoder, self.forbidden, self.judge.refused)
-
-    def encoders(self, which: Sequence[int] | None, search_on: str = "attacked") -> tuple[list[TextEncoder], list[TextEncoder]]:
-        """The text encoders to search on and the same ones of the original pipeline, as the pipeline reads them."""
-        known = self.pipe if search_on == "attacked" else self.original
-        has = list(encoder_modules(known))
-        if lacking := set(which or ()) - set(has):
-            raise UserError(f"--encoders {min(lacking)}: the pipeline has the text encoders {', '.join(map(str, has))}")
-        return tuple([text_encoder(pipe, i, "pipeline") for i in which or has] for pipe in (known, self.original))
-
-    def judged(self, rows: list[int], found: Sequence[TokenPrompt], tried: int) -> list[Found]:
-        """Draw and judge what a search found for each row from `tried` candidates."""
-        hits = self.judge.hits(rows, [each.text for each in found])
-        return [Found(*each, tried, [hit] if hit is not None else []) for each, hit in zip(found, hits, strict=True)]
-
 
 Search = Callable[[list[int], int], list[Found]]  # rows and restart -> what was found for each row
 
 
 @dataclass
 class Attack:
-    """An attack on a list of prompts: its cells, and where its results go."""
+    """An attack on the `rows` of a prompt list: its cells, and what attack.json says besides their figures."""
 
     name: str
     out: Path
     cells: list[Cell]
-    table: pd.DataFrame
-    numbers: list[int]
+    table: pd.DataFrame  # the prompt list
+    numbers: list[int]  # of its rows in the published list
     rows: list[int]
-    detector: Detector
     batch_size: int
     restarts: int
     floor: float
@@ -115,14 +69,8 @@ class Attack:
                 bar.update(len(batch))
                 done, broken = at + len(batch), sum(any(each.hits) for each in cell.records.found.values())
                 left = (time.monotonic() - start) / done * (len(todo) - done)
-                logger.info(
-                    "%s: row %d done, %d of %d broken, about %.0f s left",
-                    cell.name,
-                    batch[-1],
-                    broken,
-                    len(cell.records.found),
-                    left,
-                )
+                message = "%s: row %d done, %d of %d broken, about %.0f s left"
+                logger.info(message, cell.name, batch[-1], broken, len(cell.records.found), left)
 
     def _rows(self, cell: Cell, search: Search, batch: list[int]) -> list[Found]:
         """Search each row until it is broken or the restarts are used up; the starting prompt is judged first."""
@@ -141,13 +89,12 @@ class Attack:
     def write(self) -> list[str]:
         """Write attack.json and a CSV per cell over the rows that all cells have, those of other processes too; returns the summary."""
         with locked(self.out / ".attack.lock", "the results of an attack", wait=True):
-            found = {cell.name: cell.records.read() for cell in self.cells}
-            rows = sorted(set.intersection(*map(set, found.values())))
+            rows = sorted(set.intersection(*(set(cell.records.read()) for cell in self.cells)))
             cells = {}
-            for name, each in found.items():
-                mine = {row: each[row] for row in rows}
-                write_csv(self.out / f"{name}.csv", self.table, self.numbers, mine)
-                cells[name] = summary(mine)
+            for cell in self.cells:
+                found = {row: cell.records.found[row] for row in rows}
+                write_csv(self.out / f"{cell.name}.csv", self.table, self.numbers, found)
+                cells[cell.name] = summary(found, cell.records.settings)
             lines = lines_of(cells, self.floor)
             models = {cell.name: cell.records.settings for cell in self.cells}
             verdict = {"control_floor": self.floor, "too_weak_to_tell": bool(too_weak(cells, self.floor))}
@@ -162,93 +109,37 @@ def open_attack(args: argparse.Namespace, name: str, own: Sequence[str]) -> Atta
     if args.deterministic:
         cli.make_deterministic()
     table = read_rows(args.prompts_csv)
-    targets = table["prompt"].tolist()
+    targets, numbers = table["prompt"].tolist(), published_rows(table, args.prompts_csv)
     rows = rows_to_draw(targets, args.start_idx, args.end_idx)
-    forbidden = read_forbidden(args.forbidden_tokens)
-    dtype, detector, defence = open_dtype(args), open_detector(args), open_defence(args)
-    base = defence.base_model_path or args.model_path
-    original = open_pipeline(base, dtype, args.model_type, args.scheduler)
-    open_guidance(args, original)
-    attacked = (
-        copied(original, base)
-        if base == args.model_path
-        else open_pipeline(args.model_path, dtype, args.model_type, args.scheduler)
-    )
-    applied = defence.apply(attacked)
-    for pipe in (original, attacked):
-        place(pipe, args.device)
-        freeze(pipe)
+    forbidden, refused = read_forbidden(args.forbidden_tokens), Refusal(targets)
+    detector, models = open_detector(args), open_models(args)
     sampling = Sampling.of({"strength": None, "use_refiner": False, "high_noise_frac": None, **vars(args)})
-    drawn_with = row_settings(sampling, original, table, args.prompts_csv)
-    check_sizes(original, (drawn_with[row] for row in rows))
-    refused, label = Refusal(targets), args.cls_class
-    size = min(args.batch_size, len(targets))
-    unprotected = Defence("none", base, None, {}, None, None)
+    drawn_with = row_settings(sampling, models.original, table, args.prompts_csv)
+    check_sizes(models.original, (drawn_with[row] for row in rows))
 
     def judge(pipe: DiffusionPipeline, prompts: list[str]) -> Judge:
-        return Judge(Sampler(pipe, None, sampling, list(prompts), drawn_with, {}, size), detector, label, refused)
+        sampler = Sampler(pipe, None, sampling, list(prompts), drawn_with, {}, min(args.batch_size, len(prompts)))
+        return Judge(sampler, detector, args.cls_class, refused)
 
-    search = {key: getattr(args, key) for key in ("steps", "restarts", *own)} | {
-        "attack": name,
-        "forbidden": sha256_texts(forbidden),
-    }
-    search |= {"detector": stamp_of(detector), "cls_class": label}
+    search = {key: getattr(args, key) for key in ("steps", "restarts", "cls_class", *own)}
+    search |= {"attack": name, "forbidden_sha256": sha256_texts(forbidden), "detector": stamp_of(detector)}
     cells = []
     for cell in CELLS:
         control, without = cell.startswith("control"), cell.endswith("without_names")
         if (control and args.training_method == "none") or (without and not args.concept_words):
             continue
-        pipe, by = (original, unprotected) if control else (attacked, defence)
-        folder = args.control_dir if control else args.out
-        words = args.concept_words if without else []
-        starts = [without_words(prompt, words) for prompt in targets]
-        each = judge(pipe, starts)
-        settings = settings_of(each.sampler, by, None, {}, False) | search | {"concept_words": words}
+        (pipe, defence), words = models.of(cell), args.concept_words if without else []
+        starts, folder = [without_words(prompt, words) for prompt in targets], args.control_dir if control else args.out
+        judges = judge(pipe, starts), judge(models.original, targets)
+        settings = settings_of(judges[0].sampler, defence, None, {}, False) | search | {"concept_words": words}
         records = Records(folder, cell, settings)
-        cells.append(
-            Cell(
-                cell,
-                pipe,
-                original,
-                targets,
-                starts,
-                words,
-                [*forbidden, *words],
-                each,
-                judge(original, targets),
-                records,
-                args.seed,
-                folder,
-                set(never_drawn(targets)),
-            )
-        )
-    left_out = len(targets[args.start_idx : args.end_idx]) - len(rows)
+        cells.append(Cell(cell, pipe, models.original, targets, starts, words, [*forbidden, *words], *judges, records, folder))
     facts = {
-        "never_drawn": left_out,
-        "protection": applied,
+        "never_drawn": len(targets[args.start_idx : args.end_idx]) - len(rows),
+        "protection": models.protection,
         "detector": detector.facts,
         "paper_control": PAPER_CONTROLS.get(name),
         "made_by": provenance(args),
     }
-    floor = control_floor(name, args.detector == "nudenet" and family_of(base).name == "sd_v1")
-    numbers = published_rows(table, args.prompts_csv)
-    return Attack(name, args.out, cells, table, numbers, rows, detector, args.batch_size, args.restarts, floor, facts)
-
-
-def copied(pipe: DiffusionPipeline, model_path: str) -> DiffusionPipeline:
-    """Return a copy of a pipeline whose text encoders, tokenizers and UNet may be changed; it shares all other components."""
-    twin = copy.copy(pipe)
-    for name, component in pipe.components.items():
-        if component is not None and name.startswith(("text_encoder", "unet")):
-            setattr(twin, name, copy.deepcopy(component))
-        elif component is not None and name.startswith("tokenizer"):  # deepcopy would lose the decoder of a CLIPTokenizer
-            with loading(f"the {name} of {model_path}"):
-                setattr(twin, name, type(component).from_pretrained(model_path, subfolder=name))
-    return twin
-
-
-def freeze(pipe: DiffusionPipeline) -> None:
-    """Put a pipeline's modules into eval mode, without gradients of their weights."""
-    for component in pipe.components.values():
-        if isinstance(component, nn.Module):
-            component.eval().requires_grad_(False)
+    floor = control_floor(name, args.detector == "nudenet" and family_of(models.base).name == "sd_v1")
+    return Attack(name, args.out, cells, table, numbers, rows, args.batch_size, args.restarts, floor, facts)

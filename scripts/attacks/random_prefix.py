@@ -29,9 +29,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
 
+from des.attacks.cells import Cell
 from des.attacks.judging import Draws
 from des.attacks.records import Found
-from des.attacks.run import Cell, Search, open_attack
+from des.attacks.run import Search, open_attack
 from des.models.pipelines import encoder_modules, text_encoder
 from des.search.tokens import seeded
 

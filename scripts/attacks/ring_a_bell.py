@@ -43,9 +43,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
 
+from des.attacks.cells import Cell
 from des.attacks.objectives import TextGoals, concept_direction, sequence_distance
 from des.attacks.records import Found
-from des.attacks.run import Cell, Search, open_attack
+from des.attacks.run import Search, open_attack
 from des.attacks.words import concept_pairs
 from des.search.tokens import genetic_search, seeded
 from des.utils.files import sha256_texts
