@@ -42,8 +42,7 @@ class Slots:
 
 def images_of(cell: Cell, denoiser: Denoiser, rows: list[int]) -> Tensor:
     """Return the latents of the original pipeline's images of the targets, drawn at the rows' seeds."""
-    images = cell.images.draw([(row, 0) for row in rows], [cell.targets[row] for row in rows])
-    return torch.cat([denoiser.latents([image]) for image in images])
+    return denoiser.latents(cell.images.draw([(row, 0) for row in rows], [cell.targets[row] for row in rows]))
 
 
 class UnlearnDiffAtk:

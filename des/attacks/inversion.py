@@ -111,7 +111,7 @@ class Inversion:
     def diffusion_loss(self, encoder: TextEncoder, ids: list[int], restart: int, generator: torch.Generator) -> Loss:
         """Return textual inversion's loss: the denoiser's error on images of the prompts, under the captions with the tokens."""
         images = self.cell.images.draw([(row, 1) for row in self.rows], [self.cell.targets[row] for row in self.rows])
-        latents = torch.cat([self.denoiser.latents([image]) for image in images])
+        latents = self.denoiser.latents(images)
         captions = encoder.tokenize([self.carry(row, restart) for row in self.rows]).to(encoder.device)
 
         def loss(vectors: Tensor) -> Tensor:

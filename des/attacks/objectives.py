@@ -99,10 +99,17 @@ class Denoiser:
 
     @torch.no_grad()
     def latents(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return the scaled latents [n, channels, height, width] of images, the mode of the VAE's distribution."""
-        vae = self.pipe.vae
-        pixels = self.pipe.image_processor.preprocess(list(images)).to(vae.device, vae.dtype)
-        return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+        """Return the scaled latents [n, channels, height, width] of images, the mode of the VAE's distribution.
+
+        Raises UserError if the images differ in size, as rows with their own settings may.
+        """
+        if len({image.size for image in images}) > 1:
+            raise UserError(
+                "rows of different image sizes cannot be attacked together; leave out --use_row_settings, or use --batch_size 1"
+            )
+        vae, process = self.pipe.vae, self.pipe.image_processor.preprocess
+        found = [vae.encode(process(image).to(vae.device, vae.dtype)).latent_dist.mode() for image in images]
+        return torch.cat(found) * vae.config.scaling_factor
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return z_t of latents z_0 at `timesteps` [n]."""

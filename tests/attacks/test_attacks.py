@@ -2,13 +2,16 @@
 
 import json
 import math
+from argparse import Namespace
 
 from des.attacks import judging, words
+from des.attacks.cells import open_models
 from des.attacks.denoising import P4D, UnlearnDiffAtk
 from des.attacks.judging import Draws
 from des.attacks.objectives import Denoiser, TextGoals, concept_direction, pooled, pooled_cosine, sequence_distance
 from des.attacks.records import Found, Records, control_floor, lines_of, summary, write_csv
 from des.attacks.words import concept_pairs, without_words
+from des.generation.defences import ENCODER_OPTIONS
 from des.models.learned_tokens import load_learned_tokens, read_learned_tokens
 from des.models.pipelines import open_pipeline, text_encoder
 from des.search.soft import embedding_table
@@ -21,6 +24,7 @@ import pytest
 import torch
 from conftest import ROOT, flags
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity
 
 ATTACKS = {  # the least that each one can do
@@ -215,7 +219,9 @@ def test_found_texts_are_filtered_as_those_of_a_sexual_list_when_one_prompt_is_s
     assert words.Refusal(["a boat"])("a nude child")
 
 
-def test_shards_and_an_interrupted_run_find_the_same_as_one_run(attack, tmp_path, monkeypatch, protected_checkpoint):
+def test_shards_and_an_interrupted_run_find_the_same_as_one_run(
+    attack, tmp_path, monkeypatch, protected_checkpoint, tiny_pipeline
+):
     """Every row is lost only while it is at work, and a row's result does not depend on which process found it."""
     method = {"training_method": "des", "text_encoder_path": protected_checkpoint, "concept_words": None}
     assert attack("mma", **method).code == 0
@@ -243,6 +249,13 @@ def test_shards_and_an_interrupted_run_find_the_same_as_one_run(attack, tmp_path
         one, other = (pd.read_csv(tmp_path / name / f"{cell}.csv").drop(columns="seconds") for name in ("mma", "shards"))
         pd.testing.assert_frame_equal(one, other)
     assert contents[0]["cells"]["control"]["model"] == "original" and contents[0]["cells"]["attack"]["model"] == "attacked"
+    unet = open_pipeline(str(tiny_pipeline), torch.float32).unet
+    key = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    save_file({key: unet.get_parameter(key).detach() + 0.5}, tmp_path / "esd.safetensors")
+    added.clear()
+    esd = {"training_method": "esd", "unet_path": tmp_path / "esd.safetensors", "concept_words": None, "out": tmp_path / "esd"}
+    assert attack("mma", **esd, end_idx=1, control_dir=tmp_path / "mma/control").code == 0
+    assert added == [("attack", 0)]  # the control of the other defence is used again
     other = attack("mma", **shards, steps=3)
     assert other.failed_in_one_sentence and "other settings (steps)" in other.err
 
@@ -349,3 +362,27 @@ def test_a_candidate_that_does_not_survive_is_not_drawn(pipe):
     assert not draws.add(vocabulary, torch.tensor([[encoder.tokenizer.bos_token_id, 5]]), ["x"], [0.1], 4)
     forbidden = torch.tensor(vocabulary.encode(["boat"]))
     assert not draws.add(vocabulary, forbidden, ["boat"], [0.1], 8) and draws.found[0].hits == [] and draws.found[0].tried == 8
+
+
+def test_a_defence_of_the_unet_changes_the_attacked_pipeline_only(tiny_pipeline, tmp_path):
+    whole = {name: tensor + 0.02 for name, tensor in open_pipeline(str(tiny_pipeline), torch.float32).unet.state_dict().items()}
+    save_file(whole, tmp_path / "unet.safetensors")
+    options = dict.fromkeys(("dtype", "negative_prompt", "base_model_path", "adapter_path", "model_type", "scheduler", "max_sequence_length",
+                             "num_inference_steps", "guidance_scale", *ENCODER_OPTIONS.values()))  # fmt: skip
+    options |= {"model_path": str(tiny_pipeline), "training_method": "salun", "unet_path": tmp_path / "unet.safetensors"}
+    models = open_models(Namespace(**options, device=torch.device("cpu")))
+    assert torch.equal(models.attacked.unet.conv_in.weight, models.original.unet.conv_in.weight + 0.02)
+    assert models.attacked.vae is models.original.vae and models.attacked.tokenizer is not models.original.tokenizer
+    with torch.no_grad():
+        models.attacked.text_encoder.final_layer_norm.weight.add_(1)
+    assert not torch.equal(
+        models.attacked.text_encoder.final_layer_norm.weight, models.original.text_encoder.final_layer_norm.weight
+    )
+    assert Denoiser(models.attacked).unet is models.attacked.unet
+
+
+def test_images_of_different_sizes_are_not_mixed(pipe):
+    images = [Image.new("RGB", (16, 16)), Image.new("RGB", (24, 16))]
+    with pytest.raises(UserError, match="different image sizes"):
+        Denoiser(pipe).latents(images)
+    assert Denoiser(pipe).latents(images[1:]).shape == (1, 4, 8, 12)
