@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from des.attacks.cells import Cell
 from des.attacks.objectives import Denoiser
 from des.attacks.records import Found
-from des.attacks.words import without_words
-from des.data.prompts import rows_to_draw
+from des.attacks.words import rows_to_attack, without_words
 from des.models.encoders import TextEncoder, spread
 from des.models.learned_tokens import encoder_names, placeholders, read_learned_tokens, save_learned_tokens, set_tokens
 from des.models.pipelines import text_encoder
@@ -41,7 +40,7 @@ class Inversion:
     def __post_init__(self) -> None:
         """Choose the rows to learn from, the same ones for all processes that share the list."""
         self.path = self.cell.folder / f"{self.cell.name}.safetensors"
-        allowed = rows_to_draw(self.cell.targets)
+        allowed = rows_to_attack(self.cell.targets, self.cell.judge.refused)
         self.rows = [allowed[i] for i in spread(len(allowed), self.num_images).tolist()]
         self.denoiser = Denoiser(self.cell.pipe) if self.objective == "diffusion" else None
         self.losses: dict[int, float] = {}

@@ -53,6 +53,8 @@ def check_attack(parser: argparse.ArgumentParser, args: argparse.Namespace) -> a
     check_detector(parser, args)
     if args.end_idx is not None and args.end_idx <= args.start_idx:
         parser.error(f"--end_idx {args.end_idx} must be above --start_idx {args.start_idx}")
+    if not all(word.strip() for word in args.concept_words):
+        parser.error("--concept_words takes words, and one of these is blank")
     args.control_dir = args.control_dir or args.out / "control"
     if args.control_dir.resolve() == args.out.resolve():
         parser.error("--control_dir must be another folder than --out")

@@ -10,8 +10,8 @@ from typing import Any
 from des.attacks.cells import CELLS, Cell, open_models
 from des.attacks.judging import Judge
 from des.attacks.records import PAPER_CONTROLS, Found, Records, control_floor, lines_of, summary, too_weak, write_csv
-from des.attacks.words import Refusal, read_forbidden, without_words
-from des.data.prompts import read_rows, rows_to_draw
+from des.attacks.words import Refusal, read_forbidden, rows_to_attack, without_words
+from des.data.prompts import read_rows
 from des.data.run_record import Sampling
 from des.evaluation.classify import stamp_of
 from des.evaluation.detectors.options import open_detector
@@ -27,6 +27,7 @@ from des.utils.provenance import provenance
 import pandas as pd
 from diffusers import DiffusionPipeline
 
+NUDITY = ("nudenet", "q16")  # detectors whose attacks are sexual
 Search = Callable[[list[int], int], list[Found]]  # rows and restart -> what was found for each row
 
 
@@ -110,8 +111,8 @@ def open_attack(args: argparse.Namespace, name: str, own: Sequence[str]) -> Atta
         cli.make_deterministic()
     table = read_rows(args.prompts_csv)
     targets, numbers = table["prompt"].tolist(), published_rows(table, args.prompts_csv)
-    rows = rows_to_draw(targets, args.start_idx, args.end_idx)
-    forbidden, refused = read_forbidden(args.forbidden_tokens), Refusal(targets)
+    forbidden, refused = read_forbidden(args.forbidden_tokens), Refusal(targets, args.detector in NUDITY)
+    rows = rows_to_attack(targets, refused, args.start_idx, args.end_idx)
     detector, models = open_detector(args), open_models(args)
     sampling = Sampling.of({"strength": None, "use_refiner": False, "high_noise_frac": None, **vars(args)})
     drawn_with = row_settings(sampling, models.original, table, args.prompts_csv)

@@ -5,22 +5,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from des.data.never_drawn import kinds_of, never_drawn
-from des.data.prompts import read_rows
+from des.data.prompts import read_rows, rows_to_draw
 from des.utils.errors import UserError
 
 
 class Refusal:
-    """The safety filter for texts that a search finds: a prompt that names a minor in a list of sexual prompts is refused.
+    """The safety filter for what an attack starts from, aims at and finds: a prompt that names a minor is refused if the attack is sexual.
 
-    A list is treated as sexual as soon as one of its prompts is.
+    An attack is `sexual` if its detector is for nudity, or as soon as one prompt of its list is sexual. In others, prompts are refused
+    that both name a minor and are sexual.
     """
 
-    def __init__(self, prompts: Sequence[str]):
-        self.sexual_set = any("sexual" in kinds_of(prompt) for prompt in prompts)
+    def __init__(self, prompts: Sequence[str], sexual: bool = False):
+        self.sexual = sexual or any("sexual" in kinds_of(prompt) for prompt in prompts)
 
     def __call__(self, text: str) -> bool:
         """Whether `text` is never drawn."""
-        return bool(never_drawn([text], sexual_set=self.sexual_set))
+        return bool(never_drawn([text], sexual_set=self.sexual))
+
+
+def rows_to_attack(prompts: list[str], refused: Refusal, start: int = 0, end: int | None = None) -> list[int]:
+    """Return the rows from `start` to `end` that may be attacked; UserError if none is left."""
+    rows = [row for row in rows_to_draw(prompts, start, end) if not refused(prompts[row])]
+    if not rows:
+        raise UserError("no prompt is left to attack: every one of these rows names a minor, and the attack is sexual")
+    return rows
 
 
 def read_forbidden(path: Path | None) -> list[str]:

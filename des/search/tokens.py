@@ -145,7 +145,7 @@ def coordinate_candidates(
     The best tokens of a position have the lowest `gradient` [k, vocabulary] among the `usable` ones. Source: greedy coordinate
     gradient, as MMA-Diffusion uses it.
     """
-    scores = normalize(gradient.cpu(), dim=-1).masked_fill(~usable, float("inf"))
+    scores = gradient.cpu().masked_fill(~usable, float("inf"))
     best = scores.topk(min(top, int(usable.sum())), largest=False).indices
     positions = torch.randint(len(ids), (count,), generator=generator)
     choices = torch.randint(best.shape[1], (count,), generator=generator)

@@ -201,7 +201,7 @@ def test_an_attack_writes_what_it_found_and_leaves_out_what_is_never_drawn(attac
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_what_is_never_drawn_is_not_found(attack, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(words.Refusal, "__call__", lambda self, text: True)
+    monkeypatch.setattr(words.Refusal, "__call__", lambda self, text: text != PROMPTS[0])
     done = attack(name, end_idx=1, concept_words=["house"] if name == "ring_a_bell" else None)
     if done.code == 0:
         content, found = results(tmp_path / name)
@@ -214,9 +214,14 @@ def test_what_is_never_drawn_is_not_found(attack, tmp_path, monkeypatch, name):
         assert done.failed_in_one_sentence and "no prompt of" in done.err
 
 
-def test_found_texts_are_filtered_as_those_of_a_sexual_list_when_one_prompt_is_sexual():
-    assert words.Refusal(["a boat", "a nude man"])("two children") and not words.Refusal(["a boat"])("two children")
+def test_prompts_that_name_a_minor_are_refused_in_a_sexual_attack():
+    prompts = ["two children", *["a boat"] * 40, "a nude man", "a nude child"]  # fewer than 5% are sexual
+    refused = words.Refusal(prompts)
+    assert words.rows_to_attack(prompts, refused) == list(range(1, 42)) and refused("two children")
+    assert words.Refusal(["a boat"], sexual=True)("two children") and not words.Refusal(["a boat"])("two children")
     assert words.Refusal(["a boat"])("a nude child")
+    with pytest.raises(UserError, match="no prompt is left to attack"):
+        words.rows_to_attack(prompts, refused, 0, 1)
 
 
 def test_shards_and_an_interrupted_run_find_the_same_as_one_run(
