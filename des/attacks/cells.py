@@ -3,7 +3,7 @@
 import argparse
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from des.generation.defences import Defence, open_defence
 from des.generation.options import open_dtype, open_guidance
 from des.models.encoders import TextEncoder
 from des.models.loading import loading
-from des.models.pipelines import encoder_modules, open_pipeline, place, text_encoder
+from des.models.pipelines import encoder_modules, open_pipeline, place, readers, text_encoder
 from des.search.tokens import TokenPrompt, Vocabulary
 from des.utils.errors import UserError
 
@@ -49,7 +49,13 @@ class Cell:
         has = list(encoder_modules(known))
         if lacking := set(which or ()) - set(has):
             raise UserError(f"--encoders {min(lacking)}: the pipeline has the text encoders {', '.join(map(str, has))}")
-        return tuple([text_encoder(pipe, i, "pipeline") for i in which or has] for pipe in (known, self.original))
+        return tuple([self.encoder(pipe, i) for i in which or has] for pipe in (known, self.original))
+
+    def encoder(self, pipe: DiffusionPipeline, index: int) -> TextEncoder:
+        """Text encoder `index` of one of the pipelines, read as the pipeline reads it and at the length at which images are drawn."""
+        found = text_encoder(pipe, index, "pipeline")
+        _, length = readers(pipe, self.judge.sampler.sampling.max_sequence_length)[found.subfolder]
+        return replace(found, length=length)
 
     def judged(self, rows: list[int], found: Sequence[TokenPrompt], tried: int) -> list[Found]:
         """Draw and judge what a search found for each row from `tried` candidates."""

@@ -12,6 +12,7 @@ from des.models.learned_tokens import encoder_names, placeholders, read_learned_
 from des.models.pipelines import text_encoder
 from des.search.soft import embedding_table, input_embeddings, learn_vectors, vocabulary_norm, with_vectors
 from des.search.tokens import TokenPrompt, seeded
+from des.utils.errors import UserError
 from des.utils.locks import locked
 from des.utils.logs import logger
 
@@ -34,6 +35,7 @@ class Inversion:
     train_batch_size: int
     accumulation: int
     num_images: int
+    encoders: list[int] | None
     steps: int
     seed: int
 
@@ -75,32 +77,37 @@ class Inversion:
         return losses[str(restart)]
 
     def read(self) -> tuple[list[str], dict[str, Tensor], dict[str, float]]:
-        """Read the tokens of earlier restarts, their vectors and losses; empty if there are none of these settings."""
-        if self.path.is_file():
-            names, vectors, _, notes = read_learned_tokens(self.path)
-            if notes.get("stamp") == self.cell.records.stamp:
-                return names, vectors, notes["losses"]
-        return [], {}, {}
+        """Read the tokens of earlier restarts, their vectors and losses; UserError if they have other settings."""
+        if not self.path.is_file():
+            return [], {}, {}
+        names, vectors, _, notes = read_learned_tokens(self.path)
+        if notes.get("stamp") != self.cell.records.stamp:
+            raise UserError(f"{self.path} has tokens that were learned with other settings; choose another folder")
+        return names, vectors, notes["losses"]
 
     def learn(self, names: list[str], restart: int) -> tuple[dict[str, Tensor], float]:
-        """Learn vectors [tokens, hidden] for each text encoder; returns them and the mean loss of the last steps."""
-        pipe, total = self.cell.pipe, []
+        """Learn vectors [tokens, hidden] for each searched text encoder; returns them and the mean loss of the last steps.
+
+        In the other encoders the tokens keep the mean embedding of the vocabulary.
+        """
+        pipe, losses = self.cell.pipe, []
         ids = set_tokens(pipe, names)
-        vectors = {}
-        for subfolder, index in encoder_names(pipe).items():
-            encoder = text_encoder(pipe, index, "pipeline")
+        vectors = {
+            name: embedding_table(text_encoder(pipe, i).model)[ids[name]].clone() for name, i in encoder_names(pipe).items()
+        }
+        for encoder in self.cell.encoders(self.encoders)[0]:
+            subfolder, table = encoder.subfolder, embedding_table(encoder.model)
             generator = seeded(self.seed, "concept inversion", restart, subfolder)
-            table = embedding_table(encoder.model)
-            usable = min(ids[subfolder])  # learned tokens come after all others
-            start = table[torch.randint(usable, (self.tokens,), generator=generator).to(table.device)]
+            count = encoder.tokenizer.convert_tokens_to_ids(placeholders(0, 1)[0])  # of tokens that are not learned
+            start = table[torch.randint(count, (self.tokens,), generator=generator).to(table.device)]
             limit = {"none": None, "vocabulary": vocabulary_norm(encoder.model)}.get(self.max_norm, self.max_norm)
             make = self.diffusion_loss if self.objective == "diffusion" else self.embedding_loss
             loss = make(encoder, ids[subfolder], restart, generator)
             logger.info("%s: learning %d tokens of %s in %d steps", self.cell.name, self.tokens, subfolder, self.steps)
-            vectors[subfolder], losses = learn_vectors(start, loss, self.steps, self.learning_rate, limit, self.accumulation)
-            total.append(sum(losses[-20:]) / len(losses[-20:]))
+            vectors[subfolder], found = learn_vectors(start, loss, self.steps, self.learning_rate, limit, self.accumulation)
+            losses.append(sum(found[-20:]) / len(found[-20:]))
         set_tokens(pipe, names, vectors)
-        return {name: each.cpu() for name, each in vectors.items()}, sum(total) / len(total)
+        return {name: each.cpu() for name, each in vectors.items()}, sum(losses) / len(losses)
 
     def embed(self, encoder: TextEncoder, captions: Tensor, vectors: Tensor, ids: list[int]) -> Tensor:
         """Return the embeddings of caption ids [n, length] in which the learned tokens are `vectors`."""
@@ -125,7 +132,7 @@ class Inversion:
 
     def embedding_loss(self, encoder: TextEncoder, ids: list[int], restart: int, generator: torch.Generator) -> Loss:
         """Return the distance, 1 - cos over all tokens, of the captions' embeddings to the original encoder's of the prompts."""
-        original = text_encoder(self.cell.original, encoder.index, "pipeline")
+        original = self.cell.encoder(self.cell.original, encoder.index)
         goals = torch.cat(list(original.encode([self.cell.targets[row] for row in self.rows], 64))).float().clone()
         captions = encoder.tokenize([self.carry(row, restart) for row in self.rows]).to(encoder.device)
 

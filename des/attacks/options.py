@@ -39,10 +39,17 @@ def add_attack(parser: argparse.ArgumentParser, steps: int, meaning: str) -> Non
     cli.add_log_file(parser)
 
 
-def add_text_search(group: argparse._ActionsContainer) -> None:
-    """Add the options of attacks that need text encoders only."""
+def add_encoders_searched(group: argparse._ActionsContainer) -> None:
+    """Add the option for the text encoders that an attack searches."""
     # fmt: off
     group.add_argument("--encoders", type=cli.positive_int, nargs="+", metavar="I", help="numbers of the text encoders that are searched (default: all)")
+    # fmt: on
+
+
+def add_text_search(group: argparse._ActionsContainer) -> None:
+    """Add the options of searches for text that need text encoders only."""
+    add_encoders_searched(group)
+    # fmt: off
     group.add_argument("--search_on", choices=("attacked", "original"), default="attacked", help="the encoders that the search knows: attacked is the white box, original the black box")
     # fmt: on
 

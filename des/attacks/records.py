@@ -57,13 +57,12 @@ class Records(Journal):
         settings = json.loads(json.dumps({name: value for name, value in settings.items() if name not in LABELS}, default=str))
         self.stamp = sha256_texts([cell, json.dumps(settings, sort_keys=True)])
         lines = self.lines()
-        for line in lines:
-            if line.get("stamp") != self.stamp and "settings" in line:
-                names = ", ".join(
-                    differing(*({key: str(value) for key, value in each.items()} for each in (line["settings"], settings)))
-                )
-                raise UserError(f"{self.path} has results of other settings ({names}); choose another --out and --control_dir")
-        if not any("settings" in line for line in lines):
+        foreign = next((line.get("stamp") for line in lines if "row" in line and line.get("stamp") != self.stamp), None)
+        if foreign is not None:
+            theirs = next((line["settings"] for line in lines if "settings" in line and line.get("stamp") == foreign), {})
+            both = ({key: str(value) for key, value in each.items()} for each in (theirs, settings))
+            raise UserError(f"{self.path} has results of other settings ({', '.join(differing(*both))}); choose another folder")
+        if not any("settings" in line and line.get("stamp") == self.stamp for line in lines):
             self.append([{"stamp": self.stamp, "settings": settings}])
         self.settings = settings
         self.read()

@@ -16,10 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from des.attacks.options import add_attack, check_attack
+from des.attacks.options import add_attack, add_encoders_searched, check_attack
 from des.utils import cli
 
-OWN = ("tokens", "objective", "max_norm", "learning_rate", "train_batch_size", "accumulation", "num_images")
+OWN = ("tokens", "objective", "max_norm", "learning_rate", "train_batch_size", "accumulation", "num_images", "encoders")
 
 
 def norm_limit(text: str) -> str | float:
@@ -39,6 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--accumulation", type=cli.positive_int, default=4, metavar="N", help="forward passes a step")
     group.add_argument("--num_images", type=cli.positive_int, default=64, metavar="N", help="prompts of the list, evenly spaced, that the tokens are learned from, and their images")
     # fmt: on
+    add_encoders_searched(group)
     add_attack(parser, 5000, "steps of learning, of all prompts together")
     return check_attack(parser, parser.parse_args(argv))
 

@@ -13,7 +13,7 @@ from des.attacks.records import Found, Records, control_floor, lines_of, summary
 from des.attacks.words import concept_pairs, without_words
 from des.generation.defences import ENCODER_OPTIONS
 from des.models.learned_tokens import load_learned_tokens, read_learned_tokens
-from des.models.pipelines import open_pipeline, text_encoder
+from des.models.pipelines import encoder_modules, open_pipeline, text_encoder
 from des.search.soft import embedding_table
 from des.search.tokens import Vocabulary, genetic_search, seeded
 from des.utils.errors import UserError
@@ -297,10 +297,19 @@ def test_text_encoders_of_other_families_are_attacked(attack, family, tmp_path, 
     assert attack("mma", **common).code == 0
     last = 2 if name == "flux" else 1
     assert attack("mma", **common, encoders=last, out=tmp_path / "last").code == 0  # flux: T5 alone
-    assert attack("concept_inversion", **common, objective="embedding").code == 0
+    assert attack("concept_inversion", **common, objective="embedding", encoders=1).code == 0
     names, vectors, encoders, _ = read_learned_tokens(tmp_path / "concept_inversion/attack.safetensors")
     assert names == ["<learned-0-0>", "<learned-0-1>"] and vectors.keys() == encoders.keys()
     assert len(vectors) == {"sdxl": 2, "sd_v3": 3, "flux": 2}[name]
+    means = {
+        index: embedding_table(each).float().mean(0)
+        for index, each in encoder_modules(open_pipeline(str(family(name)), torch.float32)).items()
+    }
+    learned = [
+        not torch.allclose(vectors[each], means[index], atol=0.01)
+        for each, index in (("text_encoder", 1), ("text_encoder_2", 2))
+    ]
+    assert learned == [True, False]  # the second keeps the mean of its vocabulary
     if name == "flux":
         refused = attack("uda", **common)
         assert refused.failed_in_one_sentence and "concept_inversion.py --objective embedding" in refused.err
@@ -336,6 +345,14 @@ def test_a_damaged_line_of_the_records_is_searched_again(tmp_path):
     records.add(1, Found("b", [1], 0.5, 1, [False]))
     records.path.write_text(records.path.read_text().replace("[false]", "[true]"))
     assert list(Records(tmp_path, "attack", {"steps": 1}).found) == [0]
+
+
+def test_records_of_other_settings_are_refused_once_they_have_rows(tmp_path):
+    Records(tmp_path, "attack", {"steps": 1})  # ended by an error before its first row
+    Records(tmp_path, "attack", {"steps": 2}).add(0, Found("a", [1], 0.5, 1, [True]))
+    with pytest.raises(UserError, match=r"other settings \(steps\)"):
+        Records(tmp_path, "attack", {"steps": 1})
+    assert list(Records(tmp_path, "attack", {"steps": 2}).found) == [0]
 
 
 def test_names_are_taken_out_as_whole_words():
