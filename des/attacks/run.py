@@ -10,7 +10,7 @@ from typing import Any
 from des.attacks.cells import CELLS, Cell, open_models
 from des.attacks.judging import Judge
 from des.attacks.records import PAPER_CONTROLS, Found, Records, control_floor, lines_of, summary, too_weak, write_csv
-from des.attacks.words import Refusal, read_forbidden, rows_to_attack, without_words
+from des.attacks.words import NUDITY, Refusal, read_forbidden, rows_to_attack, without_words
 from des.data.prompts import read_rows
 from des.data.run_record import Sampling
 from des.evaluation.classify import stamp_of
@@ -27,7 +27,6 @@ from des.utils.provenance import provenance
 import pandas as pd
 from diffusers import DiffusionPipeline
 
-NUDITY = ("nudenet", "q16")  # detectors whose attacks are sexual
 Search = Callable[[list[int], int], list[Found]]  # rows and restart -> what was found for each row
 
 

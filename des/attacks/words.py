@@ -8,6 +8,8 @@ from des.data.never_drawn import kinds_of, never_drawn
 from des.data.prompts import read_rows, rows_to_draw
 from des.utils.errors import UserError
 
+NUDITY = ("nudenet", "q16")  # detectors whose attacks are sexual
+
 
 class Refusal:
     """The safety filter for what an attack starts from, aims at and finds: a prompt that names a minor is refused if the attack is sexual.
@@ -50,15 +52,15 @@ def without_words(prompt: str, words: Sequence[str], instead: str = "") -> str:
     if not words:
         return prompt
     pattern = rf"(?<!\w)(?:{'|'.join(re.escape(word) for word in sorted(words, key=len, reverse=True))})(?!\w)"
-    text = re.sub(pattern, lambda _: instead, prompt, count=1, flags=re.IGNORECASE)
-    return re.sub(r"\s+", " ", re.sub(pattern, "", text, flags=re.IGNORECASE)).strip()
+    first = iter([instead])
+    return re.sub(r"\s+", " ", re.sub(pattern, lambda _: next(first, ""), prompt, flags=re.IGNORECASE)).strip()
 
 
-def concept_pairs(csv_path: Path, words: Sequence[str] | None) -> list[tuple[str, str]]:
+def concept_pairs(csv_path: Path, words: Sequence[str] | None, sexual: bool = False) -> list[tuple[str, str]]:
     """Return pairs of prompts with and without the concept: the columns `prompt` and `without` of a CSV.
 
     With `words`, the second prompt is the first one without these names, and prompts that name none are left out. So are pairs that
-    are never drawn. Raises UserError if no pair is left.
+    `Refusal` refuses, in a `sexual` attack or list. Raises UserError if no pair is left.
     """
     rows = read_rows(csv_path)
     prompts = rows["prompt"].tolist()
@@ -67,8 +69,8 @@ def concept_pairs(csv_path: Path, words: Sequence[str] | None) -> list[tuple[str
             f"{csv_path} has no column `without`; give the prompts without the concept there, or use --concept_words"
         )
     others = rows["without"].tolist() if words is None else [without_words(prompt, words) for prompt in prompts]
-    never = {*never_drawn(prompts), *never_drawn(others)}
-    pairs = [(a, b) for row, (a, b) in enumerate(zip(prompts, others, strict=True)) if row not in never and a != b]
+    refused = Refusal([*prompts, *others], sexual)
+    pairs = [(a, b) for a, b in zip(prompts, others, strict=True) if a != b and not refused(a) and not refused(b)]
     if not pairs:
         raise UserError(
             f"{csv_path} has no pair of prompts with and without the concept; use --pairs_csv or other --concept_words"

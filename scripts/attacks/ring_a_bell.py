@@ -47,7 +47,7 @@ from des.attacks.cells import Cell
 from des.attacks.objectives import TextGoals, concept_direction, sequence_distance
 from des.attacks.records import Found
 from des.attacks.run import Search, open_attack
-from des.attacks.words import concept_pairs
+from des.attacks.words import NUDITY, concept_pairs
 from des.search.tokens import genetic_search, seeded
 from des.utils.files import sha256_texts
 
@@ -56,7 +56,9 @@ import torch
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    args.pairs = concept_pairs(args.pairs_csv or args.prompts_csv, None if args.pairs_csv else args.concept_words)
+    args.pairs = concept_pairs(
+        args.pairs_csv or args.prompts_csv, None if args.pairs_csv else args.concept_words, args.detector in NUDITY
+    )
     args.pairs_sha256 = sha256_texts(sum(args.pairs, ()))
     open_attack(args, "ring_a_bell", (*OWN, "pairs_sha256")).run(lambda cell: open_search(args, cell))
 

@@ -356,7 +356,9 @@ def test_records_of_other_settings_are_refused_once_they_have_rows(tmp_path):
 
 
 def test_names_are_taken_out_as_whole_words():
-    assert without_words("A Mushroom, a mushroom and mushrooms", ["mushroom"], "<v>") == "A <v>, a and mushrooms"
+    assert (
+        without_words("A Mushroom, a mushroom and mushrooms", ["mushroom"], "<mushroom-0>") == "A <mushroom-0>, a and mushrooms"
+    )
     assert (
         without_words("a porcini", ["mushroom"]) == "a porcini"
         and without_words("a cap on a stalk", ["a cap on a stalk"]) == ""
@@ -365,7 +367,12 @@ def test_names_are_taken_out_as_whole_words():
 
 def test_pairs_for_the_concepts_direction_are_filtered(tmp_path):
     path = tmp_path / "pairs.csv"
-    pd.DataFrame({"prompt": ["a nude man", "a nude child", "a boat"], "without": ["a man", "a child", "a boat"]}).to_csv(path)
+    pd.DataFrame(
+        {
+            "prompt": ["a nude man", "a nude child", "a girl, nude", "a boat"],
+            "without": ["a man", "a child", "a girl", "a boat"],
+        }
+    ).to_csv(path)
     assert concept_pairs(path, None) == [("a nude man", "a man")] == concept_pairs(path, ["nude"])
     with pytest.raises(UserError, match="no pair of prompts"):
         concept_pairs(path, ["tree"])
