@@ -201,7 +201,7 @@ def test_an_attack_writes_what_it_found_and_leaves_out_what_is_never_drawn(attac
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_what_is_never_drawn_is_not_found(attack, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(words.Refusal, "__call__", lambda self, text: text != PROMPTS[0])
+    monkeypatch.setattr(words.Refusal, "__call__", lambda self, text: text not in (PROMPTS[0], "a red"))
     done = attack(name, end_idx=1, concept_words=["house"] if name == "ring_a_bell" else None)
     if done.code == 0:
         content, found = results(tmp_path / name)
