@@ -91,7 +91,7 @@ def open_models(args: argparse.Namespace) -> Models:
     models.original = open_pipeline(models.base, dtype, args.model_type, args.scheduler)
     open_guidance(args, models.original)
     if models.base == args.model_path:
-        models.attacked = copied(models.original, models.base)
+        models.attacked = copied(models.original, models.base, bool(defence.unet_path or defence.adapter_path))
     else:
         models.attacked = open_pipeline(args.model_path, dtype, args.model_type, args.scheduler)
     models.protection = defence.apply(models.attacked)
@@ -101,11 +101,11 @@ def open_models(args: argparse.Namespace) -> Models:
     return models
 
 
-def copied(pipe: DiffusionPipeline, model_path: str) -> DiffusionPipeline:
-    """Return a copy of a pipeline whose text encoders, tokenizers and UNet may be changed; it shares all other components."""
-    twin = copy.copy(pipe)
+def copied(pipe: DiffusionPipeline, model_path: str, unet: bool) -> DiffusionPipeline:
+    """Return a copy of a pipeline whose text encoders, tokenizers and, if asked, UNet may be changed; it shares all other components."""
+    twin, changed = copy.copy(pipe), ("text_encoder", "unet") if unet else ("text_encoder",)
     for name, component in pipe.components.items():
-        if component is not None and name.startswith(("text_encoder", "unet")):
+        if component is not None and name.startswith(changed):
             setattr(twin, name, copy.deepcopy(component))
         elif component is not None and name.startswith("tokenizer"):  # deepcopy would lose the decoder of a CLIPTokenizer
             with loading(f"the {name} of {model_path}"):
