@@ -99,7 +99,7 @@ from des.evaluation.detectors.options import OUTPUT_NAMES, open_scorers
 from des.generation.defences import open_defence
 from des.generation.image_run import RunFolder, finish, lines_of, reserved, settings_of
 from des.generation.sampler import Sampler, batches, check_inputs, check_sizes, row_settings
-from des.models.learned_tokens import load_learned_tokens
+from des.models.learned_tokens import load_learned_tokens, read_learned_tokens
 from des.models.pipelines import family_of, open_pipeline, open_refiner, place, readers
 from des.models.shift import in_doubt
 from des.utils import cli, logs
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     logs.setup_logging(args.log_file, quiet=not processes.is_main)
     table = pd.DataFrame({"prompt": [args.prompt]}) if args.prompt is not None else read_rows(args.prompts_csv)
     prompts = table["prompt"].tolist()
-    check_placeholders(prompts, args.learned_tokens)
+    check_placeholders(prompts, read_learned_tokens(args.learned_tokens)[0] if args.learned_tokens else [])
     rows = rows_to_draw(prompts, args.start_idx, args.end_idx)
     dtype = settle(args)
     mode = "inpaint" if args.mask_images else "image" if args.init_images else "text"

@@ -162,7 +162,10 @@ def rows_to_draw(prompts: list[str], start: int = 0, end: int | None = None) -> 
     return kept
 
 
-def check_placeholders(prompts: list[str], learned_tokens: Path | None) -> None:
-    """Raise UserError if prompts name learned tokens and no file of them is given; they would be read as ordinary letters."""
-    if learned_tokens is None and any(map(PLACEHOLDER.search, prompts)):
-        raise UserError("these prompts contain learned tokens such as <learned-0-0>; pass their file with --learned_tokens")
+def check_placeholders(prompts: list[str], known: list[str]) -> None:
+    """Raise UserError if prompts name learned tokens that are not `known`, which would be read as letters, or none of those known."""
+    named = {token for prompt in prompts for token in PLACEHOLDER.findall(prompt)}
+    if unknown := sorted(named - set(known)):
+        raise UserError(f"these prompts contain the learned token {unknown[0]}; pass its file with --learned_tokens")
+    if known and not named:
+        raise UserError(f"no prompt contains a token of --learned_tokens, such as {known[0]}; leave the option out")

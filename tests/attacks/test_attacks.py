@@ -12,7 +12,7 @@ from des.attacks.objectives import Denoiser, TextGoals, concept_direction, poole
 from des.attacks.records import Found, Records, control_floor, lines_of, summary, write_csv
 from des.attacks.words import concept_pairs, without_words
 from des.generation.defences import ENCODER_OPTIONS
-from des.models.learned_tokens import load_learned_tokens, read_learned_tokens
+from des.models.learned_tokens import load_learned_tokens, read_learned_tokens, set_tokens
 from des.models.pipelines import encoder_modules, open_pipeline, text_encoder
 from des.search.soft import embedding_table
 from des.search.tokens import Vocabulary, genetic_search, seeded
@@ -128,8 +128,9 @@ class OneCell:
         return Vocabulary(encoder)
 
 
-def test_udas_loss_is_the_denoisers_under_the_drawn_tokens_before_the_prompt(pipe):
-    attack = UnlearnDiffAtk(OneCell(pipe), 2, 1, 4, 0.01, 0.1, "before", 0)
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_udas_loss_is_the_denoisers_under_the_drawn_tokens_beside_the_prompt(pipe, place):
+    attack = UnlearnDiffAtk(OneCell(pipe), 2, 1, 4, 0.01, 0.1, place, 0)
     assert attack.timesteps == [125, 375, 625, 875]
     clean = torch.randn(1, 4, 8, 8, generator=seeded(5))
 
@@ -140,7 +141,8 @@ def test_udas_loss_is_the_denoisers_under_the_drawn_tokens_before_the_prompt(pip
             return torch.eye(len(self.tokens))[None, [4, 7]], self.tokens[None, [4, 7]]
 
     found = attack.losses(Fixed(), [0], clean, 300, [seeded(9)])
-    ids = [*attack.vocabulary.before, *Fixed.tokens[[4, 7]].tolist(), *attack.vocabulary.encode(["a boat on a lake"])[0]]
+    parts = [Fixed.tokens[[4, 7]].tolist(), attack.vocabulary.encode(["a boat on a lake"])[0]]
+    ids = sum(parts if place == "before" else parts[::-1], attack.vocabulary.before)
     row = attack.encoder.tokenize([""])
     row[0, : len(ids)] = torch.tensor(ids)
     noise = torch.randn(clean.shape, generator=seeded(9))
@@ -276,6 +278,8 @@ def test_learned_tokens_draw_again_what_was_judged_and_are_refused_for_another_e
               "results_dir": tmp_path / "results", "output_path": "again", "batch_size": 2}  # fmt: skip
     refused = call("generate.py", *flags(**common))
     assert refused.failed_in_one_sentence and "--learned_tokens" in refused.err
+    unused = {**common, "prompts_csv": tmp_path / "prompts.csv", "learned_tokens": folder / "attack.safetensors"}
+    assert "no prompt contains a token" in call("generate.py", *flags(**unused)).err
     assert call("generate.py", *flags(**common, learned_tokens=folder / "attack.safetensors")).code == 0
     found = tmp_path / "results/none" / tiny_pipeline.name / "again"
     drawn = [np.asarray(Image.open(found / f"again_none_{i}p.png")) for i in range(3)]
@@ -415,3 +419,20 @@ def test_images_of_different_sizes_are_not_mixed(pipe):
     with pytest.raises(UserError, match="different image sizes"):
         Denoiser(pipe).latents(images)
     assert Denoiser(pipe).latents(images[1:]).shape == (1, 4, 8, 12)
+
+
+def test_a_learned_token_is_one_token_and_does_not_move_the_end_of_the_prompt(tiny_pipeline):
+    pipe = open_pipeline(str(tiny_pipeline), torch.float32)
+    pipe.text_encoder.eos_token_id = 2  # as in many published configurations; CLIP then takes the highest id for the end
+    vector = torch.full((1, embedding_table(pipe.text_encoder).shape[1]), 0.5)
+    ids = set_tokens(pipe, ["<learned-0-0>"], {"text_encoder": vector})["text_encoder"]
+    assert torch.equal(embedding_table(pipe.text_encoder)[ids], vector)
+    encoder = text_encoder(pipe, 1)
+    rows = encoder.tokenize(["a <learned-0-0> boat"])
+    assert (rows == ids[0]).sum() == 1
+    output = encoder.model(input_ids=rows)
+    end = rows[0].tolist().index(encoder.tokenizer.eos_token_id)
+    assert torch.equal(output.pooler_output[0], output.last_hidden_state[0, end])
+    table = len(embedding_table(pipe.text_encoder))
+    set_tokens(pipe, ["<learned-0-0>"], {"text_encoder": vector * 2})
+    assert len(embedding_table(pipe.text_encoder)) == table and torch.equal(embedding_table(pipe.text_encoder)[ids], vector * 2)

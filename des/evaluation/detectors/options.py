@@ -152,6 +152,7 @@ def open_scorers(args: argparse.Namespace) -> dict[str, Detector]:
 
 
 def open_named(args: argparse.Namespace, name: str) -> Detector:
+    """The detector of a name in DETECTORS."""
     if name in CLASSIFIERS:
         return open_classifier(args, name, f"ASR of {args.cls_class}", [args.cls_class])
     return {"nudenet": open_nudenet, "q16": open_q16}[name](args)
