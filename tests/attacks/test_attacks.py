@@ -295,6 +295,21 @@ def test_learned_tokens_draw_again_what_was_judged_and_are_refused_for_another_e
         read_learned_tokens(tiny_pipeline / "unet/diffusion_pytorch_model.safetensors")
 
 
+def test_each_restart_learns_tokens_of_its_own_once_for_all_processes(attack, tmp_path, monkeypatch):
+    monkeypatch.setattr(judging.Judge, "verdict", lambda self, image: False)  # so that every restart is used
+    options = {"restarts": 2, "objective": "embedding", "concept_words": None}
+    assert attack("concept_inversion", **options, end_idx=1).code == 0
+    path = tmp_path / "concept_inversion/attack.safetensors"
+    names, vectors, *_ = read_learned_tokens(path)
+    assert names == ["<learned-0-0>", "<learned-0-1>", "<learned-1-0>", "<learned-1-1>"]
+    assert not torch.allclose(vectors["text_encoder"][:2], vectors["text_encoder"][2:], atol=1e-3)
+    before = path.read_bytes()
+    assert attack("concept_inversion", **options, start_idx=1).code == 0 and path.read_bytes() == before
+    content, found = results(tmp_path / "concept_inversion")
+    assert content["rows"] == [0, 1, 3] and content["cells"]["attack"]["cost"]["images"] == 6 and content["too_weak_to_tell"]
+    assert all(text.startswith("<learned-1-0> <learned-1-1> ") for text in found["prompt"])
+
+
 @pytest.mark.parametrize("name", ["sdxl", "sd_v3", "flux"])
 def test_text_encoders_of_other_families_are_attacked(attack, family, tmp_path, name):
     common = {"model_path": family(name), "end_idx": 1, "concept_words": None, "height": 16, "width": 16}
