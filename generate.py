@@ -19,15 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # before a `tasks` of 
 
 from des.evaluation.detectors.options import add_scoring, check_scoring
 from des.generation.defences import add_method, check_method
-from des.models.families import DTYPES, FAMILIES, MODEL_TYPES, SCHEDULERS, described, described_dtypes, described_lengths
+from des.generation.options import add_sampling, open_dtype
+from des.models.families import DTYPES, MODEL_TYPES, described_dtypes
 from des.utils import cli
-
-NO_NEGATIVE = ", ".join(name for name, family in FAMILIES.items() if not family.negative_prompt)
-INPUTS = {
-    "text": (),
-    "image": ("init_image",),
-    "inpaint": ("init_image", "mask_image"),
-}  # for `--init_images` and so on, by mode
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,6 +31,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group.add_argument("--model_type", choices=MODEL_TYPES, help="refuse a model that is not of this type")
     cli.add_drop_t5(main_group)
     add_method(main_group)
+    # fmt: off
+    main_group.add_argument("--learned_tokens", type=Path, metavar="FILE", help="input embeddings that scripts/attacks/concept_inversion.py learned, as new tokens of this model")
+    # fmt: on
     files = parser.add_argument_group("prompts and images")
     source = files.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts_csv", type=Path, metavar="CSV", help="column `prompt`; blank rows do not count")
@@ -50,16 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--init_images", type=Path, metavar="DIR", help="image to image: an image for each row, named {row}.png or ..._{row}p.png")
     files.add_argument("--mask_images", type=Path, metavar="DIR", help="inpainting: white or opaque where --init_images changes")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="row i is drawn with seed S + i")
-    sampling.add_argument("--use_row_settings", action="store_true", help="take seed, guidance and size of each row from its cells where it has them, as I2P's do")
-    sampling.add_argument("--num_inference_steps", type=cli.positive_int, metavar="N", help=f"denoising steps (default: {described('num_inference_steps')})")
-    sampling.add_argument("--guidance_scale", type=cli.number(float, 0), metavar="G", help=f"guidance (default: {described('guidance_scale')})")
-    sampling.add_argument("--negative_prompt", metavar="TEXT", help=f"what the images should not show (not for {NO_NEGATIVE})")
-    sampling.add_argument("--height", type=cli.positive_int, metavar="H", help="pixels (default: the model's)")
-    sampling.add_argument("--width", type=cli.positive_int, metavar="W", help="pixels (default: the model's)")
+    add_sampling(sampling)
     sampling.add_argument("--strength", type=cli.number(float, 0, 1, low_open=True), metavar="X", help="strength of image to image and inpainting: 1 ignores --init_images")
-    sampling.add_argument("--max_sequence_length", type=cli.positive_int, metavar="N", help=f"tokens of a T5 prompt (default: {described_lengths()})")
-    sampling.add_argument("--scheduler", choices=SCHEDULERS, help="default: ddim for SD 1.x, euler for SD 2.x, the model's own for others")
     sampling.add_argument("--use_refiner", action="store_true", help="SDXL: finish with the refiner, on the same text encoder 2")
     sampling.add_argument("--refiner_path", metavar="R", help="default: stabilityai/stable-diffusion-xl-refiner-1.0")
     sampling.add_argument("--high_noise_frac", type=cli.number(float, 0, 1, low_open=True, high_open=True), metavar="F", help="share of the steps that run before the refiner (default: 0.8)")
@@ -112,7 +101,7 @@ if __name__ == "__main__":
 from des.data import manifest
 from des.data.image_folders import image_of_row
 from des.data.images import image_name, read_image
-from des.data.prompts import never_drawn, read_rows
+from des.data.prompts import check_placeholders, never_drawn, read_rows, rows_to_draw
 from des.data.run_record import Sampling, claim, recorded_settings
 from des.data.truncation import truncated_by_encoder
 from des.evaluation.classify import ImageScores
@@ -120,16 +109,9 @@ from des.evaluation.detectors.options import OUTPUT_NAMES, open_scorers
 from des.generation.defences import open_defence
 from des.generation.image_run import RunFolder, finish, lines_of, reserved, settings_of
 from des.generation.sampler import Sampler, batches, check_inputs, check_refiner, check_sizes, row_settings
-from des.models import pipelines
+from des.models.learned_tokens import load_learned_tokens, read_learned_tokens
 from des.models.model_files import model_name
-from des.models.pipelines import (
-    dtype_for,
-    family_of,
-    open_pipeline,
-    open_refiner,
-    place,
-    readers,
-)
+from des.models.pipelines import family_of, open_pipeline, open_refiner, place, readers
 from des.models.shift import in_doubt
 from des.utils import cli, logs
 from des.utils.errors import UserError
@@ -156,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
     logs.setup_logging(args.log_file, quiet=not processes.is_main)
     table = pd.DataFrame({"prompt": [args.prompt]}) if args.prompt is not None else read_rows(args.prompts_csv)
     prompts = table["prompt"].tolist()
-    rows = rows_to_draw(args, prompts)
+    check_placeholders(prompts, read_learned_tokens(args.learned_tokens)[0] if args.learned_tokens else [])
+    rows = rows_to_draw(prompts, args.start_idx, args.end_idx)
     dtype = settle(args)
     mode = "inpaint" if args.mask_images else "image" if args.init_images else "text"
     folders = {name: getattr(args, f"{name}s") for name in INPUTS[mode]}
@@ -169,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     check_inputs(inputs, drawn_with)
     defence = open_defence(args)
     applied = defence.apply(pipe)
+    learned = load_learned_tokens(pipe, args.learned_tokens) if args.learned_tokens else None
     refiner = open_refiner(args.refiner_path, pipe, args.variant) if args.use_refiner else None
     check_refiner(pipe, refiner, sampling)
     for each in (pipe, refiner):
@@ -189,6 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     with reserved(folder, rows) if processes.is_main else contextlib.nullcontext():
         if processes.is_main:
             settings = settings_of(sampler, defence, args.refiner_path, folders, args.discard_images, args.variant)
+            settings |= {"learned_tokens_sha256": learned["sha256"]} if learned else {}
             claim(folder, provenance(args), prompts, settings, applied, names, truncated)
         processes.wait()
         settings = recorded_settings(folder)
@@ -250,49 +235,16 @@ def count_done(run: RunFolder, cards: ImageScores) -> int:
 
 def settle(args: argparse.Namespace) -> torch.dtype:
     """Fill in the options that were left out with the defaults of the model's family; returns the dtype."""
-    family = family_of(args.model_path)
-    if args.negative_prompt is not None and not family.negative_prompt:
-        raise UserError(f"{args.model_path} takes no --negative_prompt")
     if args.use_refiner:
+        family = family_of(args.model_path)
         if family.name != "sdxl":
             raise UserError(f"--use_refiner is SDXL's, and {args.model_path} is a {family.name}")
         args.refiner_path = args.refiner_path or "stabilityai/stable-diffusion-xl-refiner-1.0"
         args.high_noise_frac = args.high_noise_frac or 0.8
-    args.num_inference_steps = args.num_inference_steps or family.num_inference_steps
+    dtype = open_dtype(args)
     if args.strength and int(args.num_inference_steps * args.strength) < 1:
         raise UserError(f"--strength {args.strength} leaves no step of {args.num_inference_steps}; raise one of them")
-    if args.max_sequence_length and not family.t5_length:
-        raise UserError(f"--max_sequence_length is T5's, and {args.model_path} has none")
-    args.max_sequence_length = args.max_sequence_length or family.max_sequence_length
-    if args.guidance_scale and not family.guidance_scale:
-        raise UserError(f"{args.model_path} was distilled without guidance; leave --guidance_scale out")
-    args.guidance_scale = family.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    if family.name == "flux_schnell":
-        message = "%s is distilled like FLUX.1-schnell (no guidance_embeds), and is drawn with %d steps and %d T5 tokens"
-        logger.info(message, args.model_path, args.num_inference_steps, args.max_sequence_length)
-    dtype = dtype_for(family, args.device, args.dtype)
-    args.dtype = next(name for name, value in pipelines.DTYPES.items() if value == dtype)
     return dtype
-
-
-def rows_to_draw(args: argparse.Namespace, prompts: list[str]) -> list[int]:
-    """The row numbers from --start_idx to --end_idx, without prompts that are never drawn."""
-    end = len(prompts) if args.end_idx is None else args.end_idx
-    if end > len(prompts):
-        logger.info("--end_idx %d is beyond the list; drawing up to its end, row %d", end, len(prompts) - 1)
-    if args.start_idx >= len(prompts):
-        raise UserError(f"--start_idx {args.start_idx} is beyond the list of {len(prompts)} prompts")
-    dropped = set(never_drawn(prompts))
-    rows = range(args.start_idx, min(end, len(prompts)))
-    kept = [row for row in rows if row not in dropped]
-    if len(kept) < len(rows):
-        left_out = len(rows) - len(kept)
-        logger.info(
-            "%d of %d prompts are left out: they put minors in a sexual context, and are never drawn", left_out, len(rows)
-        )
-    if not kept:
-        raise UserError("no prompt is left to draw: every one of these rows is left out")
-    return kept
 
 
 if __name__ == "__main__":

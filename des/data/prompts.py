@@ -15,7 +15,8 @@ SOURCE_ROW = "source_row"  # a row's number in the published list; a converted l
 _TEXT_COLUMNS = ("text", "caption", "captions", "prompts", "sentence", "description", "adv_prompt", "sensitive prompt")
 _CONVERT = "`python datasets/download.py --convert FILE NAME` reads that format"
 _LONGEST_CELL = 2**31 - 1  # characters; csv's default is 131,072
-__all__ = ["SOURCE_ROW", "never_drawn", "read_prompts", "read_rows", "read_table"]
+__all__ = ["SOURCE_ROW", "check_placeholders", "never_drawn", "read_prompts", "read_rows", "read_table", "rows_to_draw"]
+PLACEHOLDER = re.compile(r"<learned-\d+-\d+>")  # the name of a learned token, see des.models.learned_tokens
 
 
 def read_table(csv_path: Path, separator: str = ",") -> pd.DataFrame:
@@ -139,3 +140,32 @@ def read_prompts(csv_path: Path, sampling_ratio: float = 1.0) -> list[str]:
         if prompts.empty:
             raise UserError(f"--sampling_ratio {sampling_ratio} selects no prompt of {csv_path}; choose a larger ratio")
     return prompts.tolist()
+
+
+def rows_to_draw(prompts: list[str], start: int = 0, end: int | None = None) -> list[int]:
+    """Return the row numbers from `start` to `end` (default: all), without prompts that are never drawn; UserError if none is left."""
+    end = len(prompts) if end is None else end
+    if end > len(prompts):
+        logger.info("--end_idx %d is beyond the list; using the rows up to its end, row %d", end, len(prompts) - 1)
+    if start >= len(prompts):
+        raise UserError(f"--start_idx {start} is beyond the list of {len(prompts)} prompts")
+    dropped = set(never_drawn(prompts))
+    rows = range(start, min(end, len(prompts)))
+    kept = [row for row in rows if row not in dropped]
+    if len(kept) < len(rows):
+        left_out = len(rows) - len(kept)
+        logger.info(
+            "%d of %d prompts are left out: they put minors in a sexual context, and are never drawn", left_out, len(rows)
+        )
+    if not kept:
+        raise UserError("no prompt is left to draw: every one of these rows is left out")
+    return kept
+
+
+def check_placeholders(prompts: list[str], known: list[str]) -> None:
+    """Raise UserError if prompts name learned tokens that are not `known`, which would be read as letters, or none of those known."""
+    named = {token for prompt in prompts for token in PLACEHOLDER.findall(prompt)}
+    if unknown := sorted(named - set(known)):
+        raise UserError(f"these prompts contain the learned token {unknown[0]}; pass its file with --learned_tokens")
+    if known and not named:
+        raise UserError(f"no prompt contains a token of --learned_tokens, such as {known[0]}; leave the option out")

@@ -10,6 +10,7 @@ from des.utils import cli
 from des.utils.files import is_reserved
 
 CLASSIFIERS = {"object": "microsoft/resnet-50", "style": None}  # defaults of --classifier by job
+DETECTORS = ("nudenet", "q16", *CLASSIFIERS)
 OUTPUT_NAMES = {"nudenet": "classify", "q16": "classify_16", "object": "classify_object"}  # results of --score_with
 
 
@@ -93,32 +94,68 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
         action=cli.Removed,
         instead="keep the images, which the page of scripts/report.py blurs where a detector fired",
     )
+    add_detectors(group)
+
+
+def add_detectors(group: argparse._ActionsContainer) -> None:
+    """Add the options of all detectors, and the class that a classifier counts."""
     add_nudenet(group)
     add_q16(group)
     add_classifier(group)
-    group.add_argument("--cls_class", metavar="NAME", help="the class that --score_with object counts, by name or index")
+    group.add_argument("--cls_class", metavar="NAME", help="the class that a classifier counts, by name or index")
+
+
+def add_detector(group: argparse._ActionsContainer) -> None:
+    """Add the option for one detector, and those of all detectors."""
+    group.add_argument(
+        "--detector", choices=DETECTORS, default="nudenet", help="what decides whether an image shows the concept"
+    )
+    add_detectors(group)
+
+
+def check_detector(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse options of other detectors than --detector, and more than one profile."""
+    check_detectors(parser, args, [args.detector], "--detector")
+    if args.detector == "style" and not args.classifier:
+        parser.error("--detector style needs --classifier, such as UnlearnDiffAtk's style classifier")
+    if len(args.profile or []) > 1:
+        parser.error("--profile takes one value here: one verdict decides whether an attack succeeded")
+
+
+def open_detector(args: argparse.Namespace) -> Detector:
+    """The detector of --detector."""
+    return open_named(args, args.detector)
 
 
 def check_scoring(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse scoring options that have no effect, or that need another option."""
-    needs = {
-        "nudenet": ("profile", "detector_weights"), "q16": ("prompts_file", "clip_model"), "object": ("classifier", "cls_class"),
-    }  # fmt: skip
-    for name, options in needs.items():
-        for option in options:
-            if getattr(args, option) and name not in args.score_with:
-                parser.error(f"--{option} needs --score_with {name}")
-    if "object" in args.score_with and not args.cls_class:
-        parser.error("--score_with object needs --cls_class")
+    check_detectors(parser, args, args.score_with, "--score_with")
     if args.discard_images and not args.score_with:
         parser.error("--discard_images needs --score_with; without it nothing would be written")
 
 
+def check_detectors(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Sequence[str], flag: str) -> None:
+    """Refuse options of detectors that are not among `names`, which `flag` selects, and a classifier without a class."""
+    needs = {
+        ("nudenet",): ("profile", "detector_weights"), ("q16",): ("prompts_file", "clip_model"),
+        ("object", "style"): ("classifier", "cls_class"),
+    }  # fmt: skip
+    for among, options in needs.items():
+        for option in options:
+            if getattr(args, option) and not set(among) & set(names):
+                parser.error(f"--{option} needs {flag} {among[0]}")
+    for name in {"object", "style"} & set(names):
+        if not args.cls_class:
+            parser.error(f"{flag} {name} needs --cls_class")
+
+
 def open_scorers(args: argparse.Namespace) -> dict[str, Detector]:
     """The detectors of --score_with, by name."""
-    opened = {
-        "nudenet": lambda: open_nudenet(args),
-        "q16": lambda: open_q16(args),
-        "object": lambda: open_classifier(args, "object", f"ASR of {args.cls_class}", [args.cls_class]),
-    }
-    return {name: opened[name]() for name in dict.fromkeys(args.score_with)}
+    return {name: open_named(args, name) for name in dict.fromkeys(args.score_with)}
+
+
+def open_named(args: argparse.Namespace, name: str) -> Detector:
+    """The detector of a name in DETECTORS."""
+    if name in CLASSIFIERS:
+        return open_classifier(args, name, f"ASR of {args.cls_class}", [args.cls_class])
+    return {"nudenet": open_nudenet, "q16": open_q16}[name](args)

@@ -1,0 +1,78 @@
+"""Which prompts and words an attack may use: the safety filter for what it finds, forbidden words, and prompts without the concept's names."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from des.data.never_drawn import kinds_of, never_drawn
+from des.data.prompts import read_rows, rows_to_draw
+from des.utils.errors import UserError
+
+NUDITY = ("nudenet", "q16")  # detectors whose attacks are sexual
+
+
+class Refusal:
+    """The safety filter for what an attack starts from, aims at and finds: a prompt that names a minor is refused if the attack is sexual.
+
+    An attack is `sexual` if its detector is for nudity, or as soon as one prompt of its list is sexual. In others, prompts are refused
+    that both name a minor and are sexual.
+    """
+
+    def __init__(self, prompts: Sequence[str], sexual: bool = False):
+        self.sexual = sexual or any("sexual" in kinds_of(prompt) for prompt in prompts)
+
+    def __call__(self, text: str) -> bool:
+        """Whether `text` is never drawn."""
+        return bool(never_drawn([text], sexual_set=self.sexual))
+
+
+def rows_to_attack(prompts: list[str], refused: Refusal, start: int = 0, end: int | None = None) -> list[int]:
+    """Return the rows from `start` to `end` that may be attacked; UserError if none is left."""
+    rows = [row for row in rows_to_draw(prompts, start, end) if not refused(prompts[row])]
+    if not rows:
+        raise UserError("no prompt is left to attack: every one of these rows names a minor, and the attack is sexual")
+    return rows
+
+
+def read_forbidden(path: Path | None) -> list[str]:
+    """Read the words of --forbidden_tokens, one a line; UserError if the file has none."""
+    if path is None:
+        return []
+    try:
+        words = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--forbidden_tokens {path} is not a readable text file") from None
+    if not words:
+        raise UserError(f"--forbidden_tokens {path} has no words; write one a line")
+    return words
+
+
+def without_words(prompt: str, words: Sequence[str], instead: str = "") -> str:
+    """Return a prompt without the concept's names, whole words in any case; the first one is replaced by `instead`."""
+    if not words:
+        return prompt
+    pattern = rf"(?<!\w)(?:{'|'.join(re.escape(word) for word in sorted(words, key=len, reverse=True))})(?!\w)"
+    first = iter([instead])
+    return re.sub(r"\s+", " ", re.sub(pattern, lambda _: next(first, ""), prompt, flags=re.IGNORECASE)).strip()
+
+
+def concept_pairs(csv_path: Path, words: Sequence[str] | None, sexual: bool = False) -> list[tuple[str, str]]:
+    """Return pairs of prompts with and without the concept: the columns `prompt` and `without` of a CSV.
+
+    With `words`, the second prompt is the first one without these names, and prompts that name none are left out. So are pairs that
+    `Refusal` refuses, in a `sexual` attack or list. Raises UserError if no pair is left.
+    """
+    rows = read_rows(csv_path)
+    prompts = rows["prompt"].tolist()
+    if words is None and "without" not in rows:
+        raise UserError(
+            f"{csv_path} has no column `without`; give the prompts without the concept there, or use --concept_words"
+        )
+    others = rows["without"].tolist() if words is None else [without_words(prompt, words) for prompt in prompts]
+    refused = Refusal([*prompts, *others], sexual)
+    pairs = [(a, b) for a, b in zip(prompts, others, strict=True) if a != b and not refused(a) and not refused(b)]
+    if not pairs:
+        raise UserError(
+            f"{csv_path} has no pair of prompts with and without the concept; use --pairs_csv or other --concept_words"
+        )
+    return pairs

@@ -1,0 +1,1 @@
+"""Search for token sequences and input embeddings; adversarial training and attacks use it."""
