@@ -416,7 +416,7 @@ def test_a_defence_of_the_unet_changes_the_attacked_pipeline_only(tiny_pipeline,
     whole = {name: tensor + 0.02 for name, tensor in open_pipeline(str(tiny_pipeline), torch.float32).unet.state_dict().items()}
     save_file(whole, tmp_path / "unet.safetensors")
     options = dict.fromkeys(("dtype", "negative_prompt", "base_model_path", "adapter_path", "model_type", "scheduler", "max_sequence_length",
-                             "num_inference_steps", "guidance_scale", *ENCODER_OPTIONS.values()))  # fmt: skip
+                             "num_inference_steps", "guidance_scale", "variant", *ENCODER_OPTIONS.values()))  # fmt: skip
     options |= {"model_path": str(tiny_pipeline), "training_method": "salun", "unet_path": tmp_path / "unet.safetensors"}
     models = open_models(Namespace(**options, device=torch.device("cpu")))
     assert torch.equal(models.attacked.unet.conv_in.weight, models.original.unet.conv_in.weight + 0.02)
