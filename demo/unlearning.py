@@ -68,11 +68,11 @@ def train_uce(
     In an unsafe prompt, each token from the first word on that no safe prompt contains is mapped to what the original projection
     makes of the token at its place in the empty prompt. The tokens of safe prompts keep what the projection makes of them.
     """
-    encoder = text_encoder(pipe, 1, "pipeline")
+    encoder, safe_words = text_encoder(pipe, 1, "pipeline"), {word for prompt in safe for word in prompt.split()}
     with torch.no_grad():
         kept = torch.cat(list(encoder.encode(list(safe), 256))).flatten(0, 1).clone()
         embedded = torch.cat(list(encoder.encode(list(unsafe), 256)))
-        starts = torch.tensor([_first_unsafe_token(encoder, prompt, words_of(safe)) for prompt in unsafe])
+        starts = torch.tensor([_first_unsafe_token(encoder, prompt, safe_words) for prompt in unsafe])
         edited = torch.arange(encoder.length)[None] >= starts[:, None]
         anchors = embed(encoder, [""]).expand_as(embedded)[edited]
         concepts = embedded[edited].clone()
@@ -170,11 +170,6 @@ def predict(unet: nn.Module, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor
 def embed(encoder: TextEncoder, prompts: Sequence[str]) -> Tensor:
     """Return the embeddings [prompts, tokens, hidden] that the pipeline feeds to its UNet, without gradients."""
     return encoder(encoder.tokenize(list(prompts)))
-
-
-def words_of(prompts: Sequence[str]) -> set[str]:
-    """Return the words of a list of prompts."""
-    return {word for prompt in prompts for word in prompt.split()}
 
 
 def _first_unsafe_token(encoder: TextEncoder, prompt: str, safe_words: set[str]) -> int:

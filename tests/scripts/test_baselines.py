@@ -46,7 +46,7 @@ def test_the_closed_form_of_uce_is_the_least_squares_solution(erase, preserve, r
 
 def test_uce_edits_an_unsafe_prompt_from_its_first_unsafe_word_on():
     encoder = text_encoder(open_pipeline(str(PIPELINE), torch.float32), 1, "pipeline")
-    safe = unlearning.words_of(["a red ball on a beach"])
+    safe = {"a", "red", "ball", "on", "beach"}
     before = len(encoder.tokenizer("a red").input_ids) - 1  # without the end of the text
     assert unlearning._first_unsafe_token(encoder, "a red mushroom on a beach", safe) == before
     assert unlearning._first_unsafe_token(encoder, "a red ball", safe) == before  # no such word: the last one
