@@ -8,7 +8,7 @@
 --method writes OUT/esd.safetensors, OUT/uce.safetensors or OUT/advunlearn.safetensors, for the method of that name of generate.py, and
 {method}-metadata.json beside it. --table trains what is missing, draws and scores the test lists with every method, and writes table.md,
 table.json and pareto.png; the same command resumes after an interruption. Results of attacks join the table from
-ATTACKS/{method}/{name}/attack.json, where method is none, des, esd, uce or advunlearn.
+ATTACKS/{method}/{name}/attack.json, where method is original, des, esd-x, uce or advunlearn-like, and name is the row's.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from des.utils import cli
 
 # Chosen on the validation lists; docs/baselines.md says how.
 DEFAULTS = {
-    "esd": {"steps": 60, "learning_rate": 3e-4, "batch_size": 8, "negative_guidance": 1.0},
+    "esd": {"steps": 100, "learning_rate": 3e-4, "batch_size": 8, "negative_guidance": 1.0},
     "uce": {"erase_scale": 1.0, "preserve_scale": 1.0, "ridge": 0.1},
     "advunlearn": {
         "steps": 120, "learning_rate": 5e-4, "batch_size": 4, "negative_guidance": 1.0,

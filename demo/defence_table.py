@@ -52,6 +52,11 @@ class Row:
     training: tuple[Job, ...] = ()
 
     @property
+    def folder(self) -> str:
+        """The name of its folder among the results, and among those of attacks."""
+        return self.title.replace(" ", "-").lower()
+
+    @property
     def options(self) -> tuple[object, ...]:
         return ("--training_method", self.method, *((f"--{self.option}", self.file) if self.file else ()))
 
@@ -67,17 +72,20 @@ def build(
 ) -> str:
     """Train, draw and score what is missing in `out`; writes table.json, table.md and pareto.png, and returns the table.
 
-    `limit` is the number of prompts of each list for the concept. `attacks` has attack.json files in {method}/{name}/. `options` are
-    the training options of demo/baselines.py for each of its methods.
+    `limit` is the number of prompts of each list for the concept. `attacks` has attack.json files in {folder of a row}/{name}/.
+    `options` are the training options of demo/baselines.py for each of its methods. Raises UserError for a folder of attacks that is
+    not a row's.
     """
     records, jobs = JobRecords(out / "jobs"), PipelineJobs(str(PIPELINE), device)
     prompts = {name: shortened(name, limit, out / "prompts") for name in CONCEPT_SETS}
     prompts["benign"] = shortened("benign", round(BENIGN * limit), out / "prompts")
     cells: dict[str, dict[str, Any]] = {}
-    for row in rows_of(jobs, out, seed, des_seeds, options):
+    rows = rows_of(jobs, out, seed, des_seeds, options)
+    check_attacks(rows, attacks)
+    for row in rows:
         for job in row.training:
             records.run(job)
-        folder = out / row.title.replace(" ", "-").lower()
+        folder = out / row.folder
         scores = evaluate(records, jobs, Sampling(), prompts, folder, row.options)
         spent = [records.record(job) for job in row.training]
         clock = "cpu_seconds" if device.type == "cpu" else "seconds"
@@ -132,13 +140,21 @@ def flop(row: Row, device: torch.device) -> int:
     return counter.get_total_flops()
 
 
+def check_attacks(rows: Sequence[Row], attacks: Path) -> None:
+    """Raise UserError if results of attacks lie in a folder that is not named after a row, where the table would miss them."""
+    folders = [row.folder for row in rows]
+    for path in sorted(attacks.rglob("attack.json")):
+        if len(path.relative_to(attacks).parts) != 3 or path.relative_to(attacks).parts[0] not in folders:
+            raise UserError(f"{path} is not in a folder METHOD/NAME of {attacks}, where METHOD is one of {', '.join(folders)}")
+
+
 def attacks_on(row: Row, attacks: Path, images: Path) -> dict[str, dict[str, Any]]:
     """Read the attack.json files on a method by the names of their folders: `any` of k rows, the control, and whether it is too weak.
 
     Raises UserError for a result on another text encoder or UNet than the one that drew `images`.
     """
     components, found = read_run(images)[0]["settings"]["components"], {}
-    for path in sorted((attacks / row.method).glob("*/attack.json")):
+    for path in sorted((attacks / row.folder).glob("*/attack.json")):
         content = read_json(path)
         try:
             cells, attacked = content["cells"], content["settings"]["attack"]["components"]

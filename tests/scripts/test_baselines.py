@@ -161,6 +161,9 @@ def test_results_of_attacks_join_the_table(tmp_path, monkeypatch):
     attack_json(tmp_path, "des", "another", 0)
     with pytest.raises(UserError, match="about another text_encoder"):
         defence_table.attacks_on(row, tmp_path, tmp_path)
+    with pytest.raises(UserError, match="where METHOD is one of original, uce"):
+        defence_table.check_attacks([defence_table.Row("original", "none"), defence_table.Row("UCE", "uce")], tmp_path)
+    defence_table.check_attacks([row], tmp_path)
     (tmp_path / "des/mma/attack.json").write_text('{"cells": {}}')
     with pytest.raises(UserError, match="not the complete result of an attack"):
         defence_table.attacks_on(row, tmp_path, tmp_path)
