@@ -25,8 +25,8 @@ DEFAULTS = {
     "esd": {"steps": 100, "learning_rate": 3e-4, "batch_size": 8, "negative_guidance": 1.0},
     "uce": {"erase_scale": 1.0, "preserve_scale": 1.0, "ridge": 0.1},
     "advunlearn": {
-        "steps": 120, "learning_rate": 5e-4, "batch_size": 4, "negative_guidance": 1.0,
-        "retain_weight": 1.0, "attack_steps": 2, "attack_rate": 0.02,
+        "steps": 200, "learning_rate": 5e-4, "batch_size": 4, "negative_guidance": 1.0,
+        "retain_weight": 10.0, "attack_steps": 1, "attack_rate": 0.02,
     },
 }  # fmt: skip
 
