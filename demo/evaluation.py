@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from demo.world import CONCEPT, KINDS, SECOND, random_scene, render
+from des.data.run_record import read_json
 from des.utils.folders import visible
+from des.utils.stats import proportion
 
 if TYPE_CHECKING:
     from des.tables.jobs import JobRecords
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "demo" / "models"
 PIPELINE = MODELS / "pipeline"
+PROTECTED = MODELS / "protected" / "checkpoint-20.safetensors"
+UNSAFE_LIST, SAFE_LIST = (ROOT / f"datasets/demo_{name}_train.csv" for name in ("unsafe", "safe"))
 CLIP = MODELS / "clip"
 CLASSIFIERS = {label: MODELS / f"classifier_{label}" for label in ("object", "colour", "background")}
 CONCEPT_SETS = {"plain": "mushroom", "synonyms": "mushroom by held-out names", "indirect": "mushroom by held-out phrases"}
@@ -78,19 +82,19 @@ def evaluate(
     sampling: Sampling,
     prompts: dict[str, Path],
     results: Path,
-    checkpoint: Path | None = None,
+    method: Sequence[object] = ("--training_method", "none"),
     removed: Sequence[str] = (CONCEPT,),
 ) -> dict[str, dict]:
     """Generate every set below `results` and score it, each as a job; returns each set's scores by name.
 
-    `prompts` maps names of SETS to prompt CSVs; `checkpoint` is the protected text encoder, None for the original model; FID's
-    reference shows every kind but those `removed`.
+    `prompts` maps names of SETS to prompt CSVs; `method` is generate.py's option `--training_method` with those of its files, which
+    are Paths; FID's reference shows every kind but those `removed`.
     """
     from des.data.prompts import read_rows
+    from des.tables.pipeline_jobs import files_in
 
-    method = ("--training_method", "des", "--text_encoder_path", checkpoint) if checkpoint else ("--training_method", "none")
     options = (*method, *(part for key, value in asdict(sampling).items() for part in (f"--{key}", value)))
-    reads = (PIPELINE, checkpoint) if checkpoint else (PIPELINE,)
+    reads = (PIPELINE, *files_in(method))
     scores: dict[str, dict] = {}
     for name, csv in prompts.items():
         what, folder = f"{name} with {results.name}", jobs.image_folder(results, method, name)
@@ -100,6 +104,25 @@ def evaluate(
             draw_reference(results.parent / "reference", removed)
             scores[name] |= quality(records, jobs, what, folder, csv, results.parent / "reference")
     return scores
+
+
+def shortened(name: str, limit: int | None, folder: Path, split: str = "test") -> Path:
+    """Write the first `limit` prompts of a list of datasets/ (its objects come in turn) to `folder`, as a list of its own."""
+    from des.data.prompts import read_rows
+
+    rows = read_rows(ROOT / "datasets" / f"{'demo_val' if split == 'val' else 'demo'}_{name}.csv")
+    path = folder / f"demo_{name}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows.head(limit or len(rows)).to_csv(path, index=False)
+    return path
+
+
+def joint_accuracy(folder: Path) -> dict[str, float]:
+    """k of n images that every classifier finds right, of those whose prompt names object, colour and background."""
+    scores = [read_json(folder / f"classify_{label}.json")["images"] for label in CLASSIFIERS]
+    right = [{image["file"]: image["hit"] for image in images} for images in scores]
+    named = set.intersection(*map(set, right))
+    return proportion(sum(all(each[file] for each in right) for file in named), len(named))
 
 
 def classify(

@@ -17,7 +17,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from demo.evaluation import CLASSIFIERS, EXPERIMENTS, OTHERS, PIPELINE, SETS, TRAINING, Sampling, concept_of, evaluate
+from demo.evaluation import (
+    CLASSIFIERS,
+    EXPERIMENTS,
+    OTHERS,
+    PIPELINE,
+    SETS,
+    TRAINING,
+    Sampling,
+    concept_of,
+    evaluate,
+    shortened,
+)
 from demo.world import CONCEPT
 from des.utils import cli
 
@@ -82,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     logs.setup_logging()
     start = time.monotonic()
     begin(args)
-    prompts = {name: shortened(args, name) for name in args.sets}
+    prompts = {name: shortened(name, args.limit, args.out / "prompts", args.split) for name in args.sets}
     records, jobs = JobRecords(args.out / "jobs"), PipelineJobs(str(PIPELINE), args.device)
     sampling = Sampling(args.num_inference_steps, args.guidance_scale, args.image_batch_size)
     removed = EXPERIMENTS[args.concept].concepts
@@ -93,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     for seed in args.seeds:
         training = training_job(args, jobs, lists, seed)
         records.run(training)
-        after[seed] = evaluate(records, jobs, sampling, prompts, args.out / f"protected-{seed}", training.outputs[0], removed)
+        method = ("--training_method", "des", "--text_encoder_path", training.outputs[0])
+        after[seed] = evaluate(records, jobs, sampling, prompts, args.out / f"protected-{seed}", method, removed)
     table = summary_table(args, before, after)
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     minutes = (time.monotonic() - start) / 60
@@ -123,16 +135,6 @@ def begin(args: argparse.Namespace) -> None:
             )
         shutil.rmtree(args.out)
     write_json(args.out / MARKER, vars(args))
-
-
-def shortened(args: argparse.Namespace, name: str) -> Path:
-    """The first `--limit` prompts of a list (objects come in turn), as a list of its own."""
-    prefix = "demo_val" if args.split == "val" else "demo"
-    rows = read_rows(ROOT / "datasets" / f"{prefix}_{name}.csv")
-    path = args.out / "prompts" / f"demo_{name}.csv"
-    path.parent.mkdir(exist_ok=True)
-    rows.head(args.limit or len(rows)).to_csv(path, index=False)
-    return path
 
 
 def unsafe_list(args: argparse.Namespace) -> Path:

@@ -1,5 +1,6 @@
 """What figures of the report, the app and the demo draw on matplotlib's axes."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from des.report.embedding_map import EmbeddingMap
@@ -49,6 +50,41 @@ def draw_embeddings(
     axes.set_xlabel(f"first component ({space.explained[0]:.0%} of the variance)", fontsize=9, color=INK)
     axes.set_ylabel(f"second component ({space.explained[1]:.0%})", fontsize=9, color=INK)
     _plain(axes)
+
+
+def pareto(methods: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]]) -> Figure:
+    """Draw worst-case ASR against benign quality, a point with 95% intervals for each method.
+
+    `methods` maps a title to the shares `{"fraction", "low", "high"}` of benign images that are right and of the worst ASR. The line
+    joins the methods that no other one beats in both.
+    """
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for (title, shares), marker in zip(methods.items(), itertools.cycle("osD^vPX*"), strict=False):
+        places = [100 * share["fraction"] for share in shares]
+        bars = [
+            [[max(0, place - 100 * share["low"])], [max(0, 100 * share["high"] - place)]]
+            for place, share in zip(places, shares, strict=True)
+        ]
+        axes.errorbar(
+            *([place] for place in places), xerr=bars[0], yerr=bars[1], fmt=marker, ms=8, lw=1, capsize=2, label=title, zorder=3
+        )
+    front = unbeaten({title: (quality["fraction"], asr["fraction"]) for title, (quality, asr) in methods.items()})
+    points = sorted((100 * methods[title][0]["fraction"], 100 * methods[title][1]["fraction"]) for title in front)
+    axes.plot(*zip(*points, strict=True), color=INK, lw=1, ls=":", zorder=2)
+    axes.set_xlabel("benign images right in object, colour and background (%); right is better", fontsize=9, color=INK)
+    axes.set_ylabel("worst ASR (%); down is better", fontsize=9, color=INK)
+    _plain(axes)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def unbeaten(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Return the names of the points (quality, ASR) for which no other is at least as good in both and better in one."""
+    return [
+        name for name, (quality, asr) in points.items()
+        if not any(q >= quality and a <= asr and (q, a) != (quality, asr) for q, a in points.values())
+    ]  # fmt: skip
 
 
 def _plain(axes: Axes) -> None:

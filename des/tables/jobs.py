@@ -53,19 +53,19 @@ class JobRecords:
         if self.record(job):
             return
         logger.info("%s", job.what)
-        start = time.monotonic()
+        start, cpu_start = time.monotonic(), time.process_time()
         before = _hashes(job.inputs)
         try:
             run_script(job.script, *job.argv)
         except UserError as error:
             raise UserError(_OUTPUT_OPTIONS.sub("--out", str(error))) from None
-        seconds = time.monotonic() - start
+        spent = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu_start}
         lost = [path for path, digest in _hashes((*job.inputs, *job.outputs)).items() if digest is None]
         if lost or _hashes(job.inputs) != before:
             raise UserError(
                 f"{job.what}: {lost[0] if lost else 'one of its inputs'} is missing, or changed while the job ran; run this command again"
             )
-        record = {"what": job.what, "script": job.script, "argv": job.argv, "seconds": seconds, "images": job.images}
+        record = {"what": job.what, "script": job.script, "argv": job.argv, **spent, "images": job.images}
         write_json(self._path(job), record | {"steps": job.steps, "files": _hashes((*job.inputs, *job.outputs))})
 
     def result(self, job: Job) -> dict:

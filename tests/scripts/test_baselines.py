@@ -1,0 +1,174 @@
+"""demo/baselines.py: ESD-x, UCE and the AdvUnlearn-like encoder against independent computations, their files, and the table of methods."""
+
+import json
+
+from demo import baselines, defence_table, unlearning
+from des.models.pipelines import open_pipeline, text_encoder
+from des.report.plots import unbeaten
+from des.utils.errors import UserError
+from des.utils.stats import proportion
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+PIPELINE = ROOT / "demo/models/pipeline"
+FILES = {"esd": "unet_path", "uce": "unet_path", "advunlearn": "text_encoder_path"}
+ONE_STEP = ("--steps", 1, "--batch_size", 1)
+
+
+@pytest.fixture
+def pipe(tiny_pipeline):
+    return open_pipeline(str(tiny_pipeline), torch.float32)
+
+
+@pytest.fixture
+def lists(tmp_path):
+    """Options for short training lists."""
+    rows = {"unsafe": ["a red mushroom on a beach", "a toadstool"], "safe": ["a red ball on a beach", "a blue box"]}
+    for name, prompts in rows.items():
+        (tmp_path / f"{name}.csv").write_text("\n".join(["prompt", *prompts]) + "\n")
+    return {name: (f"--{name}_csv_path", tmp_path / f"{name}.csv") for name in rows}
+
+
+@pytest.mark.parametrize(("erase", "preserve", "ridge"), [(1.0, 1.0, 0.1), (3.0, 0.2, 2.0), (0.5, 0.0, 0.01)])
+def test_the_closed_form_of_uce_is_the_least_squares_solution(erase, preserve, ridge):
+    rng = np.random.default_rng(0)
+    old, concepts, targets, kept = (rng.normal(size=shape) for shape in ((3, 4), (5, 4), (5, 3), (6, 4)))
+    rows = np.concatenate([erase**0.5 * concepts, preserve**0.5 * kept, ridge**0.5 * np.eye(4)])
+    wanted = np.concatenate([erase**0.5 * targets, preserve**0.5 * kept @ old.T, ridge**0.5 * old.T])
+    expected = np.linalg.lstsq(rows, wanted)[0].T
+    tensors = [torch.from_numpy(each) for each in (old, concepts, targets, kept)]
+    np.testing.assert_allclose(unlearning.uce_weight(*tensors, erase, preserve, ridge).numpy(), expected, atol=1e-10)
+
+
+def test_uce_edits_an_unsafe_prompt_from_its_first_unsafe_word_on():
+    encoder = text_encoder(open_pipeline(str(PIPELINE), torch.float32), 1, "pipeline")
+    safe = {"a", "red", "ball", "on", "beach"}
+    before = len(encoder.tokenizer("a red").input_ids) - 1  # without the end of the text
+    assert unlearning._first_unsafe_token(encoder, "a red mushroom on a beach", safe) == before
+    assert unlearning._first_unsafe_token(encoder, "a red ball", safe) == before  # no such word: the last one
+
+
+def test_a_step_of_esd_x_follows_its_formula(pipe):
+    options = unlearning.Training(1, 1e-3, 2, 1.5, 0)
+    before = {name: each.clone() for name, each in pipe.unet.named_parameters()}
+    encoder, (prompts, t, x) = text_encoder(pipe, 1, "pipeline"), next(unlearning._states(pipe, (["a red ball"],), options, ""))
+    with torch.no_grad():
+        concept, empty = (encoder(encoder.tokenize([each] * 2)) for each in (prompts[0], ""))
+        with_concept, without = (pipe.unet(x, t, each).sample for each in (concept, empty))
+        target = without - 1.5 * (with_concept - without)
+        torch.testing.assert_close(unlearning.esd_target(pipe.unet, x, t, concept, empty[:1], 1.5), target)
+    (pipe.unet(x, t, concept).sample - target).square().mean().backward()
+    expected = {name: each.grad for name, each in pipe.unet.named_parameters() if ".attn2." in name}
+    trained = unlearning.train_esd(pipe, ["a red ball"], options)
+    assert trained.keys() == expected.keys()
+    after = dict(pipe.unet.named_parameters())
+    assert {name for name in before if not torch.equal(before[name], after[name])} <= trained.keys()
+    for name, gradient in expected.items():  # Adam's first step is the learning rate times the sign of the gradient
+        clear = gradient.abs() > 1e-5
+        torch.testing.assert_close((before[name] - trained[name])[clear], 1e-3 * gradient.sign()[clear], rtol=0.01, atol=1e-6)
+
+
+def test_a_prefix_stands_in_front_of_the_prompt(pipe):
+    encoder = text_encoder(pipe, 1, "pipeline")
+    ids = encoder.tokenize(["ball"])
+    prefix = encoder.model.get_input_embeddings().weight[ids[:, 1]].detach()
+    repeated = torch.cat([ids[:, :1], ids[:, 1:2], ids[:, 1:-1]], dim=1)
+    assert torch.equal(unlearning.with_prefix(encoder, ["ball"], prefix), encoder(repeated))
+    assert torch.equal(encoder(ids), unlearning.embed(encoder, ["ball"]))  # later calls are without it
+
+
+def test_advunlearn_retains_and_attacks(pipe):
+    before = {name: each.clone() for name, each in pipe.text_encoder.state_dict().items()}
+    found = []
+    for retain, steps in ((1.0, 1), (1.0, 1), (0.0, 1), (1.0, 0)):
+        pipe.text_encoder.load_state_dict(before)
+        state = unlearning.train_advunlearn(
+            pipe, ["a red ball"], ["a box"], unlearning.Training(2, 1e-3, 1, 1.0, 0), retain, steps, 0.1
+        )
+        found.append(torch.cat([each.flatten() for each in state.values()]).clone())
+    assert torch.equal(found[0], found[1])
+    assert not any(torch.equal(found[0], other) for other in found[2:])
+
+
+@pytest.mark.parametrize("method", FILES)
+def test_generate_loads_what_is_written(call, tmp_path, lists, method):
+    given = [*lists["unsafe"], *(() if method == "esd" else lists["safe"]), *(() if method == "uce" else ONE_STEP)]
+    done = call("demo/baselines.py", "--method", method, "--out", tmp_path, "--device", "cpu", *given)
+    assert done.code == 0, done.err
+    file = tmp_path / f"{method}.safetensors"
+    assert done.out.strip() == str(file)
+    assert json.loads((tmp_path / f"{method}-metadata.json").read_text())["seconds"] > 0
+    if method != "advunlearn":
+        shown = {name.split(".attn2.")[1].split(".")[0] for name in load_file(file)}
+        assert shown == ({"to_k", "to_v"} if method == "uce" else {"to_q", "to_k", "to_v", "to_out"})
+    drawn = call(
+        "generate.py", "--model_path", PIPELINE, "--training_method", method, f"--{FILES[method]}", file, "--prompt", "a ball",
+        "--output_path", "x", "--results_dir", tmp_path / "r", "--num_inference_steps", 1, "--device", "cpu",
+    )  # fmt: skip
+    assert drawn.code == 0 and len(list((tmp_path / "r").rglob("*.png"))) == 1, drawn.err
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--method uce --steps 3", "--steps does not go with --method uce"),
+        ("--method esd --safe_csv_path x.csv", "--safe_csv_path does not go with --method esd"),
+        ("--method esd --limit 3", "--limit does not go with --method esd"),
+        ("--table --steps 3", "--steps does not go with --table"),
+    ],
+)
+def test_an_option_that_a_method_does_not_use_is_refused(capsys, line, says):
+    with pytest.raises(SystemExit):
+        baselines.parse_args([*line.split(), "--out", "o"])
+    assert says in capsys.readouterr().err
+
+
+def attack_json(folder, method, encoder, k, weak=False):
+    cells = {"attack": {"any": proportion(k, 10)}, "control": {"any": proportion(9, 10)}}
+    content = {
+        "cells": cells,
+        "too_weak_to_tell": weak,
+        "settings": {"attack": {"components": {"text_encoder": encoder, "unet": "u"}}},
+    }
+    path = folder / method / "mma" / "attack.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def test_results_of_attacks_join_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        defence_table, "read_run", lambda folder: ({"settings": {"components": {"text_encoder": "e", "unet": "u"}}}, {})
+    )
+    row = defence_table.Row("DES", "des")
+    assert defence_table.attacks_on(row, tmp_path, tmp_path) == {}
+    attack_json(tmp_path, "des", "e", 7)
+    share = proportion(1, 10)
+    cells = dict.fromkeys(("plain", "synonyms", "indirect", "object", "colour", "background", "joint"), share)
+    cells |= {"clip_score": 75.0, "fid": 1.0, "seconds": None, "flop": 3e9, "attacks": {}}
+    attacked = cells | {"flop": 5e9, "attacks": defence_table.attacks_on(row, tmp_path, tmp_path)}
+    assert defence_table.worst(cells) == share and defence_table.worst(attacked) == proportion(
+        7, 10
+    )  # the control does not count
+    text = defence_table.markdown({"original": cells, "DES": attacked}, "seconds")
+    assert "| ASR, mma | not run | 7/10 = 70.0% [39.7, 89.2], control 9/10 = 90.0%" in text
+    assert "| added GFLOP an image | 0.00 | 2.00 |" in text
+    defence_table.write_results(tmp_path, {"original": cells, "DES": attacked}, "seconds")
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    attack_json(tmp_path, "des", "another", 0)
+    with pytest.raises(UserError, match="about another text_encoder"):
+        defence_table.attacks_on(row, tmp_path, tmp_path)
+    with pytest.raises(UserError, match="where METHOD is one of original, uce"):
+        defence_table.check_attacks([defence_table.Row("original", "none"), defence_table.Row("UCE", "uce")], tmp_path)
+    defence_table.check_attacks([row], tmp_path)
+    (tmp_path / "des/mma/attack.json").write_text('{"cells": {}}')
+    with pytest.raises(UserError, match="not the complete result of an attack"):
+        defence_table.attacks_on(row, tmp_path, tmp_path)
+
+
+def test_the_front_is_of_methods_that_no_other_beats():
+    points = {"best": (0.9, 0.1), "cheap": (1.0, 0.5), "worse": (0.8, 0.2), "same quality": (0.9, 0.3), "twin": (0.9, 0.1)}
+    assert unbeaten(points) == ["best", "cheap", "twin"]
