@@ -32,7 +32,7 @@ DEFAULTS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__doc__)
     main_group = parser.add_argument_group("main")
     what = main_group.add_mutually_exclusive_group(required=True)
     # fmt: off

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from des.report.embedding_map import EmbeddingMap
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 INK = "#222222"
