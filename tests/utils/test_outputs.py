@@ -42,6 +42,7 @@ FOLDERS = {
     "demo/gates.py": ["out"],
     "demo/train.py": ["out", "work_dir"],
     "demo/experiment.py": ["out"],
+    "demo/baselines.py": ["out"],
     "scripts/benchmarks/first_check.py": ["out"],
     **{f"scripts/attacks/{path.name}": ["out", "control_dir"] for path in (ROOT / "scripts/attacks").glob("*.py")},
     **{
