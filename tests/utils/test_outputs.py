@@ -55,7 +55,7 @@ READ = {
     "image_folder", "csv_file", "run_dirs", "folder", "base_checkpoint", "prompts_csv", "scores", "checkpoint", "candidates",
     "codebook_dir", "unsafe_csv_path", "safe_csv_path", "init_images", "mask_images", "unet_path", "adapter_path", "coco_images",
     "q16_prompts", "i2i_images", "i2i_masks", "contents", "convert", "text_encoder_path", "text_encoder_2_path",
-    "text_encoder_3_path", "original_imgs_path", "multi_checkpoint", "style_checkpoint", "style_classifier", "benign_csv", "learned_tokens", "forbidden_tokens", "pairs_csv",
+    "text_encoder_3_path", "original_imgs_path", "multi_checkpoint", "style_checkpoint", "style_classifier", "benign_csv", "learned_tokens", "forbidden_tokens", "pairs_csv", "attacks",
 }  # fmt: skip
 
 
