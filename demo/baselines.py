@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--negative_guidance", type=cli.number(float, 0), metavar="ETA", help=f"how far the target lies beyond the unconditional prediction ({described('negative_guidance')})")
     training.add_argument("--retain_weight", type=cli.number(float, 0), metavar="W", help=f"weight of the loss that keeps predictions for safe prompts ({described('retain_weight')})")
     training.add_argument("--attack_steps", type=cli.natural, metavar="N", help=f"gradient steps of the inner attack ({described('attack_steps')})")
-    training.add_argument("--attack_rate", type=cli.number(float, 0), metavar="X", help=f"size of a step of the inner attack in each component ({described('attack_rate')})")
+    training.add_argument("--attack_rate", type=cli.number(float, 0, low_open=True), metavar="X", help=f"size of a step of the inner attack in each component ({described('attack_rate')})")
     training.add_argument("--erase_scale", type=cli.number(float, 0, low_open=True), metavar="X", help=f"weight of the edited tokens ({described('erase_scale')})")
     training.add_argument("--preserve_scale", type=cli.number(float, 0), metavar="X", help=f"weight of the preserved tokens ({described('preserve_scale')})")
     training.add_argument("--ridge", type=cli.number(float, 0, low_open=True), metavar="X", help=f"weight of |W - W0|^2 ({described('ridge')})")

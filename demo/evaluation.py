@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from demo.world import CONCEPT, KINDS, SECOND, random_scene, render
-from des.data.run_record import read_json
 from des.utils.folders import visible
 from des.utils.stats import proportion
 
@@ -119,6 +118,8 @@ def shortened(name: str, limit: int | None, folder: Path, split: str = "test") -
 
 def joint_accuracy(folder: Path) -> dict[str, float]:
     """k of n images that every classifier finds right, of those whose prompt names object, colour and background."""
+    from des.data.run_record import read_json  # imports pandas, which --help does not need
+
     scores = [read_json(folder / f"classify_{label}.json")["images"] for label in CLASSIFIERS]
     right = [{image["file"]: image["hit"] for image in images} for images in scores]
     named = set.intersection(*map(set, right))

@@ -70,7 +70,13 @@ PUBLISHED = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    parser.add_argument("names", nargs="+", choices=(*PUBLISHED, "all"), help="files to download")
+    parser.add_argument(
+        "names",
+        nargs="+",
+        choices=(*PUBLISHED, "all"),
+        metavar=f"{{{','.join((*PUBLISHED, 'all'))}}}",
+        help="files to download",
+    )
     # fmt: off
     parser.add_argument("--dir", type=cli.output_folder, default=Path("checkpoints/published"), metavar="DIR", help="folder to download to")
     # fmt: on
