@@ -68,6 +68,7 @@ def write_codebook(
         # An earlier codebook stays whole until all new rows are in `.part` files. Then the rows take their names, and codebook.json,
         # which holds their hashes, comes last: a crash in between leaves a codebook that is refused, and the records of the finished
         # shards, from which the next call completes it.
+        _warn_if_replaced(folder, prompts)
         parts = _open_parts(folder, encoder, prompts, dtype, batch_size, shard_rows)
         _write_rows(parts, encoder, prompts, dtype, batch_size, shard_rows)
         shards = [{"file": part.path.name, "rows": part.rows, "sha256": part.finish()} for part in parts]
@@ -79,6 +80,16 @@ def write_codebook(
         _remove_others(folder, parts)
     message = "%d of %d prompts of the codebook are longer than %d tokens, and are truncated"
     logger.info(message, facts["truncated_prompts"], len(prompts), encoder.length)
+
+
+def _warn_if_replaced(folder: Path, prompts: list[str]) -> None:
+    """Log a warning if the folder holds the codebook of another prompt list."""
+    try:
+        earlier = json.loads((folder / "codebook.json").read_text(encoding="utf-8"))["prompts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if earlier != prompts:
+        logger.warning("the codebook in %s, of %d other prompts, is replaced by one of %d", folder, len(earlier), len(prompts))
 
 
 def _open_parts(

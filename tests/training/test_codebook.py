@@ -36,6 +36,14 @@ def test_row_i_is_the_embedding_of_prompt_i_at_any_batch_size(codebook, encoder,
     torch.testing.assert_close(codebook.rows(torch.arange(len(codebook))), alone, rtol=1e-5, atol=1e-6)
 
 
+def test_replacing_the_codebook_of_other_prompts_is_warned_of(codebook, encoder, prompts, caplog, monkeypatch):
+    monkeypatch.setattr("des.utils.logs.logger.propagate", True)
+    write_codebook(codebook.folder, encoder, prompts, batch_size=5)
+    assert "is replaced" not in caplog.text
+    write_codebook(codebook.folder, encoder, prompts[:2])
+    assert f"of {len(prompts)} other prompts, is replaced by one of 2" in caplog.text
+
+
 @pytest.mark.parametrize("block", [1, 4, 100])
 def test_search_finds_the_least_similar_row(codebook, encoder, monkeypatch, block):
     monkeypatch.setattr("des.training.codebook._BLOCK_BYTES", block * 4 * 77 * 32)
