@@ -304,6 +304,7 @@ def train_unet(args: argparse.Namespace) -> None:
 
     stage = Stage("unet", args.unet_steps, 1.5e-3, args.seed, args.work_dir, ema_decay=0.998)
     stage.run(unet, loss_of_step)
+    vae.register_to_config(_name_or_path="vae")  # not the folder on this machine
     StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
