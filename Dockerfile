@@ -8,7 +8,9 @@ FROM python:3.11-slim
 ARG TORCH_INDEX=
 WORKDIR /des
 COPY requirements.txt requirements-app.txt constraints.txt ./
-RUN if [ -n "$TORCH_INDEX" ]; then pip install --no-cache-dir --index-url "$TORCH_INDEX" $(grep -E '^torch(vision)?[>=]' requirements.txt | sed 's/ *#.*//'); fi && \
+RUN if [ -n "$TORCH_INDEX" ]; then \
+        pip install --no-cache-dir --index-url "$TORCH_INDEX" $(grep -E '^torch(vision)?==' constraints.txt); \
+    fi && \
     pip install --no-cache-dir -r requirements.txt -r requirements-app.txt -c constraints.txt
 COPY . .
 EXPOSE 7860
