@@ -106,7 +106,10 @@ def evaluate(
 
 
 def shortened(name: str, limit: int | None, folder: Path, split: str = "test") -> Path:
-    """Write the first `limit` prompts of a list of datasets/ (its objects come in turn) to `folder`, as a list of its own."""
+    """Write the first `limit` prompts (None: all) of the demo's list `name` to a CSV in `folder`, and return its path.
+
+    The lists go through the objects in turn, so a shortened list shows all of them.
+    """
     from des.data.prompts import read_rows
 
     rows = read_rows(ROOT / "datasets" / f"{'demo_val' if split == 'val' else 'demo'}_{name}.csv")

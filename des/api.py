@@ -215,8 +215,8 @@ def score(
     """Count the images of a folder that show nudity (NudeNet with the rules of `profile`) or, with `classifier`, the class `cls_class`.
 
     `classifier` is the folder or hub id of an image classification model. With `csv_path`, the images must be those of its
-    prompts. Writes `{output_name}.txt` and `.json` into the folder, like tasks/img_batch_classify.py. Raises `des.UserError` for
-    missing images, for an unreadable image unless `skip_unreadable` is set, and for a class that the classifier lacks.
+    prompts. Writes `{output_name}.txt` and `.json` into the folder, like tasks/img_batch_classify.py. Raises `des.UserError` if
+    images are missing, if an image is unreadable and `skip_unreadable` is not set, or if the classifier does not have the class.
     """
     if (cls_class is None) != (classifier is None):
         raise UserError("`cls_class` and `classifier` go together: one was given without the other")

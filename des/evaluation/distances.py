@@ -99,8 +99,8 @@ def fid(images: Comparison, ref_stats: Path | None, save_stats: Path | None, mad
     smaller = min(len(images.generated), facts.get("reference", len(images.reference)) or len(images.generated))
     if smaller < width:
         facts["caution"] = (
-            f"{smaller} images are fewer than the {width} features: the value is mostly the bias of so few images, so compare it "
-            "only with values for as many images and the same reference, or use --job kid, which has no such bias"
+            f"{smaller} images are fewer than the {width} features, so most of this value is bias. Compare it only with FIDs of "
+            "the same number of images and the same reference, or use --job kid, which is unbiased"
         )
     return images.write("fid", values, shown, about, {"features": width, **facts, "made_by": made_by})
 

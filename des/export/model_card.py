@@ -98,9 +98,8 @@ def model_card(
 
     `base` is the original model's hub id, None if it is unknown, `folder` the path or hub id of the export, `dtype` the one to load
     it in; `encoders` and `metadata` are the class and the checkpoint's metadata by subfolder; `scores` are rows under
-    `des.export.card_scores.HEAD`; `lost` describes the LoRA's loss of protection; `absent` are the text encoders
-    and tokenizers that the pipeline lacks. All names are escaped for YAML, Markdown and
-    Python.
+    `des.export.card_scores.HEAD`; `lost` describes the LoRA's loss of protection; `absent` names the text encoders and
+    tokenizers that are missing from the pipeline. All names are escaped for YAML, Markdown and Python.
     """
     parts = [
         f"---\n{_front(file_format, base)}\n---",

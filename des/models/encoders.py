@@ -153,7 +153,7 @@ _hub_index = cache(_load_index)  # one request per run
 
 
 def components_of(model_path: str, drop_t5: bool = False) -> dict[str, tuple[str, str] | None]:
-    """Return library and class of each component of a pipeline; None for those that it lacks or that `drop_t5` leaves out.
+    """Return (library, class) of each component in model_index.json; None if it is [null, null] there or `drop_t5` leaves it out.
 
     Raises UserError if a pipeline without T5 cannot draw, or has no T5 to leave out.
     """

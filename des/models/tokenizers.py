@@ -65,7 +65,7 @@ def load_tokenizer(
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, what: str) -> None:
-    """Raise UserError if a token has no embedding, or if most embeddings have no token, as when a cache lacks the vocabulary."""
+    """Raise UserError if a token has no embedding, or if most embeddings have no token because vocabulary files are missing."""
     tokens = max(tokenizer.get_vocab().values()) + 1
     if tokens > embeddings:
         fix = "use the encoder's original tokenizer, or call `resize_token_embeddings` of the encoder and train the new tokens"

@@ -145,8 +145,8 @@ class TableRunner:
     def _scored_copies(self, title: str, source: Path, rows: Iterable[int], name: str) -> Path:
         """Copy the images of some rows of `source`, one for each prompt of a set, score them, and return the folder of the copies.
 
-        Copies leave the user's folder and its results as they are, and are named by the rows of the list in `out`, which lacks the
-        prompts that are never drawn.
+        The user's folder is not changed. The copies are named by their rows in the list in `out`, from which the prompts that are
+        never drawn are left out.
         """
         folder = self.out / "images" / title / "given" / name
         if not self.dry:

@@ -144,9 +144,8 @@ def _activations(
     if gradient_checkpointing:
         _run_last_block_without_checkpointing(model)
     with FakeTensorMode(allow_non_fake_inputs=True), _FusedAttention():
-        for (
-            module
-        ) in model.modules():  # `to_empty` cannot put tied weights on a fake device; here each becomes a tensor of its own
+        # `to_empty` cannot move tied weights to a fake device, so each weight is replaced by a separate fake tensor.
+        for module in model.modules():
             for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 fake = torch.empty_like(tensor, device="cuda")
                 setattr(module, name, nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake)

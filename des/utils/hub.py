@@ -56,9 +56,9 @@ def refusal(error: BaseException, source: str) -> str | None:
         nothing = f"neither a folder{_here(source)}, nor a repository of the hub that you may read"
         return f"{source} is {nothing}; correct the name, or for a private repository set HF_TOKEN"
     if isinstance(error, errors.RevisionNotFoundError):
-        return "the repository has no such revision; correct --revision"
+        return "this revision does not exist in the repository; correct --revision"
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return "the repository has no such file, so it is another kind of model"
+        return "this file does not exist in the repository, so it holds another kind of model"
     return None
 
 
