@@ -78,7 +78,7 @@ def test_without_internet_the_hub_and_the_missing_model_are_named_within_seconds
         ("GatedRepoError", "ask for it at http://127.0.0.1:9/owner/name, and set HF_TOKEN"),
         ("RepositoryNotFoundError", f"neither a folder in the current folder, {Path.cwd()}, nor a repository of the hub"),
         ("RevisionNotFoundError", "correct --revision"),
-        ("EntryNotFoundError", "the repository has no such file"),
+        ("EntryNotFoundError", "this file does not exist in the repository"),
     ],
 )
 def test_a_refusal_of_the_hub_says_what_to_do(unreachable, kind, advice):
