@@ -1,0 +1,6 @@
+"""The earlier name of scripts/benchmarks/faults.py, which this runs with the same options."""
+
+import runpy
+from pathlib import Path
+
+runpy.run_path(str(Path(__file__).parent / "benchmarks/faults.py"), run_name="__main__")
