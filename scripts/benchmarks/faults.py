@@ -35,6 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--damages", type=cli.natural, default=4, metavar="N", help="files of each script to damage, each in two ways")
     parser.add_argument("--seed", type=cli.natural, default=0, metavar="S", help="seeds the moments of the kills and the damaged bytes")
     parser.add_argument("--out", type=cli.output_file, default=ROOT / "docs/reliability.md", metavar="F", help="Markdown page to write; the counts go into a .json file beside it")
+    parser.add_argument("--skip_hostile", action=cli.Removed, instead="leave it out; scripts/test.sh runs the tests of hostile input")
     # fmt: on
     return parser.parse_args(argv)
 
