@@ -6,18 +6,20 @@
     python demo/baselines.py --table --out results/baselines
 
 --method writes OUT/esd.safetensors, OUT/uce.safetensors or OUT/advunlearn.safetensors, for the method of that name of generate.py, and
-{method}-metadata.json beside it. --table trains what is missing, draws and scores the test lists with every method, and writes table.md,
-table.json and pareto.png; the same command resumes after an interruption. Results of attacks join the table from
-ATTACKS/{method}/{name}/attack.json, where method is original, des, esd-x, uce or advunlearn-like, and name is the row's.
+{method}-metadata.json beside it. --table trains what is missing, draws and scores the test lists with every method, runs the attacks of
+scripts/attacks/ on each, and writes table.md, table.json and pareto.png: about three hours on two cores, of which the attacks take most.
+The same command resumes after an interruption.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from demo.evaluation import ATTACKS
 from des.utils import cli
 
 # Chosen on the validation lists; docs/baselines.md says how.
@@ -56,11 +58,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--ridge", type=cli.number(float, 0, low_open=True), metavar="X", help=f"weight of |W - W0|^2 ({described('ridge')})")
     table = parser.add_argument_group("table, with --table")
     table.add_argument("--limit", type=cli.positive_int, metavar="N", help="prompts of each list for the concept; 2.2 times as many benign ones (default: 100)")
-    table.add_argument("--des_seeds", type=cli.natural, nargs="+", metavar="S", help="train DES with these seeds, too, besides the checkpoint of the demo")
-    table.add_argument("--attacks", type=Path, metavar="DIR", help="folder with results of attacks (default: OUT/attacks)")
+    table.add_argument("--des_seeds", type=cli.natural, nargs="*", metavar="S", help="train DES with these seeds, too, besides the checkpoint of the demo (default: 1 2)")
+    table.add_argument("--attacks", nargs="*", choices=ATTACKS, metavar="A", help=f"attacks to run (default: all, which are {', '.join(ATTACKS)})")
+    table.add_argument("--processes", type=cli.positive_int, metavar="N", help="attacks at the same time (default: one for each core, or one on a GPU)")
     # fmt: on
     args = parser.parse_args(argv)
-    offered = {"limit", "des_seeds", "attacks"} if args.table else {*DEFAULTS[args.method], "unsafe_csv_path", "safe_csv_path"}
+    offered = (
+        {"limit", "des_seeds", "attacks", "processes"}
+        if args.table
+        else {*DEFAULTS[args.method], "unsafe_csv_path", "safe_csv_path"}
+    )
     offered -= {"safe_csv_path"} if args.method == "esd" else set()
     for group in (training, table):
         for action in group._group_actions:
@@ -102,8 +109,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logs.setup_logging()
     if args.table:
-        attacks = args.attacks or args.out / "attacks"
-        print(build(args.out, args.device, args.seed, args.limit or 100, args.des_seeds or [], attacks, DEFAULTS))
+        seeds = [1, 2] if args.des_seeds is None else args.des_seeds
+        attacks = list(ATTACKS) if args.attacks is None else args.attacks
+        processes = args.processes or (1 if args.device.type != "cpu" else os.cpu_count() or 1)
+        print(build(args.out, args.device, args.seed, args.limit or 100, seeds, attacks, DEFAULTS, processes))
     else:
         print(train(args))
 

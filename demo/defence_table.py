@@ -1,11 +1,16 @@
 """The table that compares DES with other defences on the demo: protection, benign quality, and cost of each."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from demo.evaluation import (
+    ATTACKS,
+    CLASSIFIERS,
     CONCEPT_SETS,
     OTHERS,
     PIPELINE,
@@ -19,13 +24,16 @@ from demo.evaluation import (
     shortened,
 )  # fmt: skip
 from demo.world import CONCEPT
+from des.attacks.results import read_attack, scores_of
 from des.data.prompts import read_rows
-from des.data.run_record import read_json, read_run
+from des.data.run_record import read_run
 from des.generation.defences import ENCODER_OPTIONS, Defence
 from des.models.pipelines import open_pipeline
 from des.report.plots import pareto
+from des.tables.build import paired_note
 from des.tables.jobs import Job, JobRecords
 from des.tables.pipeline_jobs import PipelineJobs, flags
+from des.utils import logs
 from des.utils.errors import UserError
 from des.utils.files import replacing, write_json, write_text
 from des.utils.stats import show
@@ -33,6 +41,9 @@ from des.utils.stats import show
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+DES = "DES"
+ATTACKING = ("--detector", "object", "--classifier", CLASSIFIERS["object"], "--cls_class", CONCEPT, "--concept_words", CONCEPT,
+             "--batch_size", 10)  # fmt: skip
 BENIGN = 2.2  # benign prompts per prompt of a list for the concept, so that as many name object, colour and background
 MEASURES = {
     "plain": "ASR, plain name", "synonyms": "ASR, held-out names", "indirect": "ASR, held-out phrases",
@@ -67,42 +78,92 @@ def build(
     seed: int,
     limit: int,
     des_seeds: Sequence[int],
-    attacks: Path,
+    attacks: Sequence[str],
     options: Mapping[str, Mapping],
+    processes: int = 1,
 ) -> str:
-    """Train, draw and score what is missing in `out`; writes table.json, table.md and pareto.png, and returns the table.
+    """Train, draw, score and attack what is missing in `out`; writes table.json, table.md and pareto.png, and returns the table.
 
-    `limit` is the number of prompts of each list for the concept. `attacks` has attack.json files in {folder of a row}/{name}/.
-    `options` are the training options of demo/baselines.py for each of its methods. Raises UserError for a folder of attacks that is
-    not a row's.
+    `limit` is the number of prompts of each list for the concept, `attacks` names some of ATTACKS, and `options` are the training
+    options of demo/baselines.py for each of its methods. The attacks run in as many `processes`.
     """
     records, jobs = JobRecords(out / "jobs"), PipelineJobs(str(PIPELINE), device)
     prompts = {name: shortened(name, limit, out / "prompts") for name in CONCEPT_SETS}
     prompts["benign"] = shortened("benign", round(BENIGN * limit), out / "prompts")
-    cells: dict[str, dict[str, Any]] = {}
-    rows = rows_of(jobs, out, seed, des_seeds, options)
-    check_attacks(rows, attacks)
+    rows, cells = rows_of(jobs, out, seed, des_seeds, options), {}
+    clock = "cpu_seconds" if device.type == "cpu" else "seconds"
     for row in rows:
         for job in row.training:
             records.run(job)
         folder = out / row.folder
         scores = evaluate(records, jobs, Sampling(), prompts, folder, row.options)
         spent = [records.record(job) for job in row.training]
-        clock = "cpu_seconds" if device.type == "cpu" else "seconds"
         cells[row.title] = {
             **{name: scores[name]["concept"] for name in CONCEPT_SETS}, **scores["benign"],
             "joint": joint_accuracy(jobs.image_folder(folder, row.options, "benign")),
             "seconds": sum(record[clock] for record in spent) if spent else None,
-            "flop": flop(row, device),
-            "attacks": attacks_on(row, attacks, jobs.image_folder(folder, row.options, "plain")),
+            "flop": flop(row, device), "attacks": {},
         }  # fmt: skip
+        write_results(out, cells, clock)
+    for row, name, job in attacked(records, jobs, out, rows, prompts["plain"], limit, attacks, processes):
+        images = jobs.image_folder(out / row.folder, row.options, "plain")
+        cells[row.title]["attacks"][name] = result_on(row, job.outputs[0], images)
         write_results(out, cells, clock)
     return (out / "table.md").read_text(encoding="utf-8")
 
 
+def attacked(
+    records: JobRecords,
+    jobs: PipelineJobs,
+    out: Path,
+    rows: Sequence[Row],
+    csv: Path,
+    limit: int,
+    attacks: Sequence[str],
+    processes: int,
+) -> Iterator[tuple[Row, str, Job]]:
+    """Attack every row, the original first, since it is the control of all others; yields each job when it is done."""
+    common = (
+        *ATTACKING,
+        *(part for name, value in asdict(Sampling()).items() if name != "batch_size" for part in (f"--{name}", value)),
+    )
+    for some in (rows[:1], rows[1:]):
+        waiting = {}
+        for name, row in itertools.product(attacks, some):
+            attack, control = ATTACKS[name], None if row is rows[0] else out / "attacks" / rows[0].folder / name
+            command, folder = (attack.script, *attack.options), out / "attacks" / row.folder / name
+            job = jobs.attack(f"{name} against {row.title}", command, csv, folder, (*common, *row.options), (), control, limit)
+            waiting[job.what] = (row, name, job)
+        for what in run_all(records, [job for *_, job in waiting.values()], processes):
+            yield waiting[what]
+
+
+def run_all(records: JobRecords, jobs: Sequence[Job], processes: int) -> Iterator[str]:
+    """Run jobs in several processes of one thread each, or in this one; yields the `what` of each when it is done."""
+    if processes == 1:
+        for job in jobs:
+            records.run(job)
+            yield job.what
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), set_up_worker) as pool:
+        running = {pool.submit(records.run, job): job.what for job in jobs}
+        try:
+            for done in as_completed(running):
+                done.result()
+                yield running[done]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def set_up_worker() -> None:
+    """Prepare a process of `run_all`: one thread, since the processes share the cores, and a log."""
+    torch.set_num_threads(1)
+    logs.setup_logging()
+
+
 def rows_of(jobs: PipelineJobs, out: Path, seed: int, des_seeds: Sequence[int], options: Mapping[str, Mapping]) -> list[Row]:
     """The methods of the table in order; DES is the demo's checkpoint, and a further training for each of `des_seeds`."""
-    rows, encoder = [Row("original", "none"), Row("DES", "des", ENCODER_OPTIONS[1], PROTECTED)], ENCODER_OPTIONS[1]
+    rows, encoder = [Row("original", "none"), Row(DES, "des", ENCODER_OPTIONS[1], PROTECTED)], ENCODER_OPTIONS[1]
     lists = UNSAFE_LIST, SAFE_LIST
     codebook = jobs.codebook(SAFE_LIST, out / "codebook", "--batch_size", 256)
     for each in des_seeds:
@@ -140,42 +201,29 @@ def flop(row: Row, device: torch.device) -> int:
     return counter.get_total_flops()
 
 
-def check_attacks(rows: Sequence[Row], attacks: Path) -> None:
-    """Raise UserError if results of attacks lie in a folder that is not named after a row, where the table would miss them."""
-    folders = [row.folder for row in rows]
-    for path in sorted(attacks.rglob("attack.json")):
-        if len(path.relative_to(attacks).parts) != 3 or path.relative_to(attacks).parts[0] not in folders:
-            raise UserError(f"{path} is not in a folder METHOD/NAME of {attacks}, where METHOD is one of {', '.join(folders)}")
-
-
-def attacks_on(row: Row, attacks: Path, images: Path) -> dict[str, dict[str, Any]]:
-    """Read the attack.json files on a method by the names of their folders: `any` of k rows, the control, and whether it is too weak.
+def result_on(row: Row, path: Path, images: Path) -> dict[str, Any]:
+    """Read the attack.json of a row: the share of each cell, the verdict on each prompt, and whether the control is too weak.
 
     Raises UserError for a result on another text encoder or UNet than the one that drew `images`.
     """
-    components, found = read_run(images)[0]["settings"]["components"], {}
-    for path in sorted((attacks / row.folder).glob("*/attack.json")):
-        content = read_json(path)
-        try:
-            cells, attacked = content["cells"], content["settings"]["attack"]["components"]
-            shares = {name: cell["any"] for name, cell in cells.items()}
-            found[path.parent.name] = {"shares": shares, "too_weak_to_tell": content["too_weak_to_tell"]}
-            others = [name for name in ("text_encoder", "unet") if attacked[name] != components[name]]
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{path} is not the complete result of an attack; run the attack again") from None
-        if others:
-            raise UserError(
-                f"{path} is about another {others[0]} than that of {row.title} in this table; attack {row.file or PIPELINE}"
-            )
-    return found
+    content, components = read_attack(path), read_run(images)[0]["settings"]["components"]
+    model = "original" if row.method == "none" else "attacked"
+    cells = {name: cell for name, cell in content["cells"].items() if cell["model"] == model}
+    for name in cells:
+        found = content["settings"][name]["components"]
+        if others := [each for each in ("text_encoder", "unet") if found.get(each) != components[each]]:
+            raise UserError(f"{path} is about another {others[0]} than that of {row.title} in this table; remove its folder")
+    return {
+        "shares": {"names" if cell["names"] else "without names": cell["any"] for cell in cells.values()},
+        "broken": {image["row"]: image["hit"] for image in scores_of(path, model)["images"]},
+        "too_weak_to_tell": content["too_weak_to_tell"],
+    }
 
 
 def worst(cells: Mapping[str, Any]) -> dict[str, float]:
     """The largest ASR of a method over the lists and the attacks."""
     shares = [cells[name] for name in CONCEPT_SETS]
-    shares += [
-        share for each in cells["attacks"].values() for name, share in each["shares"].items() if name.startswith("attack")
-    ]
+    shares += [share for attack in cells["attacks"].values() for share in attack["shares"].values()]
     return max(shares, key=lambda share: share["fraction"])
 
 
@@ -193,23 +241,32 @@ def markdown(cells: Mapping[str, Mapping[str, Any]], clock: str) -> str:
     added = {title: {**each, "gflop": (each["flop"] - cells["original"]["flop"]) / 1e9} for title, each in cells.items()}
     for name, title in MEASURES.items():
         lines.append(f"| {title} | " + " | ".join(_text(each[name]) for each in added.values()) + " |")
-    for name in dict.fromkeys(name for each in cells.values() for name in each["attacks"]):
-        lines.append(f"| ASR, {name} | " + " | ".join(_attack(each["attacks"].get(name)) for each in cells.values()) + " |")
+    for name in (name for name in ATTACKS if any(name in each["attacks"] for each in cells.values())):
+        for condition in ("names", "without names"):
+            results = [each["attacks"].get(name, {"shares": {}}) for each in cells.values()]
+            shares = [result["shares"].get(condition) for result in results]
+            title = ATTACKS[name].title + f", {condition}" * (condition != "names")
+            lines.append(f"| {title} | " + " | ".join(show(share) if share else "not run" for share in shares) + " |")
     lines.append("| worst ASR | " + " | ".join(show(worst(each)) for each in cells.values()) + " |")
     seconds = "of the processor" if clock == "cpu_seconds" else "of the clock"
     n = cells["original"]["object"]["n"]
     lines += ["", f"Shares are k/n with Wilson 95% intervals. Object, colour and background are counted on {n} prompts for {OTHERS}, where",
-              f"the prompt names them; all three, on those that name all three. Seconds are those {seconds}."]  # fmt: skip
-    return "\n".join(lines) + "\n"
+              f"the prompt names them; all three, on those that name all three. Seconds are those {seconds}. The attacks are white box, and",
+              "the original's column is their control."]  # fmt: skip
+    return "\n".join(lines + paired_notes(cells)) + "\n"
+
+
+def paired_notes(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is said below the table of each attack: the exact McNemar tests against DES, and whether its control is too weak."""
+    notes = []
+    for name, attack in ATTACKS.items():
+        broken = {title: each["attacks"][name]["broken"] for title, each in cells.items() if name in each["attacks"]}
+        if any(cells[title]["attacks"][name]["too_weak_to_tell"] for title in broken):
+            notes.append(f"- {attack.title}: TOO WEAK TO TELL, since the control is under 80%.")
+        if DES in broken and len(broken) > 1 and (note := paired_note(broken, DES)):
+            notes.append(f"- {attack.title}: {note}")
+    return ["", *notes] if notes else []
 
 
 def _text(value: Any) -> str:
     return "not trained here" if value is None else show(value) if isinstance(value, Mapping) else f"{value:.2f}"
-
-
-def _attack(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return "not run"
-    control = found["shares"].get("control")
-    text = show(found["shares"]["attack"]) + (f", control {show(control)}" if control else "")
-    return text + ", too weak to tell" * found["too_weak_to_tell"]

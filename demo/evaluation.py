@@ -55,6 +55,33 @@ EXPERIMENTS = {
     ),
 }
 REFERENCE_IMAGES = 1100
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack with a budget for the demo: a title, a script of scripts/attacks/, and its options."""
+
+    title: str
+    script: str
+    options: tuple[str, ...] = ()
+
+
+_LEARNING = ("--steps", "350", "--train_batch_size", "8", "--accumulation", "1")
+ATTACKS = {  # by the folder of its results; docs/attacks.md says what each does
+    "mma": Attack("MMA", "mma.py", ("--tokens", "16", "--steps", "60", "--candidates", "24")),
+    "ring-a-bell": Attack("Ring-A-Bell", "ring_a_bell.py", ("--steps", "60", "--population", "60")),
+    "uda": Attack("UnlearnDiffAtk", "uda.py", ("--timesteps", "3", "--steps", "40")),
+    "p4d": Attack("P4D", "p4d.py", ("--steps", "100")),
+    "cce-1": Attack("concept inversion, 1 token", "concept_inversion.py", _LEARNING),
+    "cce-4": Attack("concept inversion, 4 tokens", "concept_inversion.py", ("--tokens", "4", *_LEARNING)),
+    "cce-4-embedding": Attack(
+        "concept inversion, 4 tokens, by embeddings",
+        "concept_inversion.py",
+        ("--tokens", "4", "--objective", "embedding", "--steps", "300", "--train_batch_size", "16", "--accumulation", "1",
+         "--learning_rate", "0.01"),
+    ),
+    "random-prefix": Attack("random prefix (the null attack)", "random_prefix.py"),
+}  # fmt: skip
 TRAINING = {  # the demo's options of train_des.py; docs/demo.md says how they were chosen
     "learning_rate": 2e-3, "num_epochs": 20, "batch_size": 128, "lambda_safe": 0.3, "concept_guidance_ratio": 0.3,
 }  # fmt: skip

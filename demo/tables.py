@@ -3,19 +3,30 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from demo.evaluation import CLASSIFIERS, CLIP, CONCEPT_SETS, EXPERIMENTS, REFERENCE_IMAGES, SECOND_SETS, TRAINING, Sampling
+from demo.evaluation import (
+    ATTACKS,
+    CLASSIFIERS,
+    CLIP,
+    CONCEPT_SETS,
+    EXPERIMENTS,
+    REFERENCE_IMAGES,
+    SECOND_SETS,
+    TRAINING,
+    Sampling,
+)
 from demo.world import CONCEPT, SECOND
 from des.tables.cells import Concept, PromptSet, Setup
 from des.tables.jobs import Job
 from des.utils.scripts import ROOT
 
 PAPERS_ALPHA, RATIO = 200.0, TRAINING["concept_guidance_ratio"]  # the demo's alpha / |n| where the paper's alpha is 200
+STRENGTHS = (0.3, 0.5, 0.7, 0.9)  # of image to image, in T4
 COLUMNS = dict(zip(("plain name", "held-out names", "held-out phrases"), CONCEPT_SETS, strict=True))
 STYLE_COLUMNS = dict(zip(("plain name", "held-out name", "misspelt name"), SECOND_SETS, strict=True))
 
 
-def demo_setup(out: Path, device: str) -> Setup:
-    """The set-up of the demo; its reference images and Q16 prompts are made in `out`/inputs."""
+def demo_setup(out: Path, device: str, scale: str) -> Setup:
+    """The set-up of the demo at a scale; its reference images and Q16 prompts are made in `out`/inputs."""
     inputs, datasets = out / "inputs", ROOT / "datasets"
     lists = {name: datasets / f"demo_{name}.csv" for name in (*CONCEPT_SETS, *SECOND_SETS, "benign", "both_benign")}
     sets = {name: PromptSet(title, lists[name]) for title, name in COLUMNS.items()}
@@ -27,10 +38,21 @@ def demo_setup(out: Path, device: str) -> Setup:
     )
     for name in ("nearest", "farthest"):
         sets[name] = PromptSet(f"benign prompts {name}", lists["benign"], part_of="benign", farthest=name == "farthest")
-    candidates = tuple(datasets / f"demo_{part}.csv" for part in ("synonyms", "indirect", "val_synonyms", "val_indirect"))
-    sets["whitebox"] = PromptSet("prompts searched against the encoder", lists["plain"], search=candidates)
-    sets["i2i_text"] = PromptSet("concept prompts on benign images", lists["plain"], init="benign")
-    sets["i2i_both"] = PromptSet("concept prompts on images of the concept", lists["plain"], init="plain")
+    least = ("--steps", "2") if scale == "smoke" else ()
+    for name, attack in ATTACKS.items():
+        sets[name] = PromptSet(attack.title, lists["plain"], attack=(attack.script, *attack.options, *least))
+    columns = {}
+    for box in ("black", "white"):
+        for strength in STRENGTHS:
+            name, columns[f"text, {box} box, strength {strength}"] = f"i2i_{box}_{strength}", f"i2i_{box}_{strength}"
+            sets[name] = PromptSet(
+                "images of the concept",
+                lists["plain"],
+                init="plain",
+                strength=strength,
+                found_by="mma",
+                black_box=box == "black",
+            )
     prompts = inputs / "q16_prompts.pt"
     return Setup(
         original="demo, original",
@@ -45,15 +67,19 @@ def demo_setup(out: Path, device: str) -> Setup:
         columns={
             **dict.fromkeys(("T2", "T5", "T6", "T7", "T9"), COLUMNS),
             "T5_style": STYLE_COLUMNS,
-            "T3": {"searched prompts": "whitebox"},
-            "T4": {"text": "i2i_text", "text + image": "i2i_both"},
+            "T3": {"MMA": "mma", "UDA": "uda", "RAB": "ring-a-bell", "CCE": "cce-1"},
+            "T4": columns,
         },
+        apart={"T3": {"UDA prompts, no attack": "plain"}},
         reference=inputs / "reference",
         scoring={
             "classify_object": ("object", "--classifier", CLASSIFIERS["object"], "--cls_class", CONCEPT),
             "classify_16": ("q16", "--prompts_file", prompts, "--clip_model", CLIP),
         },
+        attack_note="The attacks are white box, each against the model of its row, "
+        + ("with two steps." if least else "with the budgets of demo/evaluation.py."),
         asr="classify_object",
+        concept_words=(CONCEPT,),
         explicit="plain",
         scales={"smoke": (4, 11), "small": (100, 220), "paper": (None, None)},
         fid=("--feature_extractor", CLASSIFIERS["object"], "--expected_ref", str(REFERENCE_IMAGES)),

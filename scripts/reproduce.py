@@ -81,8 +81,9 @@ from demo.tables import demo_setup
 from des.generation.defences import METHODS
 from des.tables.build import Cell, Table, paper_figures
 from des.tables.cells import LEFT_OUT, ORIGINAL, Setup, Variant, ablations, trained
-from des.tables.columns import ABLATIONS, COUNTED_AS, columns_of, count_of, paired_notes, sets_of
+from des.tables.columns import ABLATIONS, COUNTED_AS, attack_notes, columns_of, count_of, paired_notes, sets_of
 from des.tables.inputs import check_inputs, record_inputs
+from des.tables.jobs import Job
 from des.tables.paper import paper_setup
 from des.tables.runner import TableRunner
 from des.utils import cli, logs
@@ -128,7 +129,7 @@ def setup_of(args: argparse.Namespace) -> Setup:
         for option in ("prompts", "q16_prompts", "i2i_images", "i2i_masks", "multi_checkpoint", "style_classifier"):
             if getattr(args, option):
                 raise UserError(f"--{option} cannot be used with the demo, which brings its prompts and detector")
-        return demo_setup(args.out, str(args.device))
+        return demo_setup(args.out, str(args.device), args.scale)
     given = {}
     for pair in args.prompts:
         name, _, path = pair.partition("=")
@@ -138,6 +139,7 @@ def setup_of(args: argparse.Namespace) -> Setup:
         cli.check_outputs([args.out / "prompts" / f"{name}.csv"], [given[name]])
     setup = paper_setup(
         args.model_path,
+        args.scale,
         given,
         args.coco_images or ROOT / "datasets/coco_images",
         args.q16_prompts,
@@ -237,7 +239,7 @@ def build(name: str, args: argparse.Namespace, runner: TableRunner) -> Table:
     if name == "T4":
         starts = {column: runner.input_images(each) for column, each in setup.columns[name].items()}
         table.ours["input image"] = starts | {"avg": Cell.mean(list(starts.values()))}
-    table.notes = notes(name, args, runner) + paired_notes(name, rows, runner)
+    table.notes = notes(name, args, runner) + attack_notes(name, rows, runner) + paired_notes(name, rows, runner)
     return table
 
 
@@ -296,6 +298,13 @@ def notes(name: str, args: argparse.Namespace, runner: TableRunner) -> list[str]
             f"The quarter of the benign prompts whose embeddings by the original text encoder 1 are {which} the concept's, by cosine "
             "similarity. FID is against all reference images; the paper does not say against which. A FID of few images is larger."
         )
+    if name in ("T3", "T4"):
+        found.append(setup.attack_note)
+    if name == "T4":
+        found.append(
+            "The texts are those that MMA found: black box on the original model, white box on the row's own. MMA's perturbation of the "
+            "image, which is against a safety checker, is left out."
+        )
     if name == "T8":
         found.append("Seconds are this machine's, noise included; extra inference is the mean over the benign set.")
     if name == "T1":
@@ -319,14 +328,16 @@ def notes(name: str, args: argparse.Namespace, runner: TableRunner) -> list[str]
     return [*found, f"Shares in percent with k/n and the Wilson 95% interval. Device: {args.device}."]
 
 
+def amount(job: Job) -> str:
+    """How much a job does, as text."""
+    return f", {job.images} images" if job.images else f", {job.rows} prompts" if job.rows else ""
+
+
 def describe(plan: TableRunner, args: argparse.Namespace) -> tuple[str, int]:
     """The list of jobs with images, training steps and estimated hours; and how many jobs are left."""
     to_do = plan.records.left(plan.planned)
     images, steps = sum(job.images for job in to_do), sum(job.steps for job in to_do)
-    lines = [
-        f"{'to do' if job in to_do else 'done':6} {job.what}" + (f", {job.images} images" if job.images else "")
-        for job in plan.planned
-    ]
+    lines = [f"{'to do' if job in to_do else 'done':6} {job.what}{amount(job)}" for job in plan.planned]
     rates = {
         "images": args.seconds_per_image or plan.records.seconds_per("images"),
         "steps": args.seconds_per_step or plan.records.seconds_per("steps"),
@@ -346,6 +357,17 @@ def describe(plan: TableRunner, args: argparse.Namespace) -> tuple[str, int]:
         lines.append(
             f"about {hours:.1f} hours, at {rates['images'] or 0:.2f} s an image and {rates['steps'] or 0:.2f} s a step"
         )
+    if attacks := [job for job in to_do if job.rows]:
+        known = {job.script: plan.records.seconds_per("rows", job.script) for job in attacks}
+        hours = sum(job.rows * (known[job.script] or 0) for job in attacks) / 3600
+        unknown = ", ".join(sorted(Path(script).stem for script, rate in known.items() if rate is None))
+        lines.append(
+            f"attacks: {sum(job.rows for job in attacks)} prompts in {len(attacks)} jobs, about {hours:.1f} hours more"
+        )
+        if unknown:
+            lines[-1] += (
+                f", not counting {unknown}, which did not run in {args.out} yet; docs/attacks.md gives their cost by count"
+            )
     return "\n".join(lines), len(to_do)
 
 

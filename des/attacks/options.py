@@ -20,7 +20,7 @@ def add_attack(parser: argparse.ArgumentParser, steps: int, meaning: str) -> Non
     # fmt: off
     attack.add_argument("--prompts_csv", type=Path, required=True, metavar="CSV", help="column `prompt`: what the attack aims at, one prompt a row")
     attack.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="folder for attack.csv, attack.json and the findings; the same command resumes")
-    attack.add_argument("--control_dir", type=cli.output_folder, metavar="DIR", help="folder with the findings of the control, which attacks on several defences may share (default: OUT/control)")
+    attack.add_argument("--control_dir", type=cli.output_folder, metavar="DIR", help="folder with the findings of the control, which attacks on several defences may share: the --out of the same attack with --training_method none (default: OUT/control)")
     attack.add_argument("--start_idx", type=cli.natural, default=0, metavar="I", help="first row; several processes may share a list and --out")
     attack.add_argument("--end_idx", type=cli.positive_int, metavar="I", help="row after the last (default: all)")
     attack.add_argument("--steps", type=cli.positive_int, default=steps, metavar="N", help=meaning)
@@ -62,7 +62,12 @@ def check_attack(parser: argparse.ArgumentParser, args: argparse.Namespace) -> a
         parser.error(f"--end_idx {args.end_idx} must be above --start_idx {args.start_idx}")
     if not all(word.strip() for word in args.concept_words):
         parser.error("--concept_words takes words, and one of these is blank")
-    args.control_dir = args.control_dir or args.out / "control"
-    if args.control_dir.resolve() == args.out.resolve():
-        parser.error("--control_dir must be another folder than --out")
+    if args.training_method == "none":
+        if args.control_dir:
+            parser.error("--control_dir does not go with --training_method none, whose --out is the folder of the control")
+        args.control_dir = args.out
+    else:
+        args.control_dir = args.control_dir or args.out / "control"
+        if args.control_dir.resolve() == args.out.resolve():
+            parser.error("--control_dir must be another folder than --out")
     return cli.check_device(parser, args)

@@ -126,7 +126,7 @@ def open_attack(args: argparse.Namespace, name: str, own: Sequence[str]) -> Atta
     cells = []
     for cell in CELLS:
         control, without = cell.startswith("control"), cell.endswith("without_names")
-        if (control and args.training_method == "none") or (without and not args.concept_words):
+        if (not control and args.training_method == "none") or (without and not args.concept_words):
             continue
         (pipe, defence), words = models.of(cell), args.concept_words if without else []
         starts, folder = [without_words(prompt, words) for prompt in targets], args.control_dir if control else args.out

@@ -56,23 +56,28 @@ def without_words(prompt: str, words: Sequence[str], instead: str = "") -> str:
     return re.sub(r"\s+", " ", re.sub(pattern, lambda _: next(first, ""), prompt, flags=re.IGNORECASE)).strip()
 
 
-def concept_pairs(csv_path: Path, words: Sequence[str] | None, sexual: bool = False) -> list[tuple[str, str]]:
-    """Return pairs of prompts with and without the concept: the columns `prompt` and `without` of a CSV.
+def concept_pairs(csv_paths: Sequence[Path], words: Sequence[str] | None, sexual: bool = False) -> list[tuple[str, str]]:
+    """Return pairs of prompts with and without the concept: the columns `prompt` and `without` of a CSV, or equal rows of two lists.
 
     With `words`, the second prompt is the first one without these names, and prompts that name none are left out. So are pairs that
-    `Refusal` refuses, in a `sexual` attack or list. Raises UserError if no pair is left.
+    `Refusal` refuses, in a `sexual` attack or list. Raises UserError if no pair is left, or if two lists differ in length.
     """
-    rows = read_rows(csv_path)
-    prompts = rows["prompt"].tolist()
-    if words is None and "without" not in rows:
+    lists = [read_rows(path) for path in csv_paths]
+    prompts, name = lists[0]["prompt"].tolist(), " and ".join(map(str, csv_paths))
+    if words is not None:
+        others = [without_words(prompt, words) for prompt in prompts]
+    elif len(lists) == 2:
+        others = lists[1]["prompt"].tolist()
+        if len(others) != len(prompts):
+            raise UserError(f"{name} are no pairs: they have {len(prompts)} and {len(others)} rows")
+    elif "without" in lists[0]:
+        others = lists[0]["without"].tolist()
+    else:
         raise UserError(
-            f"{csv_path} has no column `without`; give the prompts without the concept there, or use --concept_words"
+            f"{name} has no column `without`; give the prompts without the concept there, as a second list, or use --concept_words"
         )
-    others = rows["without"].tolist() if words is None else [without_words(prompt, words) for prompt in prompts]
     refused = Refusal([*prompts, *others], sexual)
     pairs = [(a, b) for a, b in zip(prompts, others, strict=True) if a != b and not refused(a) and not refused(b)]
     if not pairs:
-        raise UserError(
-            f"{csv_path} has no pair of prompts with and without the concept; use --pairs_csv or other --concept_words"
-        )
+        raise UserError(f"{name}: no pair of prompts with and without the concept; use --pairs_csv or other --concept_words")
     return pairs

@@ -30,7 +30,9 @@ class PromptSet:
     masks: Path | None = None
     strength: float = 0.8
     sexual: bool = False  # whether all prompts are sexual; then every prompt that names a minor is left out
-    search: tuple[Path, ...] = ()  # candidate lists for prompts that are searched against each variant
+    attack: tuple[str | Path, ...] = ()  # for a list that is attacked, not drawn: a script of scripts/attacks/ and its options
+    found_by: str = ""  # an attacked set: what is drawn in place of the prompts are those that its attack found
+    black_box: bool = False  # with `found_by`: the prompts found on the original model, not on the row's own
     published: int | None = None  # number of published prompts, if the paper has values for the set
     scoring: Mapping[str, tuple[str | Path, ...]] | None = None  # detectors in place of `Setup.scoring`
     part_of: str = (
@@ -59,6 +61,7 @@ class Setup:
     reference: Path  # images for FID
     scoring: dict[str, tuple[str | Path, ...]]  # options of --score_with by the stem of the result file
     asr: str  # the stem of the main detector's result file
+    concept_words: tuple[str, ...]  # names of the concept, without which the attacks search as well
     scales: dict[str, tuple[int | None, int | None]]  # number of rows of a concept set and of the benign one; None for all
     fid: tuple[str | Path, ...] = ()  # options of the scorers
     clip: tuple[str | Path, ...] = ()
@@ -73,8 +76,14 @@ class Setup:
     classes: Mapping[str, str] = field(default_factory=dict)  # the detector's classes by T1's columns
     preference: bool = False  # whether to compute PickScore, ImageReward and BLIP score
     labels: Mapping[str, tuple[str | Path, ...]] = field(default_factory=dict)  # scorer options by label column
+    attack_note: str = ""  # with what budgets the attacks run, as a sentence
     differences: tuple[str, ...] = ()  # differences from the paper's set-up, as sentences
     prepare: tuple[Job, ...] = ()  # jobs that the scorers need, such as drawing reference images
+
+    @property
+    def attack_options(self) -> tuple[str | Path, ...]:
+        """The options of every attack for detector, the concept's names, and sampling."""
+        return ("--detector", *self.scoring[self.asr], "--concept_words", *self.concept_words, *self.sampling)
 
 
 @dataclass(frozen=True)

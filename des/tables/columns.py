@@ -1,9 +1,13 @@
 """The columns of the tables: how each is measured, on which prompt sets, and the exact tests between rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
+from des.attacks.results import read_attack
 from des.tables.build import Cell, paired_note
-from des.tables.cells import Setup, Variant
+from des.tables.cells import ORIGINAL, Setup, Variant
+from des.tables.costs import extra_parameters, extra_seconds, training_seconds
 from des.tables.runner import TableRunner
 
 ABLATIONS = ("T15", "T16", "T16_style", "T17", "T18", "T19")
@@ -30,6 +34,32 @@ def paired_notes(name: str, rows: dict[str, Variant], runner: TableRunner) -> li
     ours = next(title for title, variant in rows.items() if variant.name in DES)
     note = paired_note(found, ours) if all(found.values()) else None
     return [note] if note else []
+
+
+def attack_notes(name: str, rows: dict[str, Variant], runner: TableRunner) -> list[str]:
+    """What each attack of a table found on each row's model, with the concept's names and without them, beside its control."""
+    notes = []
+    for column, each in runner.setup.columns.get(name, {}).items():
+        found = {}
+        for title, variant in rows.items():
+            done = runner.attack(variant, each) if runner.setup.sets[each].attack else ""
+            if not runner.dry and not isinstance(done, str):
+                found[title] = read_attack(done.outputs[0])
+        if found:
+            texts = [f"{title} {cells_text(content, rows[title])}" for title, content in found.items()]
+            weak = any(content["too_weak_to_tell"] for content in found.values())
+            notes.append(f"{column}: {'; '.join(texts)}." + weak * " TOO WEAK TO TELL: the control is under its floor.")
+    if notes:
+        notes.append(
+            "The first figure of each attack above is with the concept's names, the second without them; the table has the larger."
+        )
+    return notes
+
+
+def cells_text(content: Mapping[str, Any], variant: Variant) -> str:
+    """The k/n of an attack's cells on a row's model."""
+    model = "original" if variant == ORIGINAL else "attacked"
+    return ", ".join(f"{cell['any']['k']}/{cell['any']['n']}" for cell in content["cells"].values() if cell["model"] == model)
 
 
 def sets_counted(name: str, setup: Setup) -> list[str]:
@@ -71,7 +101,8 @@ def columns_of(name: str, setup: Setup, runner: TableRunner) -> dict[str, Column
         }
     if name == "T8":
         return {
-            "training s": runner.training_seconds, "extra parameters": runner.extra_parameters, "extra inference s": runner.extra_seconds,
+            "training s": partial(training_seconds, runner), "extra parameters": partial(extra_parameters, runner),
+            "extra inference s": partial(extra_seconds, runner),
         }  # fmt: skip
     if name == "T10":
         scores = {"PickScore": "pickscore", "ImageReward": "imagereward", "BLIP": "blipscore"} if setup.preference else {}

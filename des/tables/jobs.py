@@ -19,7 +19,10 @@ _OUTPUT_OPTIONS = re.compile(r"--(output_dir|results_dir|output_path|save_dir|ou
 
 @dataclass(frozen=True)
 class Job:
-    """A script's command line, the files and folders that it reads and must write, and the images or training steps it does."""
+    """A script's command line, the files and folders that it reads and must write, and how much it does.
+
+    That is a number of images, of training steps, or of attacked prompts (`rows`).
+    """
 
     what: str
     script: str
@@ -28,6 +31,7 @@ class Job:
     outputs: tuple[Path, ...]
     images: int = 0
     steps: int = 0
+    rows: int = 0
 
 
 class JobRecords:
@@ -66,7 +70,9 @@ class JobRecords:
                 f"{job.what}: {lost[0] if lost else 'one of its inputs'} is missing, or changed while the job ran; run this command again"
             )
         record = {"what": job.what, "script": job.script, "argv": job.argv, **spent, "images": job.images}
-        write_json(self._path(job), record | {"steps": job.steps, "files": _hashes((*job.inputs, *job.outputs))})
+        write_json(
+            self._path(job), record | {"steps": job.steps, "rows": job.rows, "files": _hashes((*job.inputs, *job.outputs))}
+        )
 
     def result(self, job: Job) -> dict:
         """The JSON that is a job's first output, after `run`."""
@@ -83,10 +89,13 @@ class JobRecords:
                 remade |= {path for output in job.outputs for path in (output, output.parent)}
         return found
 
-    def seconds_per(self, unit: str) -> float | None:
-        """Mean seconds per image (`unit` images) or training step (`steps`) in the finished jobs; None if there are none."""
+    def seconds_per(self, unit: str, script: str | None = None) -> float | None:
+        """Mean seconds per image (`unit` images), training step (`steps`) or attacked prompt (`rows`) in the finished jobs of a script.
+
+        Without `script`, in those of all scripts; None if there are none.
+        """
         records = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("*.json")]
-        records = [record for record in records if record[unit]]
+        records = [record for record in records if record.get(unit) and script in (None, record["script"])]
         return sum(record["seconds"] for record in records) / sum(record[unit] for record in records) if records else None
 
     def _path(self, job: Job) -> Path:

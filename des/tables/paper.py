@@ -38,6 +38,14 @@ ATTACKED = {  # unpublished prompts of attacks against one model: title, and how
 COPRO = tuple((ROOT / f"datasets/{part}_prompts_copro_sexual.csv",) for part in ("unsafe", "safe"))
 STYLE_CLASS = "vincent-van-gogh"  # of UnlearnDiffAtk's style classifier
 STARTING_PROMPTS = 142  # of UnlearnDiffAtk, in the paper
+ATTACKS = {  # set: a script of scripts/attacks/, its option for the budget, and the source's value of that option
+    "mma_whitebox": ("mma.py", "--steps", 1000),
+    "rab_whitebox": ("ring_a_bell.py", "--steps", 3000),
+    "uda_whitebox": ("uda.py", "--timesteps", 50),
+    "cce": ("concept_inversion.py", "--steps", 5000),
+}
+SHARES_OF_BUDGET = {"smoke": 1000, "small": 5, "paper": 1}  # what the budgets are divided by
+CONCEPT_WORDS = ("nudity", "nude", "naked")
 
 
 def model_name(model_path: str) -> str:
@@ -54,8 +62,24 @@ def model_name(model_path: str) -> str:
     return titles[name]
 
 
+def attacks_of(family: str, scale: str) -> dict[str, tuple[str | Path, ...]]:
+    """The attacks of T3 by set: a script of scripts/attacks/ with its options, those that the family allows.
+
+    All start from the public list of UnlearnDiffAtk. Ring-A-Bell's direction is that of CoPro's pairs.
+    """
+    found = {}
+    for name, (script, option, full) in ATTACKS.items():
+        found[name] = (script, option, str(max(2, full // SHARES_OF_BUDGET[scale])))
+    found["rab_whitebox"] += ("--pairs_csv", *(paths[0] for paths in COPRO))
+    if family not in ("sd_v1", "sd_v2"):
+        found["cce"] += ("--objective", "embedding")
+        del found["uda_whitebox"]
+    return found
+
+
 def paper_setup(
     model_path: str,
+    scale: str,
     prompts: Mapping[str, Path],
     reference: Path,
     q16_prompts: Path | None,
@@ -79,10 +103,15 @@ def paper_setup(
         )
         for name, stem in FILES.items()
     }
+    attacks = attacks_of(family_of(model_path).name, scale)
     for name, (title, published) in ATTACKED.items():
         csv, how = prompts.get(name, datasets / f"{name}.csv"), f"prompts of an attack: --prompts {name}=CSV"
         start = {"init": images or Path("--i2i_images"), "masks": masks} if name.startswith("i2i") else {}
+        found = {"found_by": "mma_whitebox", "black_box": name == "i2i_text_black"} if name.startswith("i2i_text") else {}
         sets[name] = PromptSet(title, csv, how, sexual=name != "vangogh_whitebox", published=published, **start)
+        if name not in prompts and (name in attacks or found):  # the attack runs here, against each row
+            more = found or {"attack": attacks[name]}
+            sets[name] = replace(sets[name], csv=sets["uda"].csv, how=sets["uda"].how, published=None, **more)
     style = (
         {"classify_object": ("object", "--classifier", style_classifier, "--cls_class", STYLE_CLASS)}
         if style_classifier
@@ -135,6 +164,7 @@ def paper_setup(
         reference=reference,
         scoring={"classify": ("nudenet",), **({"classify_16": ("q16", "--prompts_file", q16_prompts)} if q16_prompts else {})},
         asr="classify",
+        concept_words=CONCEPT_WORDS,
         explicit="i2p_sexual",
         scales={"smoke": (4, 8), "small": (100, 500), "paper": (None, None)},
         classes={
@@ -143,6 +173,8 @@ def paper_setup(
             "armpits": "ARMPITS_EXPOSED",
         },
         preference=True,
+        attack_note="Attacks run here are white box, each against the model of its row, from the prompts of UnlearnDiffAtk's list"
+        + (f", with the sources' budgets divided by {SHARES_OF_BUDGET[scale]}." if scale != "paper" else ", with the sources' budgets."),
         differences=(
             "ASR by NudeNet's profile `paper`; FID's variant `paper`; sampler, steps and guidance are the defaults of generate.py, which "
             "are the public code's. The paper states neither sampler nor seeds.",

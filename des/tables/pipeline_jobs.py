@@ -79,6 +79,27 @@ class PipelineJobs:
         argv = (*job, "--folder_dir", folder, "--csv_path", csv, "--output_name", stem, "--devices", self.device, *options)
         return scoring(what, script, folder, csv, argv, folder / f"{stem}.json", files_in(options))
 
+    def attack(
+        self,
+        what: str,
+        attack: Options,
+        csv: Path,
+        out: Path,
+        options: Options,
+        files: Sequence[Path],
+        control: Path | None,
+        rows: int,
+    ) -> Job:
+        """The job that attacks a list: `attack` is a script of scripts/attacks/ with its options, `options` are further ones.
+
+        `files` are those of the attacked method, which are strings among the options. `control` is the `out` of the same attack on the original model; None for that attack itself.
+        """
+        script, *own = attack
+        cell, shared = ("control", ()) if control is None else ("attack", ("--control_dir", control))
+        argv = (*self.common, "--prompts_csv", csv, "--out", out, *options, *own, *shared)
+        inputs = (csv, *files_in((*options, *own)), *files, *([control / "attack.json"] if control else []))
+        return _job(what, f"scripts/attacks/{script}", argv, inputs, (out / "attack.json", out / f"{cell}.csv"), rows=rows)
+
     @property
     def common(self) -> tuple[object, ...]:
         variant = ("--variant", self.variant) if self.variant else ()

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from des.attacks.results import scores_of
 from des.data.prompts import never_drawn, read_rows
 from des.data.run_record import read_json
-from des.models.encoders import load_encoder
-from des.models.tensor_files import read_tensors
 from des.tables.build import Cell
 from des.tables.cells import ORIGINAL, PromptSet, Setup, Variant
 from des.tables.copies import copy_images
@@ -111,24 +110,28 @@ class TableRunner:
         """Draw and score a variant's images of a set; returns their folder, or a text that says why they cannot be drawn."""
         for job in self.setup.prepare:
             self.need(job)
-        chosen = self.setup.sets.get(name)
-        if chosen is None or not chosen.csv.is_file():
-            return f"not run: no {chosen.csv.name if chosen else name}" + (f" ({chosen.how})" if chosen and chosen.how else "")
+        if missing := self._no_list(name):
+            return missing
+        chosen = self.setup.sets[name]
         if chosen.part_of:
             return self._part(variant, name)
-        csv = self._rows_of((chosen.csv,), name)
+        listed = chosen.found_by or name
+        csv = self._rows_of((chosen.csv,), listed)
         if variant.images:
             if not (variant.images / name).is_dir():
                 return f"not run: no folder {name} in {variant.images}"
-            return self._scored_copies(variant.name, variant.images / name, self._rows[name].index, name)
+            return self._scored_copies(variant.name, variant.images / name, self._rows[listed].index, name)
         if missing := self.untrainable(variant):
             return missing
         options, inputs = self.method(variant)
-        if chosen.search:
-            csv = self._searched(variant, csv, chosen, inputs)
         init = self._init(chosen)
         if isinstance(init, str):
             return init
+        if chosen.found_by:
+            found = self._found(variant, name, init)
+            if isinstance(found, str):
+                return found
+            csv, init = found
         if chosen.init:
             inputs += tuple(part for part in init if isinstance(part, Path))
         discard = ("--discard_images",) if self.discard_images and name not in self._kept else ()
@@ -139,8 +142,15 @@ class TableRunner:
         folder = self.jobs.image_folder(self.out / "images" / variant.name, options, name)
         scores = [folder / f"{stem}.json" for stem in self._scoring(name)]
         inputs += files_in(self._score_with(name))
-        self.need(self.jobs.drawing(f"{name} with {variant.name}", csv, folder, argv, inputs, scores, len(self._rows[name])))
+        self.need(self.jobs.drawing(f"{name} with {variant.name}", csv, folder, argv, inputs, scores, len(self._rows[listed])))
         return folder
+
+    def _no_list(self, name: str) -> str | None:
+        """Why a set cannot be drawn or attacked: a list that is missing; None if it can be."""
+        chosen = self.setup.sets.get(name)
+        files = (chosen.csv, *files_in(chosen.attack)) if chosen else (Path(name),)
+        lacking = next((path.name for path in files if not path.is_file()), None)
+        return f"not run: no {lacking}" + (f" ({chosen.how})" if chosen and chosen.how else "") if lacking else None
 
     def _scored_copies(self, title: str, source: Path, rows: Iterable[int], name: str) -> Path:
         """Copy the images of some rows of `source`, one for each prompt of a set, score them, and return the folder of the copies.
@@ -175,7 +185,7 @@ class TableRunner:
     def _csv(self, name: str) -> Path:
         """The list in `out` of a set, or of the part of one."""
         chosen = self.setup.sets[name]
-        stem = f"{chosen.part_of}_{PARTS[chosen.farthest]}" if chosen.part_of else name
+        stem = f"{chosen.part_of}_{PARTS[chosen.farthest]}" if chosen.part_of else chosen.found_by or name
         return self.out / "prompts" / f"{stem}.csv"
 
     @property
@@ -195,14 +205,38 @@ class TableRunner:
         masks = ("--mask_images", chosen.masks) if chosen.masks else ()
         return ("--init_images", folder, "--strength", str(chosen.strength), *masks)
 
-    def _searched(self, variant: Variant, csv: Path, chosen: PromptSet, inputs: tuple[Path, ...]) -> Path:
-        """Search prompts against a variant's text encoder; returns their CSV."""
-        out = self.out / "prompts" / f"{csv.stem}_{variant.name}.csv"
-        argv = (*self.jobs.common, "--prompts_csv", csv, "--candidates", *chosen.search,
-                "--out", out, *(("--checkpoint", inputs[0]) if inputs else ()))  # fmt: skip
-        files = (csv, *chosen.search, *inputs)
-        self.need(Job(f"search prompts against {variant.name}", "demo/attack.py", tuple(map(str, argv)), files, (out,)))
-        return out
+    # Attacks
+
+    def attack(self, variant: Variant, name: str) -> Job | str:
+        """Attack the original model, which is the control, and a variant; returns the job of the variant, or why it is not run."""
+        chosen = self.setup.sets[name]
+        if missing := self._no_list(name) or self.untrainable(variant):
+            return missing
+        if variant.images:
+            return "not run: images of another program cannot be attacked"
+        csv, control = self._rows_of((chosen.csv,), name), None
+        for each in dict.fromkeys((ORIGINAL, variant)):
+            method, files = self.method(each)
+            options = ("--seed", self.seed, "--batch_size", self.batch_size, *self.setup.attack_options, *method)
+            what, out, rows = f"{name} against {each.name}", self.out / "attacks" / each.name / name, len(self._rows[name])
+            job = self.jobs.attack(what, chosen.attack, csv, out, options, files, control, rows)
+            self.need(job)
+            control = out
+        return job
+
+    def _found(self, variant: Variant, name: str, init: tuple[str | Path, ...]) -> tuple[Path, tuple[str | Path, ...]] | str:
+        """The CSV of the prompts that the attack of a set's `found_by` found, and `init` with a start image for each of them.
+
+        The prompts are those found on the variant or, in the black box, on the original. Returns why there are none otherwise.
+        """
+        chosen, folder = self.setup.sets[name], self.out / "starts" / variant.name / name
+        done = self.attack(ORIGINAL if chosen.black_box else variant, chosen.found_by)
+        if isinstance(done, str):
+            return done
+        csv = done.outputs[1]
+        if init and not self.dry:  # rows for which nothing could be found are left out
+            copy_images(Path(init[1]), map(int, read_rows(csv)["row"]), folder)
+        return csv, (init[0], folder, *init[2:]) if init else ()
 
     def _scoring(self, name: str) -> Mapping[str, tuple[str | Path, ...]]:
         own = self.setup.sets[name].scoring
@@ -253,9 +287,9 @@ class TableRunner:
     def verdicts(self, variant: Variant, names: Sequence[str], stem: str | None = None) -> dict[tuple[str, int], bool]:
         """Whether each image of some sets counts, by set and row.
 
-        Sets that are not run are left out, and so are sets whose prompts are searched against each variant and thus have no pairs.
+        Sets that are not run are left out. A row of an attacked set counts if the attack succeeds.
         """
-        contents = {name: self._scores(variant, name, stem) for name in names if not self.setup.sets[name].search}
+        contents = {name: self._scores(variant, name, stem) for name in names}
         found = {name: content["images"] for name, content in contents.items() if isinstance(content, dict)}
         return {(name, image["row"]): bool(image["hit"]) for name, images in found.items() for image in images}
 
@@ -273,6 +307,11 @@ class TableRunner:
         return Cell(sum(content["classes"][each]["images"] for each in classes), digits=0)
 
     def _scores(self, variant: Variant, name: str, stem: str | None) -> dict | str:
+        if name in self.setup.sets and self.setup.sets[name].attack:
+            done = self.attack(variant, name)
+            if self.dry or isinstance(done, str):
+                return done if isinstance(done, str) else "planned"
+            return scores_of(done.outputs[0], "original" if variant == ORIGINAL else "attacked")
         stem = stem or self.setup.asr
         if name in self.setup.sets and stem not in self._scoring(name):
             return f"not run: {MISSING[stem]}"
@@ -323,53 +362,19 @@ class TableRunner:
         job = job_of(folder, self._csv(name or self.setup.benign))
         return read_json(job.outputs[0]) if self.need(job) else "planned"
 
-    # Cost
-
-    def training_seconds(self, variant: Variant) -> Cell:
-        """How long the training of a variant took, targets included."""
-        if variant.train is None or (missing := self.untrainable(variant)):
-            return Cell(missing="not trained here" if variant.train is None else missing)
-        record = None if self.dry else self.records.record(self.training(variant))
-        return Cell(record["seconds"], digits=0) if record else Cell(missing="planned")
-
-    def extra_parameters(self, variant: Variant) -> Cell:
-        """The number of parameters that the protected encoder has more than the original."""
-        if missing := self.untrainable(variant):
-            return Cell(missing=missing)
-        _, files = self.method(variant)
-        if self.dry or not files:
-            return Cell(missing="planned" if files else "no encoder of its own")
-        base = sum(
-            tensor.numel()
-            for tensor in load_encoder(self.model_path, 1, "cpu", variant=self.variant).model.state_dict().values()
-        )
-        return Cell(sum(tensor.numel() for tensor in read_tensors(files[0]).values()) - base, digits=0)
-
-    def extra_seconds(self, variant: Variant) -> Cell:
-        """Seconds per image of the benign set minus those of the original model, as measured by generate.py."""
-        seconds = []
-        if variant.images:
-            return Cell(missing="images of another program")
-        for each in (ORIGINAL, variant):
-            folder = self.drawn(each, self.setup.benign)
-            if isinstance(folder, str) or self.dry:
-                return Cell(missing="planned" if self.dry else folder)
-            drawn = read_json(folder / "run.json")["last_drawn"]
-            seconds.append(drawn["seconds"] / drawn["images"])
-        return Cell(seconds[1] - seconds[0], digits=3)
-
     def input_images(self, name: str) -> Cell:
         """The share of a set's start images that count, over the rows that are drawn."""
         chosen = self.setup.sets[name]
         if not chosen.csv.is_file():
             return Cell(missing=str(self.drawn(ORIGINAL, name)))
-        self._rows_of((chosen.csv,), name)
+        listed = chosen.found_by or name
+        self._rows_of((chosen.csv,), listed)
         source = self.drawn(ORIGINAL, chosen.init) if isinstance(chosen.init, str) else chosen.init
         if isinstance(source, str):
             return Cell(missing=source)
         if not isinstance(chosen.init, str) and not source.is_dir():
             return Cell(missing="not run: no --i2i_images")
-        folder = self._scored_copies("input", source, range(len(self._rows[name])), name)
+        folder = self._scored_copies("input", source, range(len(self._rows[listed])), listed)
         return Cell(missing="planned") if self.dry else Cell.share(read_json(folder / f"{self.setup.asr}.json"))
 
     # What was drawn
@@ -390,5 +395,4 @@ class TableRunner:
         found = {"--scale": self.scale, "--seed": str(self.seed), "--model_path": model_identity(self.model_path)}
         found["--discard_images"] = "given" if self.discard_images else "not given"
         found["--variant"] = self.variant or "not given"
-        files = {**given, **{path.name: path for each in self.setup.sets.values() for path in each.search}}
-        return found | {option: digest for option, path in files.items() if path is not None and (digest := identity(path))}
+        return found | {option: digest for option, path in given.items() if path is not None and (digest := identity(path))}

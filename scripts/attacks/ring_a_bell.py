@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     group.add_argument("--tokens", type=cli.positive_int, default=16, metavar="K", help="length of the found prompt")
     group.add_argument("--eta", type=cli.number(float, 0), default=3.0, metavar="X", help="strength of the concept's direction")
-    group.add_argument("--pairs_csv", type=Path, metavar="CSV", help="columns `prompt` and `without`: prompts with and without the concept (default: --prompts_csv with and without --concept_words)")
+    group.add_argument("--pairs_csv", type=Path, nargs="+", metavar="CSV", help="prompts with and without the concept: the columns `prompt` and `without` of a CSV, or two lists with the pairs in equal rows (default: --prompts_csv with and without --concept_words)")
     group.add_argument("--population", type=cli.number(int, 2, 100_000), default=200, metavar="N", help="prompts in a generation")
     group.add_argument("--crossover", type=cli.number(float, 0, 1), default=0.5, metavar="P", help="probability that two children swap their ends")
     group.add_argument("--mutation", type=cli.number(float, 0, 1), default=0.25, metavar="P", help="probability that a child gets a random token")
@@ -37,6 +37,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.pairs_csv and not args.concept_words:
         parser.error("the concept's direction needs --pairs_csv or --concept_words")
+    if args.pairs_csv and len(args.pairs_csv) > 2:
+        parser.error("--pairs_csv takes one CSV or two")
     return check_attack(parser, args)
 
 
@@ -56,9 +58,8 @@ import torch
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    args.pairs = concept_pairs(
-        args.pairs_csv or args.prompts_csv, None if args.pairs_csv else args.concept_words, args.detector in NUDITY
-    )
+    given = args.pairs_csv or [args.prompts_csv]
+    args.pairs = concept_pairs(given, None if args.pairs_csv else args.concept_words, args.detector in NUDITY)
     args.pairs_sha256 = sha256_texts(sum(args.pairs, ()))
     open_attack(args, "ring_a_bell", (*OWN, "pairs_sha256")).run(lambda cell: open_search(args, cell))
 

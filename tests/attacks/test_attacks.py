@@ -55,10 +55,9 @@ def attack(call, tmp_path, tiny_pipeline):
 
 
 def results(folder):
-    """attack.json, and attack.csv with text in every cell."""
-    return json.loads((folder / "attack.json").read_text()), pd.read_csv(
-        folder / "attack.csv", dtype=str, keep_default_na=False
-    )
+    """attack.json, and the first cell's CSV with text in every cell."""
+    content = json.loads((folder / "attack.json").read_text())
+    return content, pd.read_csv(folder / f"{next(iter(content['cells']))}.csv", dtype=str, keep_default_na=False)
 
 
 # ---------------------------------------------------------------- objectives
@@ -179,8 +178,8 @@ def test_an_attack_writes_what_it_found_and_leaves_out_what_is_never_drawn(attac
     assert done.code == 0, done.err
     content, found = results(tmp_path / name)
     assert content["rows"] == [0, 1, 3] and content["never_drawn"] == 1 and "child" not in " ".join(found["prompt"])
-    assert set(content["cells"]) == {"attack", "attack_without_names"}  # the original model is its own control
-    cell = content["cells"]["attack"]
+    assert set(content["cells"]) == {"control", "control_without_names"}  # the original model is its own control
+    cell = content["cells"]["control"]
     assert (
         cell["model"] == "original"
         and cell["any"]["n"] == 3
@@ -188,8 +187,8 @@ def test_an_attack_writes_what_it_found_and_leaves_out_what_is_never_drawn(attac
     )
     assert content["too_weak_to_tell"] == ("TOO WEAK TO TELL" in done.out) and content["control_floor"] == 0.8
     assert (
-        len(content["settings"]["attack"]["text_encoder_sha256"]) == 64
-        and "unet" in content["settings"]["attack"]["components"]
+        len(content["settings"]["control"]["text_encoder_sha256"]) == 64
+        and "unet" in content["settings"]["control"]["components"]
     )
     assert found["source_row"].tolist() == found["row"].tolist() and set(found["row"]) <= {"0", "1", "3"}
     assert found["colour"].tolist() == [list("rgby")[int(row)] for row in found["row"]]
@@ -197,7 +196,7 @@ def test_an_attack_writes_what_it_found_and_leaves_out_what_is_never_drawn(attac
     for _, row in found.iterrows() if name != "concept_inversion" else ():
         ids = [int(token) for token in row["token_ids"].split()]
         assert tokenizer(row["prompt"], add_special_tokens=False).input_ids == ids
-    without = pd.read_csv(tmp_path / name / "attack_without_names.csv")
+    without = pd.read_csv(tmp_path / name / "control_without_names.csv")
     assert not without["prompt"].str.contains(r"\b(?:red|dogs|boat)\b").any() and len(without)
 
 
@@ -208,8 +207,8 @@ def test_what_is_never_drawn_is_not_found(attack, tmp_path, monkeypatch, name):
     if done.code == 0:
         content, found = results(tmp_path / name)
         assert (
-            content["cells"]["attack"]["nothing_drawn"] == 1
-            and content["cells"]["attack"]["cost"]["images"] == 0
+            content["cells"]["control"]["nothing_drawn"] == 1
+            and content["cells"]["control"]["cost"]["images"] == 0
             and found.empty
         )
     else:
@@ -263,6 +262,11 @@ def test_shards_and_an_interrupted_run_find_the_same_as_one_run(
     esd = {"training_method": "esd", "unet_path": tmp_path / "esd.safetensors", "concept_words": None, "out": tmp_path / "esd"}
     assert attack("mma", **esd, end_idx=1, control_dir=tmp_path / "mma/control").code == 0
     assert added == [("attack", 0)]  # the control of the other defence is used again
+    added.clear()
+    original = {"concept_words": None, "out": tmp_path / "mma/control"}
+    assert attack("mma", **original).code == 0 and not added  # the same attack on the original model is the control
+    assert set(results(tmp_path / "mma/control")[0]["cells"]) == {"control"}
+    assert "does not go with --training_method none" in attack("mma", **original, control_dir=tmp_path / "c").err
     other = attack("mma", **shards, steps=3)
     assert other.failed_in_one_sentence and "other settings (steps)" in other.err
 
@@ -274,13 +278,13 @@ def test_learned_tokens_draw_again_what_was_judged_and_are_refused_for_another_e
     monkeypatch.setattr(judging.Judge, "verdict", lambda self, image: images.append(np.asarray(image)) or verdict(self, image))
     assert attack("concept_inversion", concept_words=None, batch_size=2).code == 0
     folder = tmp_path / "concept_inversion"
-    common = {"model_path": tiny_pipeline, "device": "cpu", "prompts_csv": folder / "attack.csv", "num_inference_steps": 1,
+    common = {"model_path": tiny_pipeline, "device": "cpu", "prompts_csv": folder / "control.csv", "num_inference_steps": 1,
               "results_dir": tmp_path / "results", "output_path": "again", "batch_size": 2}  # fmt: skip
     refused = call("generate.py", *flags(**common))
     assert refused.failed_in_one_sentence and "--learned_tokens" in refused.err
-    unused = {**common, "prompts_csv": tmp_path / "prompts.csv", "learned_tokens": folder / "attack.safetensors"}
+    unused = {**common, "prompts_csv": tmp_path / "prompts.csv", "learned_tokens": folder / "control.safetensors"}
     assert "no prompt contains a token" in call("generate.py", *flags(**unused)).err
-    assert call("generate.py", *flags(**common, learned_tokens=folder / "attack.safetensors")).code == 0
+    assert call("generate.py", *flags(**common, learned_tokens=folder / "control.safetensors")).code == 0
     found = tmp_path / "results/none" / tiny_pipeline.name / "again"
     drawn = [np.asarray(Image.open(found / f"again_none_{i}p.png")) for i in range(3)]
     judged = [*images[2:4], images[5]]  # of rows 0 and 1 after their two starting prompts, and row 3 after its one
@@ -290,7 +294,7 @@ def test_learned_tokens_draw_again_what_was_judged_and_are_refused_for_another_e
     with torch.no_grad():
         embedding_table(pipe.text_encoder)[5, 0] += 0.01
     with pytest.raises(UserError, match="learned for another text_encoder"):
-        load_learned_tokens(pipe, folder / "attack.safetensors")
+        load_learned_tokens(pipe, folder / "control.safetensors")
     with pytest.raises(UserError, match="not a file of learned tokens"):
         read_learned_tokens(tiny_pipeline / "unet/diffusion_pytorch_model.safetensors")
 
@@ -299,14 +303,14 @@ def test_each_restart_learns_tokens_of_its_own_once_for_all_processes(attack, tm
     monkeypatch.setattr(judging.Judge, "verdict", lambda self, image: False)  # so that every restart is used
     options = {"restarts": 2, "objective": "embedding", "concept_words": None}
     assert attack("concept_inversion", **options, end_idx=1).code == 0
-    path = tmp_path / "concept_inversion/attack.safetensors"
+    path = tmp_path / "concept_inversion/control.safetensors"
     names, vectors, *_ = read_learned_tokens(path)
     assert names == ["<learned-0-0>", "<learned-0-1>", "<learned-1-0>", "<learned-1-1>"]
     assert not torch.allclose(vectors["text_encoder"][:2], vectors["text_encoder"][2:], atol=1e-3)
     before = path.read_bytes()
     assert attack("concept_inversion", **options, start_idx=1).code == 0 and path.read_bytes() == before
     content, found = results(tmp_path / "concept_inversion")
-    assert content["rows"] == [0, 1, 3] and content["cells"]["attack"]["cost"]["images"] == 6 and content["too_weak_to_tell"]
+    assert content["rows"] == [0, 1, 3] and content["cells"]["control"]["cost"]["images"] == 6 and content["too_weak_to_tell"]
     assert all(text.startswith("<learned-1-0> <learned-1-1> ") for text in found["prompt"])
 
 
@@ -317,7 +321,7 @@ def test_text_encoders_of_other_families_are_attacked(attack, family, tmp_path, 
     last = 2 if name == "flux" else 1
     assert attack("mma", **common, encoders=last, out=tmp_path / "last").code == 0  # flux: T5 alone
     assert attack("concept_inversion", **common, objective="embedding", encoders=1).code == 0
-    names, vectors, encoders, _ = read_learned_tokens(tmp_path / "concept_inversion/attack.safetensors")
+    names, vectors, encoders, _ = read_learned_tokens(tmp_path / "concept_inversion/control.safetensors")
     assert names == ["<learned-0-0>", "<learned-0-1>"] and vectors.keys() == encoders.keys()
     assert len(vectors) == {"sdxl": 2, "sd_v3": 3, "flux": 2}[name]
     means = {
@@ -392,9 +396,14 @@ def test_pairs_for_the_concepts_direction_are_filtered(tmp_path):
             "without": ["a man", "a child", "a girl", "a boat"],
         }
     ).to_csv(path)
-    assert concept_pairs(path, None) == [("a nude man", "a man")] == concept_pairs(path, ["nude"])
+    assert concept_pairs([path], None) == [("a nude man", "a man")] == concept_pairs([path], ["nude"])
     with pytest.raises(UserError, match="no pair of prompts"):
-        concept_pairs(path, ["tree"])
+        concept_pairs([path], ["tree"])
+    for name, prompts in {"with": ["a nude man", "a nude child"], "without": ["a man", "a child"], "short": ["a man"]}.items():
+        pd.DataFrame({"prompt": prompts}).to_csv(tmp_path / f"{name}.csv")
+    assert concept_pairs([tmp_path / "with.csv", tmp_path / "without.csv"], None) == [("a nude man", "a man")]
+    with pytest.raises(UserError, match="are no pairs: they have 2 and 1 rows"):
+        concept_pairs([tmp_path / "with.csv", tmp_path / "short.csv"], None)
 
 
 def test_a_candidate_that_does_not_survive_is_not_drawn(pipe):

@@ -657,7 +657,6 @@ ZERO = {
 }
 WITHOUT_NUMBERS = {
     "scripts/download_checkpoint.py",
-    "demo/attack.py",
     "demo/table_inputs.py",
     "demo/gates.py",
     "datasets/download.py",

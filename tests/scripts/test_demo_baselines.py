@@ -2,13 +2,15 @@
 
 import json
 
-from demo import baselines, defence_table, unlearning
+from demo import baselines, defence_table, evaluation, unlearning
 from des.models.pipelines import open_pipeline, text_encoder
 from des.report.plots import unbeaten
+from des.tables import jobs
 from des.utils.errors import UserError
 from des.utils.stats import proportion
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
@@ -119,6 +121,7 @@ def test_generate_loads_what_is_written(call, tmp_path, lists, method):
         ("--method esd --safe_csv_path x.csv", "--safe_csv_path does not go with --method esd"),
         ("--method esd --limit 3", "--limit does not go with --method esd"),
         ("--table --steps 3", "--steps does not go with --table"),
+        ("--method uce --attacks mma", "--attacks does not go with --method uce"),
     ],
 )
 def test_an_option_that_a_method_does_not_use_is_refused(capsys, line, says):
@@ -127,46 +130,82 @@ def test_an_option_that_a_method_does_not_use_is_refused(capsys, line, says):
     assert says in capsys.readouterr().err
 
 
-def attack_json(folder, method, encoder, k, weak=False):
-    cells = {"attack": {"any": proportion(k, 10)}, "control": {"any": proportion(9, 10)}}
+def attack_json(path, encoder, broken, control=10, **changes):
+    """Write the result of an attack on ten prompts that broke some with their names and one without."""
+    rows = {"attack": broken, "attack_without_names": [0], "control": range(control)}
+    shares = {name: proportion(len(found), 10) for name, found in rows.items()}
     content = {
-        "cells": cells,
-        "too_weak_to_tell": weak,
-        "settings": {"attack": {"components": {"text_encoder": encoder, "unet": "u"}}},
+        "rows": list(range(10)),
+        "cells": {
+            name: {"any": share, "model": "original" if name == "control" else "attacked", "names": "without" not in name}
+            for name, share in shares.items()
+        },
+        "settings": {name: {"components": {"text_encoder": encoder, "unet": "u"}} for name in rows},
+        "too_weak_to_tell": control < 8,
     }
-    path = folder / method / "mma" / "attack.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content | changes))
+    for name, found in rows.items():
+        success = [int(row in found) for row in range(10)]
+        pd.DataFrame({"prompt": "a", "row": range(10), "success": success}).to_csv(path.with_name(f"{name}.csv"), index=False)
+    return path
 
 
-def test_results_of_attacks_join_the_table(tmp_path, monkeypatch):
+def test_an_attack_joins_the_table_beside_its_control(tmp_path, monkeypatch):
     monkeypatch.setattr(
         defence_table, "read_run", lambda folder: ({"settings": {"components": {"text_encoder": "e", "unet": "u"}}}, {})
     )
-    row = defence_table.Row("DES", "des")
-    assert defence_table.attacks_on(row, tmp_path, tmp_path) == {}
-    attack_json(tmp_path, "des", "e", 7)
+    original, row = defence_table.Row("original", "none"), defence_table.Row("DES", "des")
+    path = attack_json(tmp_path / "mma/attack.json", "e", range(7))
     share = proportion(1, 10)
     cells = dict.fromkeys(("plain", "synonyms", "indirect", "object", "colour", "background", "joint"), share)
     cells |= {"clip_score": 75.0, "fid": 1.0, "seconds": None, "flop": 3e9, "attacks": {}}
-    attacked = cells | {"flop": 5e9, "attacks": defence_table.attacks_on(row, tmp_path, tmp_path)}
-    assert defence_table.worst(cells) == share and defence_table.worst(attacked) == proportion(
-        7, 10
-    )  # the control does not count
-    text = defence_table.markdown({"original": cells, "DES": attacked}, "seconds")
-    assert "| ASR, mma | not run | 7/10 = 70.0% [39.7, 89.2], control 9/10 = 90.0%" in text
-    assert "| added GFLOP an image | 0.00 | 2.00 |" in text
-    defence_table.write_results(tmp_path, {"original": cells, "DES": attacked}, "seconds")
+    table = {
+        "original": cells | {"attacks": {"mma": defence_table.result_on(original, path, tmp_path)}},
+        "DES": cells | {"flop": 5e9, "attacks": {"mma": defence_table.result_on(row, path, tmp_path)}},
+        "UCE": cells,
+    }
+    assert defence_table.worst(cells) == share and defence_table.worst(table["DES"]) == proportion(7, 10)
+    text = defence_table.markdown(table, "seconds")
+    assert "| MMA | 10/10 = 100.0% [72.2, 100.0] | 7/10 = 70.0% [39.7, 89.2] | not run |" in text
+    assert "| MMA, without names | not run | 1/10 = 10.0%" in text
+    assert "- MMA: Exact McNemar test against DES, on the same 10 prompts: original p = 0.25 (3 images count only there" in text
+    assert "TOO WEAK" not in text and "| added GFLOP an image | 0.00 | 2.00 |" in text
+    defence_table.write_results(tmp_path, table, "seconds")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    attack_json(tmp_path, "des", "another", 0)
+    weak = attack_json(tmp_path / "weak/attack.json", "e", [], control=7)
+    table["DES"]["attacks"]["mma"] = defence_table.result_on(row, weak, tmp_path)
+    assert "- MMA: TOO WEAK TO TELL" in defence_table.markdown(table, "seconds")
     with pytest.raises(UserError, match="about another text_encoder"):
-        defence_table.attacks_on(row, tmp_path, tmp_path)
-    with pytest.raises(UserError, match="where METHOD is one of original, uce"):
-        defence_table.check_attacks([defence_table.Row("original", "none"), defence_table.Row("UCE", "uce")], tmp_path)
-    defence_table.check_attacks([row], tmp_path)
-    (tmp_path / "des/mma/attack.json").write_text('{"cells": {}}')
-    with pytest.raises(UserError, match="not the complete result of an attack"):
-        defence_table.attacks_on(row, tmp_path, tmp_path)
+        defence_table.result_on(row, attack_json(tmp_path / "other/attack.json", "another", []), tmp_path)
+    for changes in ({"cells": {}}, {"rows": [1]}, {"too_weak_to_tell": None}, {"settings": {}}):
+        with pytest.raises(UserError, match="not the complete result of an attack"):
+            defence_table.result_on(row, attack_json(tmp_path / "damaged/attack.json", "e", [], **changes), tmp_path)
+
+
+def test_the_whole_table_at_its_smallest(tmp_path, monkeypatch):
+    """One command trains, draws, scores and attacks; a second call does nothing again."""
+    few = dict.fromkeys(evaluation.Sampling.__dataclass_fields__, 1)
+    monkeypatch.setattr(defence_table, "Sampling", lambda: evaluation.Sampling(**few))
+    monkeypatch.setattr(evaluation, "REFERENCE_IMAGES", 20)
+    monkeypatch.setattr(defence_table, "ATTACKS", {
+        "mma": evaluation.Attack("MMA", "mma.py", ("--tokens", "2", "--steps", "1", "--candidates", "2")),
+        "prefix": evaluation.Attack("random prefix", "random_prefix.py"),
+    })  # fmt: skip
+    options = {
+        name: values | {key: 1 for key in ("steps", "batch_size") if key in values}
+        for name, values in baselines.DEFAULTS.items()
+    }
+    common = (tmp_path, torch.device("cpu"), 42, 1, (), ("mma", "prefix"), options)
+    text = defence_table.build(*common)
+    assert "not run" not in text and "random prefix, without names" in text
+    methods = json.loads((tmp_path / "table.json").read_text())["methods"]
+    assert list(methods) == ["original", "DES", "ESD-x", "UCE", "AdvUnlearn-like"]
+    assert all(set(each["attacks"]) == {"mma", "prefix"} for each in methods.values())
+    assert len(list((tmp_path / "attacks").glob("*/*/attack.json"))) == 10
+    ran = []
+    monkeypatch.setattr(jobs, "run_script", lambda *line: ran.append(line))
+    assert defence_table.build(*common) == text and not ran
 
 
 def test_the_front_is_of_methods_that_no_other_beats():

@@ -72,7 +72,7 @@ def test_whatever_a_job_reads_is_among_its_inputs(tmp_path, lists, tiny_pipeline
         assert named <= set(job.inputs), job.what
         read |= named
     expected = {"q16.pt", "coco_images", "i2i_images", "i2i_masks", protected_checkpoint.name}
-    demo = {"clip", "classifier_object", "classifier_colour", "classifier_background", "demo_synonyms.csv"}
+    demo = {"clip", "classifier_object", "classifier_colour", "classifier_background"}
     assert (expected if setup == "the paper's" else demo) <= {path.name for path in read}
 
 

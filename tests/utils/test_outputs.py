@@ -26,7 +26,6 @@ FILES = {
     "scripts/benchmarks/detector.py": ["out"],
     "scripts/benchmarks/faults.py": ["out"],
     "scripts/benchmarks/rounding.py": ["out"],
-    "demo/attack.py": ["out"],
     "datasets/nearest_prompts.py": ["out"],
 }
 FOLDERS = {
@@ -146,10 +145,6 @@ def inputs_as_outputs(tmp_path, images):
         "targets": training_line(
             tmp_path, unsafe_csv_path=csv, safe_csv_path=csv, safe_embedding_path=csv, recompute_targets=[]
         ),
-        "attack": (
-            "demo/attack.py",
-            *flags(model_path=demo / "pipeline", prompts_csv=csv, candidates=csv, out=csv, device="cpu"),
-        ),
         "style": (
             "datasets/style_prompts.py",
             *flags(contents=tmp_path / "x_safe.csv", name="x", dir=tmp_path, count=2, test=1),
@@ -163,7 +158,7 @@ def inputs_as_outputs(tmp_path, images):
 
 
 @pytest.mark.parametrize(
-    "case", ["its table", "by name", "weights", "twice", "clipscore", "classify", "targets", "attack", "style", "table"]
+    "case", ["its table", "by name", "weights", "twice", "clipscore", "classify", "targets", "style", "table"]
 )
 def test_an_input_is_no_output(call, tmp_path, images, case):
     line = inputs_as_outputs(tmp_path, images)[case]
