@@ -7,7 +7,18 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from des.report.collect import TrainingRun
-from des.report.compare import LOWER_IS_BETTER, Comparison, Measure, Spread, front, groups, pooled, sets_of, shared_by_all
+from des.report.compare import (
+    LOWER_IS_BETTER,
+    Comparison,
+    Measure,
+    Spread,
+    front,
+    groups,
+    pooled,
+    sets_of,
+    shared_by_all,
+    worst_case,
+)
 from des.report.embedding_map import EmbeddingMap
 from des.report.plots import GRID, GROUP_STYLES, INK, MARK, draw_embeddings, draw_losses
 
@@ -189,10 +200,13 @@ def _widen(which: str, axes: Axes, span: float) -> None:
 
 
 def paretos(comparison: Comparison, name: str) -> list[tuple[Markup, str]]:
-    """One plot for each detector and each measure of quality, with a caption that names the sets."""
-    plots = []
-    for asr in groups(comparison.of_kind("asr")).values():
-        for measures in groups(comparison.quality).values():
+    """One plot for each detector and each measure of quality, with a caption that names the sets.
+
+    If models were attacked, further plots have the largest ASR over sets and attacks.
+    """
+    plots, worst = [], [[worst_case(comparison, each)] for each in comparison.of_kind("attacked")]
+    for asr in [*worst, *groups(comparison.of_kind("asr"))]:
+        for measures in groups(comparison.quality):
             drawn = pareto(comparison, f"{name}-{len(plots)}", asr, measures)
             if drawn:
                 models = len(comparison.models)
