@@ -45,23 +45,24 @@ def read_attack(path: Path) -> dict[str, Any]:
 
 def _check_cells(cells: Mapping[str, Any], settings: Mapping[str, Any], rows: int) -> None:
     """Raise an error of _BROKEN for cells that are incomplete or inconsistent, or that lack a control."""
-    conditions = []
+    conditions: dict[str, list[bool]] = {"attacked": [], "original": []}  # whether the prompts kept the names, by model
     for name, cell in cells.items():
-        conditions.append(
-            ("original" if settings[name]["training_method"] == "none" else "attacked", not settings[name]["concept_words"])
+        model, names = (
+            "original" if settings[name]["training_method"] == "none" else "attacked",
+            not settings[name]["concept_words"],
         )
+        conditions[model].append(names)
         settings[name]["components"].items()
-        expected = [proportion(cell[share]["k"], rows) for share in ("before", "any", "last")]
         agree = all(
             math.isclose(cell[share][key], value, abs_tol=1e-9)
-            for share, each in zip(("before", "any", "last"), expected, strict=True)
-            for key, value in each.items()
+            for share in ("before", "any", "last")
+            for key, value in proportion(cell[share]["k"], rows).items()
         )
         costs = all(0 <= cell["cost"][key] < math.inf for key in _COST)
-        if not _CELL.fullmatch(name) or (cell["model"], cell["names"]) != conditions[-1] or not agree or not costs:
+        if not _CELL.fullmatch(name) or (cell["model"], cell["names"]) != (model, names) or not agree or not costs:
             raise ValueError
-    controls = {("original", names) for _, names in conditions} | {("original", True)}
-    if cells.keys() != settings.keys() or len(set(conditions)) < len(conditions) or not controls <= set(conditions):
+    attacked, original = sorted(conditions["attacked"]), sorted(conditions["original"])
+    if cells.keys() != settings.keys() or original not in ([True], [False, True]) or attacked not in ([], original):
         raise ValueError
 
 

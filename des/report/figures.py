@@ -158,7 +158,8 @@ def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: S
             line = {"color": style["color"], "lw": 1.2, "alpha": 0.6, "zorder": 2}
             axes.plot([x.low, x.high], [y.mean, y.mean], **line)
             axes.plot([x.mean, x.mean], [y.low, y.high], **line)
-            axes.plot([xs[i].mean], [ys[i].mean], ls="none", zorder=3, clip_on=False, **style)
+            over = comparison.models[i].original  # its marker is smaller than the others, so both are seen where they coincide
+            axes.plot([xs[i].mean], [ys[i].mean], ls="none", zorder=4 if over else 3, clip_on=False, **style)
         axes.margins(0.12)
         _widen("y", axes, max(_LEAST_SPAN * max(abs(ys[i].mean) for i in there), _INTERVALS * _widest(quality, there)))
         _widen("x", axes, _INTERVALS * _widest(asr, there))

@@ -194,7 +194,7 @@ def render(**content: Any) -> str:
     )
     environment.globals |= {
         "show": show, "sort_key": sort_key, "spread_of": spread_of, "seed_columns": seed_columns, "shares": SHARES,
-        "lower_is_better": LOWER_IS_BETTER, "in_words": in_words, "conditions": CONDITIONS, "interval": interval,
+        "lower_is_better": LOWER_IS_BETTER, "in_words": in_words, "conditions": CONDITIONS, "counts_of": counts_of,
     }  # fmt: skip
     inside = {"mark": Markup(MARK), "policy": policy, "style": Markup(style), "script": Markup(script)}
     return environment.get_template("page.html").render(**inside, **content)
@@ -208,7 +208,7 @@ def show(score: Score) -> tuple[str, str]:
     return f"{score.value:.{digits}f}{'%' if share else ''}", f"{score.counts}{interval}"
 
 
-def interval(share: Mapping[str, float]) -> str:
+def counts_of(share: Mapping[str, float]) -> str:
     """The counts and the interval of a share of attack.json: `3/60 [1.7, 13.7]`, the interval in percent."""
     return f"{share['k']}/{share['n']} [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
 
