@@ -158,8 +158,9 @@ def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: S
             line = {"color": style["color"], "lw": 1.2, "alpha": 0.6, "zorder": 2}
             axes.plot([x.low, x.high], [y.mean, y.mean], **line)
             axes.plot([x.mean, x.mean], [y.low, y.high], **line)
-            over = comparison.models[i].original  # its marker is smaller than the others, so both are seen where they coincide
-            axes.plot([xs[i].mean], [ys[i].mean], ls="none", zorder=4 if over else 3, clip_on=False, **style)
+            # the original's ring lies on top, so that a model at the same place is seen inside it
+            on_top = {"zorder": 4, "markerfacecolor": "none"} if comparison.models[i].original else {"zorder": 3}
+            axes.plot([xs[i].mean], [ys[i].mean], ls="none", clip_on=False, **style | on_top)
         axes.margins(0.12)
         _widen("y", axes, max(_LEAST_SPAN * max(abs(ys[i].mean) for i in there), _INTERVALS * _widest(quality, there)))
         _widen("x", axes, _INTERVALS * _widest(asr, there))
