@@ -3,12 +3,14 @@
     python scripts/report.py results/none/stable-diffusion-v1-5 results/des/stable-diffusion-v1-5 checkpoints/des_sexual \\
         --out report.html --images 12
 
-Searches the folders for images that generate.py drew, with the results of the scorers in and beside them, and for checkpoints of
-train_des.py. Images of --training_method none are `before`, those of a protected model with the same prompts, settings and seeds
-`after`. They are compared where the record shows one original model: what no method changed (VAE, tokenizer, ...) is the same, or the
-model's path where an earlier version recorded no more. The ASR is averaged over the attack sets that all models share. An image
-that a detector counts is blurred until it is clicked. Prompts are not quoted unless --prompts is given, but for those of the demo's own lists. Results that are not about
-the images beside them are refused.
+Searches the folders for images that generate.py drew, with the results of the scorers in and beside them, for checkpoints of
+train_des.py, and for results of scripts/attacks/ (attack.json). Images of --training_method none are `before`, those of a protected
+model with the same prompts, settings and seeds `after`. They are compared where the record shows one original model: what no method
+changed (VAE, tokenizer, ...) is the same, or the model's path where an earlier version recorded no more. The ASR is averaged over the
+attack sets that all models share. An image that a detector counts is blurred until it is clicked. Prompts are not quoted unless
+--prompts is given, but for those of the demo's own lists; with it, prompts that attacks found are quoted as well, except those that
+the safety filter refuses. Results that are not about the images beside them are refused. Attacks on models that have no images in
+the folders are named without their figures.
 """
 
 import argparse
@@ -33,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     shown.add_argument("--images", type=cli.positive_int, default=12, metavar="N", help="rows of images a set, evenly spaced")
     shown.add_argument("--no_images", dest="pictures", action="store_false", help="leave the images out")
     quoted = shown.add_mutually_exclusive_group()
-    quoted.add_argument("--prompts", action="store_true", default=None, help="quote the prompts of the images, whose lists must still be there (default: those of the demo's lists only)")
+    quoted.add_argument("--prompts", action="store_true", default=None, help="quote the prompts of the images, and some that attacks found; their lists must still be there (default: prompts of the demo's lists only, and none that attacks found)")
     quoted.add_argument("--no_prompts", dest="prompts", action="store_false", help="quote no prompt")
     shown.add_argument("--no_map", dest="map", action="store_false", help="leave out the map of embeddings, which loads the text encoders")
     # fmt: on

@@ -137,6 +137,7 @@ def open_attack(args: argparse.Namespace, name: str, own: Sequence[str]) -> Atta
     facts = {
         "never_drawn": len(targets[args.start_idx : args.end_idx]) - len(rows),
         "protection": models.protection,
+        "what": next(iter(detector.titles.values())),
         "detector": detector.facts,
         "paper_control": PAPER_CONTROLS.get(name),
         "made_by": provenance(args),

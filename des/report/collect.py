@@ -1,4 +1,4 @@
-"""Find runs in folders: images of generate.py with their scores, and checkpoints of train_des.py."""
+"""Find runs in folders: images of generate.py with their scores, checkpoints of train_des.py, and results of scripts/attacks/."""
 
 import json
 import math
@@ -8,11 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from des.attacks.results import read_attack
 from des.data import manifest
 from des.data.claims import check_complete
 from des.data.image_folders import image_hashes
 from des.data.run_record import RECORD_FIELDS, SINCE_2, TORCH, Lines, Sampling, read_run, recorded_components
 from des.evaluation.results import Score, read_scores
+from des.evaluation.scorer_identity import detector_identity
 from des.generation.defences import METHODS
 from des.models.checkpoints import read_metadata
 from des.report.plots import LOSSES
@@ -22,6 +24,7 @@ from des.utils.folders import walk
 from des.utils.logs import logger
 
 ORIGINAL = "none"
+ATTACK = "attack.json"
 _ROUNDING = "deterministic"  # changes only the rounding of images, so it may differ between compared runs
 _METADATA = "-metadata.json"
 Key = tuple[int, int]  # row and copy
@@ -157,6 +160,81 @@ class TrainingRun:
     checkpoint: Path  # without its suffix
     metadata: dict[str, Any]
     steps: tuple[dict[str, float], ...]
+
+
+@dataclass(frozen=True)
+class AttackPair:
+    """The cells of attack.json under one condition; `attacked` is None if no model but the original one was attacked."""
+
+    names: bool  # whether the prompts kept the concept's names
+    attacked: dict[str, Any] | None
+    control: dict[str, Any]  # of the original model
+    weak: bool  # whether the control is below its floor
+
+
+@dataclass(frozen=True)
+class AttackRun:
+    """The result of an attack in a folder: `content` is attack.json."""
+
+    folder: Path
+    content: dict[str, Any]
+
+    @cached_property
+    def pairs(self) -> list[AttackPair]:
+        """The conditions of the attack, with the concept's names first."""
+        cells = {(each["model"], each["names"]): each for each in self.content["cells"].values()}
+        return [
+            AttackPair(
+                names, cells.get(("attacked", names)), control, control["any"]["fraction"] < self.content["control_floor"]
+            )
+            for names in (True, False)
+            if (control := cells.get(("original", names)))
+        ]
+
+    @cached_property
+    def models(self) -> dict[str, ImageRun]:
+        """The record of each cell's model, by the cell's name, in the form of a run without images; the attacked model's come first."""
+        made = {"made_by": self.content["made_by"]}
+        records = {
+            name: {
+                "settings": each,
+                "protection": {} if each["training_method"] == ORIGINAL else self.content["protection"],
+                **made,
+            }
+            for name, each in self.content["settings"].items()
+        }
+        runs = {name: ImageRun(self.folder, record, {}, ()) for name, record in records.items()}
+        return dict(sorted(runs.items(), key=lambda item: (item[1].method == ORIGINAL, item[0])))
+
+    @property
+    def model(self) -> ImageRun:
+        """The record of the attacked model, or of the original one if no other was attacked."""
+        return next(iter(self.models.values()))
+
+    @property
+    def what(self) -> str:
+        """The title of what the detector counts, as in scores."""
+        named = self.model.settings.get("cls_class") or self.content["made_by"]["arguments"].get("detector")
+        return str(self.content.get("what", f"ASR of {named}"))
+
+    @property
+    def detector(self) -> str:
+        """The identity of the detector, as in scores."""
+        return detector_identity(next(iter(self.content["detector"].values())))
+
+
+def is_on_one_of(attack: AttackRun, runs: Sequence[ImageRun]) -> bool:
+    """Whether an attack is on the model of one of the runs, and its control on the original model of all of them."""
+    if not all(same_base(model, run) for model in attack.models.values() for run in runs):
+        return False
+    originals = {run.identity for run in runs if run.method == ORIGINAL}
+    others = {model.identity for model in attack.models.values()} - {attack.model.identity}
+    return attack.model.identity in {run.identity for run in runs} and (not originals or others <= originals)
+
+
+def collect_attacks(roots: Sequence[Path]) -> list[AttackRun]:
+    """Find all results of attacks in folders and their subfolders; raises UserError for a damaged one."""
+    return [AttackRun(folder, read_attack(folder / ATTACK)) for folder in _folders(roots) if (folder / ATTACK).exists()]
 
 
 def collect(roots: Sequence[Path]) -> tuple[list[ImageRun], list[TrainingRun]]:

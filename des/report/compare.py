@@ -2,19 +2,20 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from des.evaluation.results import Score
-from des.report.collect import ORIGINAL, ImageRun, same_base, same_conditions
+from des.report.collect import ATTACK, ORIGINAL, AttackRun, ImageRun, is_on_one_of, same_base, same_conditions
 from des.report.naming import model_labels, seed_groups, set_names
 from des.report.provenance import short_path
 from des.utils.errors import UserError
 from des.utils.logs import logger
 
-LOWER_IS_BETTER = ("asr", "benign_hits", "fid", "kid", "lpips")
-SHARES = ("asr", "benign_hits", "accuracy")  # percentages
-_ORDER = ("asr", "benign_hits", "accuracy", "mean", "fid", "kid", "lpips")
+LOWER_IS_BETTER = ("asr", "attacked", "benign_hits", "fid", "kid", "lpips")
+SHARES = ("asr", "attacked", "benign_hits", "accuracy")  # percentages
+_ORDER = ("asr", "attacked", "benign_hits", "accuracy", "mean", "fid", "kid", "lpips")
+WORST = "worst attack with the weights"  # the name of the set of attacks, as it stands beside those of prompt lists
 BENIGN = "benign"  # reproduce.py's name of its benign set, which not every table scores for quality
 _MOST_NAMED = 4  # models that a phrase of the headline lists
 
@@ -72,6 +73,7 @@ class Comparison:
     models: tuple[Model, ...]
     sets: tuple[ImageSet, ...]
     measures: tuple[Measure, ...]
+    attacks: tuple[AttackRun, ...] = ()
 
     @property
     def original(self) -> int | None:
@@ -100,20 +102,38 @@ class Comparison:
         return measures or [measure for measure in self.of_kind("accuracy") if measure.benign]
 
 
-def compare(runs: Sequence[ImageRun], benign_sets: Sequence[str] | None = None) -> list[Comparison]:
+def compare(
+    runs: Sequence[ImageRun], benign_sets: Sequence[str] | None = None, attacks: Sequence[AttackRun] = ()
+) -> list[Comparison]:
     """Make one comparison for each original model; see `same_base`.
 
     `benign_sets` names the sets of benign prompts by their folders; None takes those that are called `benign` or are scored for
-    quality (FID, a mean score, labels). Raises UserError if two runs are of the same model and prompts, if a run fits several
-    original models, and for a name that no set has.
+    quality (FID, a mean score, labels). `attacks` on models that no run is of are in no comparison. Raises UserError if two runs are
+    of the same model and prompts, if a run or an attack fits several original models, and for a name that no set has.
     """
     unknown = sorted(set(benign_sets or ()) - {run.folder.name for run in runs})
     if unknown:
         names = ", ".join(sorted({run.folder.name for run in runs}))
         raise UserError(f"--benign_sets: no folder of images is called {unknown[0]}; choose from {names}")
     groups = _grouped(runs, same_base, lambda run: len(run.base_facts), "the original model")
-    titles = _base_titles(groups)
-    return [_comparison(title, group, benign_sets) for title, group in zip(titles, groups, strict=True)]
+    titles, places = _base_titles(groups), _places(attacks, groups)
+    return [_comparison(*each, benign_sets) for each in zip(titles, groups, places, strict=True)]
+
+
+def _places(attacks: Sequence[AttackRun], groups: Sequence[list[ImageRun]]) -> list[list[AttackRun]]:
+    """The attacks on the models of each group of runs, with a warning for attacks on other models."""
+    places: list[list[AttackRun]] = [[] for _ in groups]
+    for attack in attacks:
+        fitting = [place for place, runs in zip(places, groups, strict=True) if is_on_one_of(attack, runs)]
+        if len(fitting) > 1:
+            raise UserError(f"{attack.folder / ATTACK} fits several original models; make a report of each")
+        if not fitting:
+            logger.warning(
+                "%s is about a model without images in these folders; the page names it without its figures", attack.folder
+            )
+        for place in fitting:
+            place.append(attack)
+    return places
 
 
 def _base_titles(groups: Sequence[list[ImageRun]]) -> list[str]:
@@ -154,7 +174,7 @@ def _grouped(
     )
 
 
-def _comparison(base: str, runs: list[ImageRun], benign_sets: Sequence[str] | None) -> Comparison:
+def _comparison(base: str, runs: list[ImageRun], attacks: list[AttackRun], benign_sets: Sequence[str] | None) -> Comparison:
     of_model: dict[str, list[ImageRun]] = {}
     for run in sorted(runs, key=lambda run: run.method != ORIGINAL):
         of_model.setdefault(run.identity, []).append(run)
@@ -169,8 +189,52 @@ def _comparison(base: str, runs: list[ImageRun], benign_sets: Sequence[str] | No
         for run, label, group, name in zip(first_runs, labels, seeds, without_seed, strict=True)
     )
     sets = _sets(runs, {model.identity: i for i, model in enumerate(models)}, benign_sets)
-    measures = sorted((one for each in sets for one in _measures(each, len(models))), key=lambda one: _ORDER.index(one.kind))
-    return Comparison(base, models, tuple(sets), tuple(measures))
+    measures = [*(one for each in sets for one in _measures(each, len(models))), *_worst_attacks(attacks, models)]
+    order = {model.identity: i for i, model in enumerate(models)}
+    attacks = sorted(attacks, key=lambda each: (order[each.model.identity], str(each.content["attack"])))
+    return Comparison(
+        base, models, tuple(sets), tuple(sorted(measures, key=lambda one: _ORDER.index(one.kind))), tuple(attacks)
+    )
+
+
+def _worst_attacks(attacks: Sequence[AttackRun], models: Sequence[Model]) -> list[Measure]:
+    """The largest ASR of each model over the attacks on it, one measure for each detector; the original model's is over all controls.
+
+    An attack that is too weak to tell counts where it succeeds, and not where it fails.
+    """
+    found: dict[tuple[str, str], list[AttackRun]] = {}
+    for attack in attacks:
+        found.setdefault((attack.what, attack.detector), []).append(attack)
+    return [
+        Measure(WORST, "attacked", *what, tuple(_worst_attack(each, model, *what) for model in models))
+        for what, each in found.items()
+    ]
+
+
+def _worst_attack(attacks: Sequence[AttackRun], model: Model, title: str, identity: str) -> Score | None:
+    shares = [
+        (pair.control["any"] if model.original else pair.attacked["any"], attack)
+        for attack in attacks
+        for pair in attack.pairs
+        if model.original or (attack.model.identity == model.identity and not (pair.weak and pair.attacked["any"]["k"] == 0))
+    ]
+    if not shares:
+        return None
+    share, attack = max(shares, key=lambda each: (each[0]["fraction"], each[0]["n"]))
+    value, low, high = (100 * share[name] for name in ("fraction", "low", "high"))
+    counts = f"{attack.folder.name}: {share['k']}/{share['n']}"
+    return Score(attack.folder / ATTACK, "attacked", title, identity, value, low, high, counts, attack.content)
+
+
+def worst_case(comparison: Comparison, attacked: Measure) -> Measure:
+    """The largest ASR of each attacked model over its attack sets and over the attacks, for the detector of the measure `attacked`."""
+    same = [each for each in comparison.of_kind("asr") if (each.title, each.identity) == (attacked.title, attacked.identity)]
+    scores = [
+        score and max((each.scores[i] for each in (attacked, *same) if each.scores[i]), key=lambda one: one.value)
+        for i, score in enumerate(attacked.scores)
+    ]
+    names = f"largest over {', '.join([*(each.set_name for each in same), 'attacks'])}"
+    return replace(attacked, set_name=names, kind="asr", title=f"worst {attacked.title}", scores=tuple(scores))
 
 
 def _sets(runs: list[ImageRun], number: Mapping[str, int], benign_sets: Sequence[str] | None) -> list[ImageSet]:
@@ -259,12 +323,12 @@ def sets_of(measures: Sequence[Measure], models: int) -> str:
     return f"mean of the sets {', '.join(names)} and {last}" if names else last
 
 
-def groups(measures: Sequence[Measure]) -> dict[tuple[str, str], list[Measure]]:
-    """Group the measures of all sets by title and identity."""
-    found: dict[tuple[str, str], list[Measure]] = {}
+def groups(measures: Sequence[Measure]) -> list[list[Measure]]:
+    """Group the measures of all sets by kind, title and identity."""
+    found: dict[tuple[str, str, str], list[Measure]] = {}
     for measure in measures:
-        found.setdefault((measure.title, measure.identity), []).append(measure)
-    return found
+        found.setdefault((measure.kind, measure.title, measure.identity), []).append(measure)
+    return list(found.values())
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -279,18 +343,20 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 def headline(comparison: Comparison) -> list[str]:
     """One phrase for each measure that original and protected models share: `ASR of mushroom, plain: 98.3% → 0.0%`.
 
-    The ASR is over attack sets. The sets are named, and only models that differ only in the training seed are averaged.
+    The ASR is over attack sets, followed by that under the worst attack. The sets are named, and only models that differ only in the
+    training seed are averaged, as far as they have a score. The last phrase counts the attacks that are too weak to tell.
     """
     phrases, before, models = [], comparison.original, len(comparison.models)
-    for (title, _), measures in groups([*comparison.of_kind("asr"), *comparison.quality]).items():
+    for measures in groups([*comparison.of_kind("asr", "attacked"), *comparison.quality]):
         spreads = pooled(measures, models)
-        after = [group for group in comparison.seed_groups if all(spreads[i] for i in group)]
+        after = [scored for group in comparison.seed_groups if (scored := [i for i in group if spreads[i]])]
         if before is None or spreads[before] is None or not after:
             continue
         unit, digits = ("%", 1) if measures[0].kind in SHARES else ("", 2)
-        first = f"{title}, {sets_of(measures, models)}: {spreads[before].mean:.{digits}f}{unit}"
+        first = f"{measures[0].title}, {sets_of(measures, models)}: {spreads[before].mean:.{digits}f}{unit}"
         phrases.append(f"{first} → {_after(comparison, after, spreads, unit, digits)}")
-    return phrases
+    weak = sum(any(pair.weak for pair in attack.pairs) for attack in comparison.attacks)
+    return [*phrases, *([f"attacks too weak to tell: {weak} of {len(comparison.attacks)}"] if weak else [])]
 
 
 def _after(comparison: Comparison, after: list[list[int]], spreads: Sequence[Spread | None], unit: str, digits: int) -> str:
@@ -299,7 +365,7 @@ def _after(comparison: Comparison, after: list[list[int]], spreads: Sequence[Spr
         (Spread.of([spreads[i].mean for i in group]).show(unit, digits) + (f", {len(group)} seeds" if len(group) > 1 else ""))
         for group in after
     ]
-    if len(set(shown)) == 1:
+    if len(set(shown)) == 1 and sum(map(len, after)) == len(comparison.protected):
         return shown[0]
     if len(after) > _MOST_NAMED:
         values = [spreads[i].mean for group in after for i in group]

@@ -7,7 +7,18 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from des.report.collect import TrainingRun
-from des.report.compare import LOWER_IS_BETTER, Comparison, Measure, Spread, front, groups, pooled, sets_of, shared_by_all
+from des.report.compare import (
+    LOWER_IS_BETTER,
+    Comparison,
+    Measure,
+    Spread,
+    front,
+    groups,
+    pooled,
+    sets_of,
+    shared_by_all,
+    worst_case,
+)
 from des.report.embedding_map import EmbeddingMap
 from des.report.plots import GRID, GROUP_STYLES, INK, MARK, draw_embeddings, draw_losses
 
@@ -147,7 +158,9 @@ def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: S
             line = {"color": style["color"], "lw": 1.2, "alpha": 0.6, "zorder": 2}
             axes.plot([x.low, x.high], [y.mean, y.mean], **line)
             axes.plot([x.mean, x.mean], [y.low, y.high], **line)
-            axes.plot([xs[i].mean], [ys[i].mean], ls="none", zorder=3, clip_on=False, **style)
+            # the original's ring lies on top, so that a model at the same place is seen inside it
+            on_top = {"zorder": 4, "markerfacecolor": "none"} if comparison.models[i].original else {"zorder": 3}
+            axes.plot([xs[i].mean], [ys[i].mean], ls="none", clip_on=False, **style | on_top)
         axes.margins(0.12)
         _widen("y", axes, max(_LEAST_SPAN * max(abs(ys[i].mean) for i in there), _INTERVALS * _widest(quality, there)))
         _widen("x", axes, _INTERVALS * _widest(asr, there))
@@ -189,10 +202,13 @@ def _widen(which: str, axes: Axes, span: float) -> None:
 
 
 def paretos(comparison: Comparison, name: str) -> list[tuple[Markup, str]]:
-    """One plot for each detector and each measure of quality, with a caption that names the sets."""
-    plots = []
-    for asr in groups(comparison.of_kind("asr")).values():
-        for measures in groups(comparison.quality).values():
+    """One plot for each detector and each measure of quality, with a caption that names the sets.
+
+    If models were attacked, further plots have the largest ASR over sets and attacks.
+    """
+    plots, worst = [], [[worst_case(comparison, each)] for each in comparison.of_kind("attacked")]
+    for asr in [*worst, *groups(comparison.of_kind("asr"))]:
+        for measures in groups(comparison.quality):
             drawn = pareto(comparison, f"{name}-{len(plots)}", asr, measures)
             if drawn:
                 models = len(comparison.models)

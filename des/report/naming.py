@@ -1,4 +1,4 @@
-"""Labels of models and sets by the settings in which they differ, and groups of models that differ only in the training seed."""
+"""Labels of models, sets and attacks by the settings in which they differ, and groups of models that differ only in the training seed."""
 
 import json
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from des.report.collect import ORIGINAL, ImageRun
+from des.report.collect import ORIGINAL, AttackRun, ImageRun
 from des.utils.files import sha256_texts
 
 _FACTS = {
@@ -22,6 +22,12 @@ _DEMO_SETS = {  # names of the demo's sets, by their prompt lists
     "demo_benign.csv": "other objects", "demo_neighbour.csv": "near neighbour",
 }  # fmt: skip
 # metadata and arguments that do not belong to the training settings
+_ATTACKS = {
+    "mma": "MMA-Diffusion", "ring_a_bell": "Ring-A-Bell", "concept_inversion": "concept inversion", "uda": "UnlearnDiffAtk",
+    "p4d": "P4D", "random_prefix": "random prefix",
+}  # fmt: skip
+_OF_ATTACKS = ("tokens", "objective", "steps")  # settings that the label of an attack always has
+_OF_MODELS = ("training_method", "components", "detector", "attack", "concept_words")  # settings of attacks that no label has
 _OUTCOMES = ("seed", "file", "file_sha256", "encoder_sha256", "embeddings", "made_by")
 _NOT_TRAINING = ("seed", "output_dir", "safe_embedding_path", "device", "log_file", "resume", "report_to")
 
@@ -112,3 +118,20 @@ def _setting(name: str, runs: Sequence[ImageRun], run: ImageRun) -> str:
     if name.endswith("_sha256"):
         return f"{_WORDS.get(name, name.removesuffix('_sha256').replace('_', ' '))} {values.index(str(value)) + 1}"
     return _WORDS.get(name, f"{name.replace('_', ' ')} {{}}").format("default" if value is None else str(value)[:40])
+
+
+def attack_labels(attacks: Sequence[AttackRun]) -> list[tuple[str, str]]:
+    """The name of each attack, and its folder with the settings that tell it from others of that name: `mma: tokens 16, steps 60`."""
+    labels = []
+    for attack in attacks:
+        name = attack.content["attack"]
+        same = [other.model.settings for other in attacks if other.content["attack"] == name]
+        settings = {
+            key: each for key, each in attack.model.settings.items() if key not in _OF_MODELS and not key.endswith("_sha256")
+        }
+        vary = [key for key in settings if key not in _OF_ATTACKS and len({str(other.get(key)) for other in same}) > 1]
+        shown = [
+            f"{key.replace('_', ' ')} {_short(settings[key])}" for key in (*_OF_ATTACKS, *vary) if settings.get(key) is not None
+        ]
+        labels.append((_ATTACKS.get(name, name), ": ".join([attack.folder.name, *([", ".join(shown)] if shown else [])])))
+    return labels

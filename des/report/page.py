@@ -13,12 +13,14 @@ from des.evaluation.results import Score
 from des.models.checkpoints import checkpoint_path, load_checkpoint
 from des.models.encoders import load_encoder
 from des.report import figures
+from des.report.attacks import CONDITIONS, AttackRow, attack_rows
 from des.report.classes import ClassTable, class_tables
-from des.report.collect import TrainingRun, collect
+from des.report.collect import TrainingRun, collect, collect_attacks
 from des.report.compare import LOWER_IS_BETTER, SHARES, Comparison, Measure, Spread, compare, headline, seed_columns
 from des.report.embedding_map import EmbeddingMap, draw_map
+from des.report.naming import attack_labels
 from des.report.pictures import GalleryRow, gallery
-from des.report.provenance import ProvenanceEntry, machine, of_images, of_training, short_path
+from des.report.provenance import ProvenanceEntry, machine, of_attack, of_images, of_training, short_path
 from des.utils.choices import CHECKPOINT_FORMATS as FORMATS
 from des.utils.errors import UserError
 
@@ -47,6 +49,7 @@ class ModelReport:
     comparison: Comparison
     headline: list[str]
     summary: list[Plot]
+    attacks: list[AttackRow]
     paretos: list[Plot]
     classes: list[tuple[ClassTable, Plot | None]]
     galleries: list[tuple[str, list[GalleryRow]]]
@@ -54,7 +57,7 @@ class ModelReport:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of scripts/report.py; with `prompts` None only prompts of the demo are quoted."""
+    """The options of scripts/report.py; with `prompts` None only prompts of the demo's lists are quoted, and none that attacks found."""
 
     benign_sets: Sequence[str] | None = None
     images: int = 12  # rows a set
@@ -77,7 +80,9 @@ def build(run_dirs: Sequence[Path], out: str, options: Options, device: torch.de
     `out` is the name of the page's file and `made_by` the provenance of this process; both are shown in the page.
     """
     runs, trainings = collect(run_dirs)
-    comparisons = compare(runs, options.benign_sets)
+    attacks = collect_attacks(run_dirs)
+    comparisons = compare(runs, options.benign_sets, attacks)
+    others = [short_path(each.folder) for each in attacks if not any(each in comparison.attacks for comparison in comparisons)]
     reports = [_model_report(comparison, f"c{i}", options) for i, comparison in enumerate(comparisons)]
     titles = training_titles(trainings)
     losses, maps = [], []
@@ -88,31 +93,32 @@ def build(run_dirs: Sequence[Path], out: str, options: Options, device: torch.de
             maps += [Plot(svg, title) for svg in figures.maps(map_of(run, device), f"map{i}", title)]
     line = ["python", "scripts/report.py", *map(short_path, run_dirs), "--out", out, *options.flags]
     entries = _provenance(comparisons, trainings, titles)
+    named = list(zip(attacks, map(", ".join, attack_labels(attacks)), strict=True))
+    entries += [(f"attack, {title}", [of_attack(each, title)]) for each, title in named]
     entries.append(("this page", [ProvenanceEntry("this page", machine({**made_by, "device": None}), shlex.join(line))]))
-    return render(model_reports=reports, losses=losses, maps=maps, provenance_entries=entries)
+    return render(model_reports=reports, other_attacks=others, losses=losses, maps=maps, provenance_entries=entries)
 
 
 def _model_report(comparison: Comparison, name: str, options: Options) -> ModelReport:
     summary = []
-    for kind, title, hint in (
-        ("asr", "Attack success", "lower is better"),
-        ("benign_hits", "Detector hits on benign prompts", "lower is better"),
-        ("accuracy", "Benign accuracy", "higher is better"),
+    for kinds, title, hint in (
+        (("asr", "attacked"), "Attack success", "lower is better"),
+        (("benign_hits",), "Detector hits on benign prompts", "lower is better"),
+        (("accuracy",), "Benign accuracy", "higher is better"),
     ):
-        measures = comparison.of_kind(kind)
+        measures = comparison.of_kind(*kinds)
         if measures:
             what = {measure.title for measure in measures}
             caption = f"{title}{f', {min(what)}' if len(what) == 1 else ''}; {hint}"
-            summary.append(Plot(figures.shares(comparison, f"{name}-{kind}", title, measures), caption))
+            summary.append(Plot(figures.shares(comparison, f"{name}-{kinds[0]}", title, measures), caption))
     paretos = [Plot(svg, sets) for svg, sets in figures.paretos(comparison, f"{name}-pareto")]
     tables = class_tables(comparison)
     drawn = [None if table.shares else _class_plot(comparison, f"{name}-classes{i}", table) for i, table in enumerate(tables)]
     galleries = []
     if options.pictures:
         galleries = [(each.title, gallery(comparison, each, options.images, options.prompts)) for each in comparison.sets]
-    return ModelReport(
-        comparison.base, comparison, headline(comparison), summary, paretos, list(zip(tables, drawn, strict=True)), galleries
-    )
+    attacks, classes = attack_rows(comparison, bool(options.prompts)), list(zip(tables, drawn, strict=True))
+    return ModelReport(comparison.base, comparison, headline(comparison), summary, attacks, paretos, classes, galleries)
 
 
 def _class_plot(comparison: Comparison, name: str, table: ClassTable) -> Plot | None:
@@ -188,7 +194,7 @@ def render(**content: Any) -> str:
     )
     environment.globals |= {
         "show": show, "sort_key": sort_key, "spread_of": spread_of, "seed_columns": seed_columns, "shares": SHARES,
-        "lower_is_better": LOWER_IS_BETTER, "in_words": in_words,
+        "lower_is_better": LOWER_IS_BETTER, "in_words": in_words, "conditions": CONDITIONS, "counts_of": counts_of,
     }  # fmt: skip
     inside = {"mark": Markup(MARK), "policy": policy, "style": Markup(style), "script": Markup(script)}
     return environment.get_template("page.html").render(**inside, **content)
@@ -200,6 +206,11 @@ def show(score: Score) -> tuple[str, str]:
     digits = 1 if share else 4 if score.kind in ("kid", "lpips") else 2
     interval = f" [{score.low:.{digits}f}, {score.high:.{digits}f}]" if score.low is not None and score.high is not None else ""
     return f"{score.value:.{digits}f}{'%' if share else ''}", f"{score.counts}{interval}"
+
+
+def counts_of(share: Mapping[str, float]) -> str:
+    """The counts and the interval of a share of attack.json: `3/60 [1.7, 13.7]`, the interval in percent."""
+    return f"{share['k']}/{share['n']} [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
 
 
 def in_words(title: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from des.report.collect import ImageRun, TrainingRun
+from des.report.collect import ATTACK, AttackRun, ImageRun, TrainingRun
 
 _PARTS = 3  # last parts shown of a path outside the working directory
 _NOT_SHOWN = ("prompt",)
@@ -50,6 +50,17 @@ def of_training(run: TrainingRun, title: str) -> ProvenanceEntry:
     made_by = run.metadata["made_by"]
     facts = {name: display(run.metadata[name]) for name in _TRAINING if name in run.metadata}
     return ProvenanceEntry(f"{title}: {short_path(run.checkpoint)}", facts | machine(made_by), command(made_by))
+
+
+def of_attack(attack: AttackRun, title: str) -> ProvenanceEntry:
+    """The origin of an attack's result, with the settings of the attacked model's first cell."""
+    content, made_by = attack.content, attack.content["made_by"]
+    facts = {name: display(value) for name, value in attack.model.settings.items() if value is not None and value is not False}
+    facts |= {"rows": str(len(content["rows"])), "left out": str(content.get("never_drawn", 0))}
+    facts |= {
+        name: display(content[name]) for name in ("control_floor", "paper_control", "detector") if content.get(name) is not None
+    }
+    return ProvenanceEntry(f"{title}: {short_path(attack.folder / ATTACK)}", facts | machine(made_by), command(made_by))
 
 
 def machine(made_by: Mapping[str, Any]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from des.attacks.denoising import P4D, UnlearnDiffAtk
 from des.attacks.judging import Draws
 from des.attacks.objectives import Denoiser, TextGoals, concept_direction, pooled, pooled_cosine, sequence_distance
 from des.attacks.records import Found, Records, control_floor, lines_of, summary, write_csv
+from des.attacks.results import read_attack
 from des.attacks.words import concept_pairs, without_words
 from des.generation.defences import ENCODER_OPTIONS
 from des.models.learned_tokens import load_learned_tokens, read_learned_tokens, set_tokens
@@ -177,6 +178,7 @@ def test_an_attack_writes_what_it_found_and_leaves_out_what_is_never_drawn(attac
     done = attack(name)
     assert done.code == 0, done.err
     content, found = results(tmp_path / name)
+    assert read_attack(tmp_path / name / "attack.json") == content and content["what"] == "ASR of ball"
     assert content["rows"] == [0, 1, 3] and content["never_drawn"] == 1 and "child" not in " ".join(found["prompt"])
     assert set(content["cells"]) == {"control", "control_without_names"}  # the original model is its own control
     cell = content["cells"]["control"]

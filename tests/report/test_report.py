@@ -22,6 +22,7 @@ from PIL import Image
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from test_report_attacks import result
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 PROMPTS = ["a grey cat", HOSTILE, "a clay teapot"]
@@ -35,7 +36,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(work, tiny_pipeline):
-    """Runs of a tiny pipeline and of two checkpoints of it, scored by the project's own scorers, with a training run beside them."""
+    """Runs of a tiny pipeline and of two checkpoints of it, scored by the project's own scorers, with a training run and an attack."""
     from des.utils.scripts import run_script as script
 
     (work / "p.csv").write_text("prompt,object\n" + "\n".join(f'"{text}",ball' for text in PROMPTS) + "\n")
@@ -60,6 +61,9 @@ def made(work, tiny_pipeline):
                folder_dir=images, csv_path=work / "p.csv", devices="cpu", output_name="classify_object"))  # fmt: skip
         decide(images, hits=[0, 1] if folder == "before" else [])
     train(work, tiny_pipeline)
+    records = {"original": "before/none", "one": "one/des"}
+    paths = {name: work / f"runs/{folder}/tiny-sd/attack/run.json" for name, folder in records.items()}
+    result(work / "runs/mma", records={name: json.loads(path.read_text())["settings"] for name, path in paths.items()})
     return work / "runs"
 
 
@@ -429,6 +433,7 @@ def style_of(browser, selector, name):
 def test_the_page_stands_by_itself(page):
     assert page.find_element(By.CSS_SELECTOR, "h1").text == "Before and after protection"
     assert "66.7% → 0.0%" in page.find_element(By.CSS_SELECTOR, ".headline").text
+    assert page.find_element(By.CSS_SELECTOR, "#attacks tbody th").is_displayed()
     plots = page.find_elements(By.CSS_SELECTOR, "svg.plot[role=img][aria-label]")
     assert len(plots) >= 6 and all(plot.size["width"] > 200 and plot.size["height"] > 80 for plot in plots)
     levels = [int(head.tag_name[1]) for head in page.find_elements(By.CSS_SELECTOR, "h1, h2, h3, h4")]

@@ -11,6 +11,7 @@ from des.report.naming import set_names
 from des.utils.errors import UserError
 
 import pytest
+from attack_results import IDENTITIES
 
 FACTS = {"epoch": 2, "learning_rate": 1e-5, "lambda_safe": 0.3, "seed": 1}
 ARGUMENTS = {"unsafe_csv_path": "unsafe.csv", "safe_csv_path": "safe.csv", "seed": 1, "output_dir": "out1"}
@@ -143,7 +144,6 @@ def test_seeds_of_one_training_are_averaged():
 
 # ---------------------------------------------------------------- what is compared
 
-IDENTITIES = {"unet": "u", "vae": "v", "text_encoder": "t", "scheduler": "s"}
 PAIRS = {
     "the same path": ({}, {}, True),
     "a trailing slash": ({}, {"model": "models/sd/"}, True),

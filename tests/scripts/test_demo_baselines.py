@@ -10,9 +10,9 @@ from des.utils.errors import UserError
 from des.utils.stats import proportion
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from attack_results import IDENTITIES, result
 from conftest import ROOT
 from safetensors.torch import load_file
 
@@ -130,33 +130,10 @@ def test_an_option_that_a_method_does_not_use_is_refused(capsys, line, says):
     assert says in capsys.readouterr().err
 
 
-def attack_json(path, encoder, broken, control=10, **changes):
-    """Write the result of an attack on ten prompts that broke some with their names and one without."""
-    rows = {"attack": broken, "attack_without_names": [0], "control": range(control)}
-    shares = {name: proportion(len(found), 10) for name, found in rows.items()}
-    content = {
-        "rows": list(range(10)),
-        "cells": {
-            name: {"any": share, "model": "original" if name == "control" else "attacked", "names": "without" not in name}
-            for name, share in shares.items()
-        },
-        "settings": {name: {"components": {"text_encoder": encoder, "unet": "u"}} for name in rows},
-        "too_weak_to_tell": control < 8,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content | changes))
-    for name, found in rows.items():
-        success = [int(row in found) for row in range(10)]
-        pd.DataFrame({"prompt": "a", "row": range(10), "success": success}).to_csv(path.with_name(f"{name}.csv"), index=False)
-    return path
-
-
 def test_an_attack_joins_the_table_beside_its_control(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        defence_table, "read_run", lambda folder: ({"settings": {"components": {"text_encoder": "e", "unet": "u"}}}, {})
-    )
+    monkeypatch.setattr(defence_table, "read_run", lambda folder: ({"settings": {"components": IDENTITIES}}, {}))
     original, row = defence_table.Row("original", "none"), defence_table.Row("DES", "des")
-    path = attack_json(tmp_path / "mma/attack.json", "e", range(7))
+    path = result(tmp_path / "mma", (7, 1), (10, 9)) / "attack.json"
     share = proportion(1, 10)
     cells = dict.fromkeys(("plain", "synonyms", "indirect", "object", "colour", "background", "joint"), share)
     cells |= {"clip_score": 75.0, "fid": 1.0, "seconds": None, "flop": 3e9, "attacks": {}}
@@ -168,19 +145,19 @@ def test_an_attack_joins_the_table_beside_its_control(tmp_path, monkeypatch):
     assert defence_table.worst(cells) == share and defence_table.worst(table["DES"]) == proportion(7, 10)
     text = defence_table.markdown(table, "seconds")
     assert "| MMA | 10/10 = 100.0% [72.2, 100.0] | 7/10 = 70.0% [39.7, 89.2] | not run |" in text
-    assert "| MMA, without names | not run | 1/10 = 10.0%" in text
+    assert "| MMA, without names | 9/10 = 90.0% [59.6, 98.2] | 1/10 = 10.0%" in text
     assert "- MMA: Exact McNemar test against DES, on the same 10 prompts: original p = 0.25 (3 images count only there" in text
     assert "TOO WEAK" not in text and "| added GFLOP an image | 0.00 | 2.00 |" in text
     defence_table.write_results(tmp_path, table, "seconds")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    weak = attack_json(tmp_path / "weak/attack.json", "e", [], control=7)
+    weak = result(tmp_path / "weak", (0, 0), (10, 7)) / "attack.json"
     table["DES"]["attacks"]["mma"] = defence_table.result_on(row, weak, tmp_path)
     assert "- MMA: TOO WEAK TO TELL" in defence_table.markdown(table, "seconds")
-    with pytest.raises(UserError, match="about another text_encoder"):
-        defence_table.result_on(row, attack_json(tmp_path / "other/attack.json", "another", []), tmp_path)
-    for changes in ({"cells": {}}, {"rows": [1]}, {"too_weak_to_tell": None}, {"settings": {}}):
-        with pytest.raises(UserError, match="not the complete result of an attack"):
-            defence_table.result_on(row, attack_json(tmp_path / "damaged/attack.json", "e", [], **changes), tmp_path)
+    monkeypatch.setattr(
+        defence_table, "read_run", lambda folder: ({"settings": {"components": {**IDENTITIES, "unet": "x"}}}, {})
+    )
+    with pytest.raises(UserError, match="about another unet"):
+        defence_table.result_on(row, path, tmp_path)
 
 
 def test_the_whole_table_at_its_smallest(tmp_path, monkeypatch):
