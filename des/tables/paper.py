@@ -111,7 +111,7 @@ def paper_setup(
         sets[name] = PromptSet(title, csv, how, sexual=name != "vangogh_whitebox", published=published, **start)
         if name not in prompts and (name in attacks or found):  # the attack runs here, against each row
             more = found or {"attack": attacks[name]}
-            sets[name] = replace(sets[name], csv=sets["uda"].csv, how=sets["uda"].how, published=None, **more)
+            sets[name] = replace(sets[name], csv=sets["uda"].csv, how=sets["uda"].how, published=STARTING_PROMPTS, **more)
     style = (
         {"classify_object": ("object", "--classifier", style_classifier, "--cls_class", STYLE_CLASS)}
         if style_classifier

@@ -101,20 +101,13 @@ def test_t1_counts_images_of_each_class(tmp_path, lists, tiny_pipeline, monkeypa
 
 def test_starting_prompts_without_an_attack_stand_apart(tmp_path, lists, tiny_pipeline, monkeypatch):
     """The paper's column UDA is the attack's; its starting prompts, drawn as they are, have their own column and are in no mean."""
-    (tmp_path / "lists/uda_whitebox.csv").unlink()
-    given = [part for part in lists if not str(part).startswith("uda_whitebox")]
-    args = arguments(tmp_path, "--model_path", tiny_pipeline, *given)
+    args = arguments(tmp_path, "--model_path", tiny_pipeline, *lists)
     runner = runner_of(args)
-    monkeypatch.setattr(
-        TableRunner, "drawn", lambda self, variant, name: ROOT if self.setup.sets[name].csv.is_file() else f"not run: no {name}"
-    )
-    monkeypatch.setattr(TableRunner, "_scores", lambda self, variant, name, stem: (
-        dict(proportion({"uda": 4}.get(name, 1), 4)) if isinstance(self.drawn(variant, name), Path) else self.drawn(variant, name)))  # fmt: skip
+    monkeypatch.setattr(TableRunner, "_scores", lambda self, variant, name, stem: dict(proportion({"uda": 4}.get(name, 1), 4)))
     table = reproduce.build("T3", args, runner)
     assert table.columns == ["MMA", "UDA", "RAB", "CCE", "avg", "std", "UDA prompts, no attack"]
     ours = table.ours["SD v1.5"]
-    assert ours["UDA"].value is None and ours["avg"].value is None and "uda_whitebox" in str(ours["avg"])
-    assert (ours["UDA prompts, no attack"].value, ours["MMA"].value) == (100, 25)
+    assert (ours["UDA prompts, no attack"].value, ours["UDA"].value, ours["avg"].value) == (100, 25, 25)
     assert "UDA prompts, no attack" not in table.paper["SD v1.5"] and table.paper["SD v1.5"]["UDA"] == "95.78"
     assert any(note.startswith("UDA prompts, no attack: uda.csv drawn as it is") for note in table.notes)
 
@@ -186,7 +179,7 @@ def test_a_baseline_that_is_refused(tmp_path, monkeypatch, tiny_pipeline, baseli
 
 def test_the_input_images_of_a_line_are_the_rows_that_it_draws(tmp_path, monkeypatch, scored):
     """Eleven benign images, four of which are start images; one of these and some others are hits."""
-    common = demo_setup(tmp_path, "cpu"), str(DEMO), tmp_path, "smoke", torch.device("cpu"), 4, 42
+    common = demo_setup(tmp_path, "cpu", "smoke"), str(DEMO), tmp_path, "smoke", torch.device("cpu"), 4, 42
     runner = TableRunner(*common, discard_images=False, dry=False)
     folder = tmp_path / "benign"
     folder.mkdir()
@@ -195,7 +188,7 @@ def test_the_input_images_of_a_line_are_the_rows_that_it_draws(tmp_path, monkeyp
     (tmp_path / "inputs").mkdir()
     (tmp_path / "inputs/q16_prompts.pt").write_bytes(b"two embeddings")
     monkeypatch.setattr(TableRunner, "drawn", lambda *_: folder)
-    cell = runner.input_images("i2i_text")
+    cell = runner.input_images("i2i_white_0.5")
     assert (cell.k, cell.n, len(scored)) == (1, 4, 2)
 
 
@@ -232,7 +225,7 @@ def test_a_model_whose_training_lists_are_missing_is_marked(tmp_path, lists, tin
 
 
 def test_reference_images_that_are_missing_do_not_stop_a_table(tmp_path, tiny_pipeline):
-    setup = paper_setup(str(tiny_pipeline), {}, tmp_path / "coco", None, None, None)
+    setup = paper_setup(str(tiny_pipeline), "paper", {}, tmp_path / "coco", None, None, None)
     runner = TableRunner(
         setup, str(tiny_pipeline), tmp_path, "smoke", torch.device("cpu"), 4, 42, discard_images=False, dry=False
     )
@@ -280,8 +273,10 @@ def test_rows_are_titled_by_model(tmp_path, family, kind, part, change, name):
 
 
 def test_published_counts_are_those_of_the_public_lists(tiny_pipeline, tmp_path):
-    sets: dict[str, PromptSet] = paper_setup(str(tiny_pipeline), {}, tmp_path, None, None, None).sets
+    sets: dict[str, PromptSet] = paper_setup(str(tiny_pipeline), "paper", {}, tmp_path, None, None, None).sets
     published = {name: each.published for name, each in sets.items()}
     assert (published["sneaky"], published["mma"], published["rab"], published["p4d"]) == (124, 1000, 107, 272)
     assert (published["uda"], published["i2p_sexual"], published["benign"], published["i2i_both_black"]) == (142, 931, 9969, 61)
-    assert [name for name, count in published.items() if count is None] == ["cce"] and published["vangogh"] == 50
+    assert (published["cce"], published["i2i_text_white"], published["vangogh"]) == (142, 142, 50)  # attacked from UnlearnDiffAtk's list
+    given = paper_setup(str(tiny_pipeline), "paper", {"cce": tmp_path / "cce.csv"}, tmp_path, None, None, None).sets
+    assert given["cce"].published is None and not given["cce"].attack

@@ -1,0 +1,120 @@
+"""T3 and T4: the attacks that fill their cells, with which budgets, beside which control, and the texts that they found on images."""
+
+from pathlib import Path
+
+import des.tables.paper
+from des.tables.cells import ORIGINAL
+from des.tables.jobs import JobRecords
+from scripts import reproduce
+
+import pytest
+from attack_results import result
+from conftest import ROOT
+from test_reproduce import reproduce as run_reproduce  # noqa: F401
+from test_table_cells import arguments, runner_of
+
+DEMO = ROOT / "demo/models/pipeline"
+PROTECTED = ROOT / "demo/models/protected/checkpoint-20.safetensors"
+
+
+@pytest.fixture
+def public_lists(tmp_path, monkeypatch):
+    """UnlearnDiffAtk's list and CoPro's, with harmless prompts, in place of those of datasets/; returns the option for the former."""
+    for name in ("uda", "unsafe", "safe"):
+        (tmp_path / f"{name}.csv").write_text("prompt\n" + "".join(f"a {name} kettle {i}\n" for i in range(6)))
+    monkeypatch.setattr(des.tables.paper, "COPRO", tuple((tmp_path / f"{name}.csv",) for name in ("unsafe", "safe")))
+    return ["--prompts", f"uda={tmp_path / 'uda.csv'}"]
+
+
+def attacks_in(plan):
+    """The attack jobs of a plan by what they are about; each command line as a dict of option and first value."""
+    found = {}
+    for job in plan.planned:
+        if job.rows:
+            places = [i for i, part in enumerate(job.argv) if part.startswith("--")]
+            found[job.what] = {job.argv[i]: job.argv[i + 1] for i in places} | {
+                "script": Path(job.script).name,
+                "rows": job.rows,
+            }
+    return found
+
+
+@pytest.mark.parametrize(("scale", "steps"), [("smoke", "2"), ("small", "200"), ("paper", "1000")])
+def test_the_paper_models_are_attacked_from_the_public_list(tmp_path, public_lists, family, protected_checkpoint, scale, steps):
+    more = ["--model_path", family("sd_v1"), "--checkpoint", protected_checkpoint, "--scale", scale, *public_lists]
+    plan = runner_of(args := arguments(tmp_path, *more))
+    table = reproduce.build("T3", args, plan)
+    jobs = attacks_in(plan)
+    scripts = {
+        "mma_whitebox": "mma.py",
+        "uda_whitebox": "uda.py",
+        "rab_whitebox": "ring_a_bell.py",
+        "cce": "concept_inversion.py",
+    }
+    assert set(jobs) == {f"{name} against {model}" for name in scripts for model in ("original", "des_given")}
+    for name, script in scripts.items():
+        control, attack = (jobs[f"{name} against {model}"] for model in ("original", "des_given"))
+        assert {control["script"], attack["script"]} == {script} and attack["rows"] == (4 if scale == "smoke" else 6)
+        assert control["--training_method"] == "none" and attack["--training_method"] == "des"
+        assert attack["--control_dir"] == control["--out"] != attack["--out"] and "--control_dir" not in control
+        assert attack["--detector"] == "nudenet" and attack["--concept_words"] == "nudity"
+        assert all(
+            control[option] == attack[option] for option in attack.keys() & control.keys() - {"--out", "--training_method"}
+        )
+    assert jobs["mma_whitebox against des_given"]["--steps"] == steps
+    assert jobs["rab_whitebox against original"]["--pairs_csv"] == str(tmp_path / "unsafe.csv")
+    assert str(table.ours["DES"]["UDA"]) == "planned"
+    assert any("budgets" in note and (scale == "paper") != ("divided" in note) for note in table.notes)
+    text, _ = reproduce.describe(plan, args)
+    assert "attacks: " in text and "not counting concept_inversion, mma, ring_a_bell, uda" in text
+
+
+def test_what_a_model_or_a_missing_list_does_not_allow_stays_empty(tmp_path, public_lists, family, monkeypatch):
+    args = arguments(tmp_path, "--model_path", family("sdxl"), *public_lists)
+    plan = runner_of(args)
+    cells = reproduce.build("T3", args, plan).ours["SDXL"]
+    assert str(cells["UDA"]).startswith("not run: no uda_whitebox.csv") and str(cells["MMA"]) == "planned"
+    assert attacks_in(plan)["cce against original"]["--objective"] == "embedding"
+    (tmp_path / "safe.csv").unlink()
+    assert str(reproduce.build("T3", args, plan).ours["SDXL"]["RAB"]).startswith("not run: no safe.csv")
+    (tmp_path / "uda.csv").unlink()
+    assert str(runner_of(arguments(tmp_path, "--model_path", family("sdxl"))).asr(ORIGINAL, "cce")).startswith(
+        "not run: no unlearn"
+    )
+
+
+def test_a_cell_is_the_larger_figure_with_both_and_the_control_below(tmp_path, monkeypatch):
+    monkeypatch.setattr(JobRecords, "run", lambda self, job: None)
+    for name in ("mma", "uda", "ring-a-bell", "cce-1"):
+        figures = {"cce-1": ((1, 6), (10, 10)), "uda": ((0, 0), (10, 7))}.get(name, ((3, 1), (10, 9)))
+        for folder in ("original", "des_given"):
+            result(tmp_path / "out/attacks" / folder / name, *figures)
+    args = arguments(tmp_path, "--model_path", DEMO, "--checkpoint", PROTECTED)
+    runner = runner_of(args)
+    runner.dry = False
+    monkeypatch.setattr(type(runner), "drawn", lambda self, variant, name: "not run: not drawn in this test")
+    table = reproduce.build("T3", args, runner)
+    ours = {title: {column: cell.k for column, cell in cells.items()} for title, cells in table.ours.items()}
+    assert [ours["demo, DES"][column] for column in ("MMA", "UDA", "RAB", "CCE", "avg")] == [3, 0, 3, 6, 12]
+    assert [ours["demo, original"][column] for column in ("MMA", "UDA", "RAB", "CCE")] == [10] * 4
+    notes = {note.split(":")[0]: note for note in table.notes}
+    assert notes["CCE"] == "CCE: demo, original 10/10, 10/10; demo, DES 1/10, 6/10."
+    assert "TOO WEAK TO TELL" in notes["UDA"] and "TOO WEAK" not in notes["MMA"]
+    assert (
+        "demo, original p < 0.0001 (28 images count only there, 0 only"
+        in notes["Exact McNemar test against demo, DES, on the same 40 prompts"]
+    )
+
+
+def test_texts_found_are_drawn_on_images_of_the_concept(run_reproduce, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("demo.tables.STRENGTHS", (0.5,))
+    done = run_reproduce(table="T4", checkpoint=PROTECTED)
+    assert done.code == 0, done.err
+    text, out = (tmp_path / "out/T4.md").read_text(), tmp_path / "out"
+    assert "text, black box, strength 0.5 | text, white box, strength 0.5" in text and "MMA's perturbation" in text
+    assert "| **input image, ours** | 100.00 (4/4)" in text
+    found = {each: (out / f"attacks/{each}.csv").read_text() for each in ("original/mma/control", "des_given/mma/attack")}
+    settings = {box: (out / f"images/des_given/des/pipeline/i2i_{box}_0.5/run.json").read_text() for box in ("black", "white")}
+    assert found["original/mma/control"] != found["des_given/mma/attack"]
+    for box, each in (("black", "original/mma/control"), ("white", "des_given/mma/attack")):
+        assert f"{each}.csv" in settings[box] and f"starts/des_given/i2i_{box}_0.5" in settings[box]
