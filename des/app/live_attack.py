@@ -71,7 +71,7 @@ class Progress:
     step: int
     steps: int
     seconds: float
-    before: Mapping[str, ScoredImage]  # of the starting prompt, by side
+    before: Mapping[str, ScoredImage | None]  # of the starting prompt, by side
     found: Mapping[str, Candidate]  # by side; empty before the first step
     drawn: int = 0  # the step of the images
     end: str = ""
@@ -145,24 +145,26 @@ class LiveAttack:
             if reason():
                 raise _Ended
 
-        def judge(
-            kind: type[Judge], pipe: DiffusionPipeline, prompts: list[str], size: int, on_step: Callable[[], None] | None
-        ) -> Judge:
-            sampler = Sampler(
-                pipe, None, sampling, list(prompts), row_settings(sampling, pipe, self.table, None), {}, size, on_step
-            )
-            return kind(sampler, self.session.detector, self.session.label, self.refused)
+        def sampler(
+            pipe: DiffusionPipeline, prompts: list[str], size: int, on_step: Callable[[], None] | None = None
+        ) -> Sampler:
+            return Sampler(pipe, None, sampling, list(prompts), settings, {}, size, on_step)
 
         pipes = {side: copied(self.session.pipes[side], self.model_path, unet=False) for side in SIDES}
-        scheduler = copy.deepcopy(pipes["original"].scheduler)
+        original, scheduler = pipes["original"], copy.deepcopy(pipes["original"].scheduler)
         for pipe in pipes.values():
             pipe.scheduler = scheduler
             freeze(pipe)
-        images = judge(_Once, pipes["original"], self.targets, self.session.batch_size, check)
+        settings, judging = (
+            row_settings(sampling, original, self.table, None),
+            (self.session.detector, self.session.label, self.refused),
+        )
+        prompts = {"targets": self.targets, "starts": self.starts, "words": self.words, "forbidden": self.words}
+        images = _Once(sampler(original, self.targets, self.session.batch_size, check), *judging)
         return {
             side: Cell(
-                CELLS[side], pipe, pipes["original"], self.targets, self.starts, self.words, self.words, judge(Judge, pipe, self.starts, 1, None),
-                images, records=None, folder=Path(),
+                name=CELLS[side], pipe=pipe, original=original, judge=Judge(sampler(pipe, self.starts, 1), *judging), images=images,
+                records=None, folder=Path(), **prompts,
             )
             for side, pipe in pipes.items()
         }  # fmt: skip
@@ -176,9 +178,8 @@ class LiveAttack:
 
 def meaning(progress: Progress) -> list[str]:
     """Sentences that say what the result of a search that has ended means."""
-    before, found = ({side: bool(image and image.hit) for side, image in images.items()} for images in (
-        progress.before, {side: candidate.image for side, candidate in progress.found.items()}
-    ))  # fmt: skip
+    images = {side: candidate.image for side, candidate in progress.found.items()}
+    before, found = ({side: bool(image and image.hit) for side, image in each.items()} for each in (progress.before, images))
     if not found:
         lines = ["The search ended before its first step, so there is no result."]
     elif before["protected"]:

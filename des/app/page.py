@@ -282,7 +282,7 @@ def _attack(attack: LiveAttack, session: Session, defaults: Sampling) -> None:
                     yield attack_html(session, progress, f"{name.capitalize()} for “{attack.targets[row]}”, seed {seed}", seed)
 
     about = (
-        f"An opponent who has the weights of the protected text encoder can search for input that still leads to the concept. An attack here is such a search "
+        f"An opponent who has the weights of the protected text encoder can search for input that still leads to the concept. This tab runs such a search "
         f"on the protected model and, as its control, on the original model, with the same number of steps and for {LONGEST:.0f} s at most. The starting "
         f"prompt and the prompts that are found do not contain the word “{', '.join(attack.words)}”."
     )
