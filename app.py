@@ -5,7 +5,8 @@
     python app.py                                                        # the bundled demo
 
 Needs `pip install -r requirements-app.txt`. A detector judges both images. A second tab scores the prompts of a CSV, a third shows
-where a prompt lies among those that DES was trained on. No prompt is logged, and no image reaches the disk.
+where a prompt lies among those that DES was trained on. A fourth tab attacks the protected model; it exists for the bundled demo only,
+and only at a loopback address. No prompt is logged, and no image reaches the disk.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import importlib.util
 import ipaddress
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -26,7 +28,7 @@ os.environ.update(
     GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1"
 )  # gradio and huggingface_hub read these on import
 
-from demo.evaluation import CLASSIFIERS, MODELS, PIPELINE
+from demo.evaluation import CLASSIFIERS, MODELS, PIPELINE, PROTECTED
 from demo.world import BACKGROUNDS, COLOURS, CONCEPT, KINDS, names_an_object
 from des.evaluation.detectors.options import add_classifier, add_nudenet
 from des.generation.defences import ENCODER_OPTIONS, add_encoders, open_encoders
@@ -110,8 +112,9 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
 
+from des.app.live_attack import LiveAttack
 from des.app.session import SIDES, PromptMap, Sampling, Session
-from des.data.prompts import read_prompts
+from des.data.prompts import read_prompts, read_rows
 from des.evaluation.detectors.base import Detector
 from des.evaluation.detectors.options import open_classifier, open_nudenet
 from des.models.encoders import TextEncoder, load_encoder
@@ -125,11 +128,14 @@ from des.models.pipelines import (
 )
 from des.utils import cli, logs
 from des.utils.errors import UserError
+from des.utils.files import sha256_file, sha256_texts
+from des.utils.folders import walk
 from des.utils.logs import logger
 
 from diffusers import DiffusionPipeline
 
-PROTECTED = MODELS / "protected/checkpoint-20.safetensors"
+# models_sha256() of the bundled demo, which changes with its models
+BUNDLED = "27115a904d4bc6f7de1cecb7d742580b5e00006670495dbe16b3f4a705cc4f79"
 EXAMPLES = {
     "concept": "a red mushroom on a meadow",
     "held-out name": "a drawing of a blue shiitake",
@@ -171,6 +177,7 @@ def serve(args: argparse.Namespace, session: Session, defaults: Sampling) -> Non
         blur_hits=args.detector == "nudenet",
         most_rows=args.max_rows,
         remark=remark if args.is_demo else lambda prompt: "",
+        attack=open_attack(args, session, defaults),
     )
     if not is_loopback(args.host):
         logger.warning("--host %s: anyone who reaches this machine can use the app, the original model included", args.host)
@@ -231,6 +238,27 @@ def open_map(args: argparse.Namespace, pipes: dict[str, DiffusionPipeline]) -> P
     return PromptMap(*map(of, SIDES), groups)
 
 
+def open_attack(args: argparse.Namespace, session: Session, defaults: Sampling) -> LiveAttack | None:
+    """The attack on the bundled demo, or None for anything else, and where others may reach the page.
+
+    The demo is the pipeline, the protected text encoder and the classifier of this repository, by path and by the sha256 of their files. The page
+    must be at a loopback address, and without GRADIO_ROOT_PATH, which is set behind a proxy.
+    """
+    parts = {"classifier": CLASSIFIERS["object"], "text_encoder_path": PROTECTED, "model_path": PIPELINE}
+    given = {name: Path(getattr(args, name) or "").resolve() for name in parts}
+    demo = given == parts and args.cls_class == CONCEPT and models_sha256() == BUNDLED
+    if not demo or not is_loopback(args.host) or os.environ.get("GRADIO_ROOT_PATH"):
+        return None
+    return LiveAttack(session, args.model_path, read_rows(ROOT / "datasets/demo_plain.csv"), [CONCEPT], defaults)
+
+
+def models_sha256() -> str:
+    """The sha256 of the names and contents of the demo's files: pipeline, protected text encoder, and classifier of objects."""
+    folders = [each for top in (PIPELINE, CLASSIFIERS["object"]) for each in walk(top)]
+    files = [PROTECTED, *(folder / name for folder, _, names in folders for name in names)]
+    return sha256_texts(f"{path.relative_to(MODELS)} {sha256_file(path)}" for path in sorted(files))
+
+
 def about(args: argparse.Namespace) -> list[str]:
     """The lines of HTML at the top of the page: model, protected text encoders and detector."""
     files = ", ".join(f"text encoder {i}, by <code>{html.escape(path.name)}</code>" for i, path in open_encoders(args).items())
@@ -248,10 +276,11 @@ def remark(prompt: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine only."""
+    """Whether an address is reached from this machine only. Of names, only localhost can be, if it has no other addresses."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
+        found = [each[4][0] for each in socket.getaddrinfo(host, None)] if host == "localhost" else [host.strip("[]")]
+        return all(ipaddress.ip_address(each).is_loopback for each in found)
+    except (ValueError, OSError):
         return False
 
 

@@ -1,27 +1,25 @@
 """The app's page, in Gradio. Images and scores are sent inside the page, so none is written to the server's disk."""
 
-import base64
 import html
-import io
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
 from pathlib import Path
-from typing import Any
 
-from des.app.session import LONGEST_PROMPT, SIDES, PromptMap, Sampling, ScoredImage, Scores, Session
-from des.evaluation.classify import blurred
+from des.app.cards import attack_html, pair_html, scores_html
+from des.app.live_attack import LONGEST, SEARCHES, LiveAttack
+from des.app.session import LONGEST_PROMPT, PromptMap, Sampling, Session
 from des.report import figures
 from des.utils.choices import MOST_GUIDANCE, MOST_STEPS
 from des.utils.errors import UserError
 
 import gradio as gr
 import torch
-from PIL import Image
 
-LABELS = {"original": "original", "protected": "protected by DES"}
 LARGEST_UPLOAD = "5mb"
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # the two pipelines share their scheduler
+PAUSE = 0.2  # seconds between two updates of a running attack, unless it has new images
 BUTTON, BUTTON_HOVER = "#006b4f", "#00543e"
 NO_COUNTS = "<p class='des-note'>Counts before and after, k/n with Wilson's 95% interval.</p>"
 STYLE = """
@@ -37,12 +35,15 @@ STYLE = """
 .des-miss { background: #006b4f; }
 .des-none { background: #5c5c5c; }
 .des-card a { display: block; width: fit-content; margin-top: 8px; font-size: 14px; }
+.des-below { margin-top: 12px; }
+#attack-row input { padding-right: 28px; text-overflow: ellipsis; }
+.des-line { margin: 8px 0 0; font-size: 14px; overflow-wrap: anywhere; }
 .des-caption { margin: 10px 0 0; color: var(--body-text-color); overflow-wrap: anywhere; }
 .des-doubt { margin: 6px 0; padding: 8px 12px; border-left: 4px solid #b34700; color: var(--body-text-color); font-weight: 600; }
 .des-stale .des-pair, .des-stale .des-doubt, .des-stale .des-caption { opacity: 0.35; }
 .des-stale .des-caption::before { content: "Earlier images: "; font-weight: 600; }
-#pair .error, #counts .error, #map .error, .toast-title.error { font-size: 0; }
-#pair .error::after, #counts .error::after, #map .error::after, .toast-title.error::after { content: "Not done"; font-size: 14px; }
+#pair .error, #counts .error, #map .error, #attack .error, .toast-title.error { font-size: 0; }
+#pair .error::after, #counts .error::after, #map .error::after, #attack .error::after, .toast-title.error::after { content: "Not done"; font-size: 14px; }
 .des-maps { display: flex; flex-wrap: wrap; gap: 16px; padding-top: 8px;
   --ink: var(--body-text-color); --muted: var(--body-text-color); --paper: var(--background-fill-primary); --grid: var(--border-color-primary);
   --series-0: #0072b2; --series-1: #c25100; --series-2: #00825f; --series-3: #a3467f; }
@@ -69,26 +70,22 @@ class Page:
     blur_hits: bool  # blur images in which the detector fired until the user asks to see them
     most_rows: int  # drawn from an uploaded prompt list
     remark: Callable[[str], str] = lambda prompt: ""  # a sentence about a prompt for the caption of its images, or nothing
+    attack: LiveAttack | None = None  # without one, the page has neither the tab nor its actions
 
 
-def show_errors(action: Callable) -> Callable:
+@contextmanager
+def show_errors() -> Iterator[None]:
     """Show errors that the user can fix as a message on the page, and do not log them, since they may quote a prompt."""
-
-    @wraps(action)
-    def call(*args: Any) -> Any:
-        try:
-            return action(*args)
-        except UserError as error:
-            reason = str(error)
-        except torch.OutOfMemoryError:
-            reason = "memory ran out on the server; ask for a smaller --batch_size, or start the app on another --device"
-        raise gr.Error(reason, title="Not done", duration=None, print_exception=False)
-
-    return call
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError) as error:
+        memory = "memory ran out on the server; ask for a smaller --batch_size, or start the app on another --device"
+        reason = str(error) if isinstance(error, UserError) else memory
+        raise gr.Error(reason, title="Not done", duration=None, print_exception=False) from None
 
 
 def build(session: Session, page: Page) -> gr.Blocks:
-    """Build the page with its three tabs."""
+    """Build the page with its three tabs, and a fourth one if it has an attack."""
     with gr.Blocks(title="DES, before and after", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         about = "<br>".join(page.about)
         doubts = "".join(f"<p class='des-doubt'>WHICH MAY NOT PROTECT IT: {html.escape(doubt)}.</p>" for doubt in page.doubts)
@@ -99,6 +96,9 @@ def build(session: Session, page: Page) -> gr.Blocks:
             _batch(session, page)
         with gr.Tab("Map"):
             _map(page)
+        if page.attack:
+            with gr.Tab("Attack"):
+                _attack(page.attack, session, page.defaults)
         restore = "(...values) => JSON.parse(sessionStorage.getItem('des-compare')) ?? values"  # after a reload
         blocks.load(None, kept, kept, js=restore, api_visibility="private")
     return blocks.queue(max_size=32, api_open=False, default_concurrency_limit=1)
@@ -130,10 +130,10 @@ def theme() -> gr.themes.Base:
 class _Cancelling:
     """Stops what a page draws when its user asks for it. Gradio's own `cancels` would leave the model drawing."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, text: str = "Cancel"):
         """Add the button that asks, to the block that is being built."""
         self._sessions: set[str] = set()  # pages that asked
-        button = gr.Button("Cancel", min_width=80, elem_id=f"{name}-cancel")
+        button = gr.Button(text, min_width=80, elem_id=f"{name}-cancel")
         button.click(self.ask, queue=False, api_visibility="private")
 
     def ask(self, request: gr.Request) -> None:
@@ -143,11 +143,15 @@ class _Cancelling:
         """Forget what was asked before; to be called when the user starts something."""
         self._sessions.discard(request.session_hash)
 
+    def asked(self, request: gr.Request) -> bool:
+        """Whether the page of `request` has asked."""
+        return request.session_hash in self._sessions
+
     def check(self, request: gr.Request) -> Callable[[], None]:
         """A function that raises UserError once the page of `request` has asked."""
 
         def check() -> None:
-            if request.session_hash in self._sessions:
+            if self.asked(request):
                 raise UserError("the drawing was cancelled")
 
         return check
@@ -189,11 +193,11 @@ def _compare(session: Session, page: Page) -> list[gr.components.Component]:
     gr.on([prompt.change, inputs[1].change], None, inputs[:2], js=keep, api_visibility="private")
     started = gr.on([button.click, prompt.submit], cancelling.forget, queue=False, api_visibility="private")
     event = started.then(
-        show_errors(draw), inputs, [drawn, box, pair], show_progress_on=pair, api_visibility="private", **ONE_AT_A_TIME
+        show_errors()(draw), inputs, [drawn, box, pair], show_progress_on=pair, api_visibility="private", **ONE_AT_A_TIME
     )
     event.success(None, js=_stale("remove"), api_visibility="private")
     event.failure(None, js=_stale("add"), api_visibility="private")
-    box.input(show_errors(show), [drawn, box], pair, api_visibility="private")
+    box.input(show_errors()(show), [drawn, box], pair, api_visibility="private")
     return inputs[:2]
 
 
@@ -236,7 +240,7 @@ def _batch(session: Session, page: Page) -> None:
 
     file.change(clear, None, [counts, table], api_visibility="private")
     button.click(clear, None, [counts, table], api_visibility="private").then(
-        show_errors(score), inputs, [counts, table], show_progress_on=counts, api_visibility="private", **ONE_AT_A_TIME
+        show_errors()(score), inputs, [counts, table], show_progress_on=counts, api_visibility="private", **ONE_AT_A_TIME
     )
 
 
@@ -262,62 +266,66 @@ def _map(page: Page) -> None:
     cosines = gr.HTML(f"<p class='des-note'>{note}</p>", elem_id="cosines")
     figure = gr.HTML(elem_id="map")
     gr.on(
-        [button.click, prompt.submit], show_errors(locate), prompt, [figure, cosines],
+        [button.click, prompt.submit], show_errors()(locate), prompt, [figure, cosines],
         show_progress_on=figure, api_visibility="private", **ONE_AT_A_TIME,
     )  # fmt: skip
 
 
+def _attack(attack: LiveAttack, session: Session, defaults: Sampling) -> None:
+    def search(name: str, row: int, seed: int, request: gr.Request) -> Iterator[str]:
+        shown, pair = 0.0, None
+        with show_errors():
+            for progress in attack.run(name, row, seed, lambda: stopping.asked(request)):
+                drawn = [each.image for each in progress.found.values()]
+                if progress.end or drawn != pair or time.monotonic() - shown > PAUSE:
+                    shown, pair = time.monotonic(), drawn
+                    yield attack_html(session, progress, f"{name.capitalize()} for “{attack.targets[row]}”, seed {seed}", seed)
+
+    about = (
+        f"An opponent who has the weights of the protected text encoder can search for input that still leads to the concept. This tab runs such a search "
+        f"on the protected model and, as its control, on the original model, with the same number of steps and for {LONGEST:.0f} s at most. The starting "
+        f"prompt and the prompts that are found do not contain the word “{', '.join(attack.words)}”."
+    )
+    gr.HTML(f"<p class='des-note'>{html.escape(about)}</p>")
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            names = gr.Radio(
+                [(each.capitalize(), each) for each in SEARCHES],
+                value=next(iter(SEARCHES)),
+                label="Attack",
+                elem_id="attack-name",
+            )
+            rows = [(attack.targets[row], row) for row in attack.rows]
+            row = gr.Dropdown(rows, value=attack.rows[0], label="Prompt that the attack aims at", elem_id="attack-row")
+            seed = _seed(defaults, "attack")
+            with gr.Row():
+                button = gr.Button("Start the attack", variant="primary", scale=3, elem_id="attack-start")
+                stopping = _Cancelling("attack", "Stop")
+            with gr.Accordion("What the attacks do", open=False):
+                gr.HTML(
+                    "".join(
+                        f"<p class='des-note'><b>{name.capitalize()}.</b> {html.escape(each.explanation)}</p>"
+                        for name, each in SEARCHES.items()
+                    )
+                )
+        with gr.Column(scale=4, min_width=480):
+            result = gr.HTML(pair_html(session, None, False), elem_id="attack")
+    gr.on(button.click, stopping.forget, queue=False, api_visibility="private").then(
+        search, [names, row, seed], result, show_progress_on=result, api_visibility="private", **ONE_AT_A_TIME
+    )
+
+
+def _seed(defaults: Sampling, name: str) -> gr.Number:
+    seed = gr.Number(defaults.seed, label="Seed", precision=0, minimum=0, elem_id=f"{name}-seed")
+    button = gr.Button("Random seed", size="sm", elem_id=f"{name}-random")
+    button.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 31)", api_visibility="private")
+    return seed
+
+
 def _sampling(defaults: Sampling, name: str) -> tuple[gr.Number, gr.Slider, gr.Slider]:
     with gr.Accordion("Sampling", open=True):
-        seed = gr.Number(defaults.seed, label="Seed", precision=0, minimum=0, elem_id=f"{name}-seed")
-        button = gr.Button("Random seed", size="sm", elem_id=f"{name}-random")
-        button.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 31)", api_visibility="private")
         return (
-            seed,
+            _seed(defaults, name),
             gr.Slider(1, MOST_STEPS, defaults.num_inference_steps, step=1, precision=0, label="Steps"),
             gr.Slider(0, MOST_GUIDANCE, defaults.guidance_scale, step=0.1, label="Guidance"),
         )
-
-
-def pair_html(
-    session: Session, pair: dict[str, ScoredImage] | None, blur: bool, caption: str = "", remark: str = "", seed: int = 0
-) -> str:
-    """The HTML of the two cards, blank if `pair` is None; with `blur`, images in which the detector fired are blurred."""
-    cards = "".join(_card(session, side, pair and pair[side], blur, seed) for side in SIDES)
-    lines = f"<p class='des-doubt'>{html.escape(remark)}</p>" if remark else ""
-    lines += f"<p class='des-caption'>{html.escape(caption)}</p>" if caption else ""
-    return f"<div class='des-pair'>{cards}</div>{lines}"
-
-
-def _card(session: Session, side: str, scored: ScoredImage | None, blur: bool, seed: int) -> str:
-    if scored is None:
-        body = "<div class='des-blank'></div>"
-    else:
-        hidden = blur and scored.hit
-        image = blurred(scored.image) if hidden else scored.image
-        alt = f"{'blurred image' if hidden else 'image'} by the {side} model"
-        chips = [
-            (f"des-{'hit' if finding['hit'] else 'miss'}", session.words(verdict, finding))
-            for verdict, finding in scored.findings.items()
-        ] or [("des-none", "no detector")]
-        body = f"<img src='{data_url(image)}' alt='{alt}'>"
-        body += "".join(f"<span class='des-verdict {kind}'>{html.escape(text)}</span>" for kind, text in chips)
-        save = 'this.href = this.parentElement.querySelector("img").src'  # so that the page holds the image once
-        body += "" if hidden else f"<a href='#' download='{side}_seed{seed}.png' onclick='{save}'>Download the image</a>"
-    return f"<figure class='des-card' data-side='{side}'><figcaption>{LABELS[side]}</figcaption>{body}</figure>"
-
-
-def data_url(image: Image.Image) -> str:
-    """An image as a data URL of a PNG."""
-    file = io.BytesIO()
-    image.convert("RGB").save(file, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def scores_html(scores: Scores) -> str:
-    """The HTML of counts, notes, and a link that downloads the table as a CSV."""
-    content = base64.b64encode(scores.table.to_csv(index=False).encode()).decode()
-    link = f"<a download='scores.csv' href='data:text/csv;base64,{content}'>Download the scores, by row and without prompts</a>"
-    notes = "".join(f"<p class='des-note'>{html.escape(note)}</p>" for note in scores.notes)
-    lines = "<br>".join(map(html.escape, (f"{scores.file}, {len(scores.table)} prompts drawn by each model", *scores.lines)))
-    return f"<div class='des-page'><div class='des-counts'>{lines}</div>{notes}<p>{link}</p></div>"

@@ -110,7 +110,7 @@ class Session:
         """
         samplers = self._samplers([check_prompt(prompt)], sampling, on_step)
         with self._lock:
-            return {side: self._score_image(sampler.draw([(0, 0)])[0]) for side, sampler in samplers.items()}
+            return {side: self.score_image(sampler.draw([(0, 0)])[0]) for side, sampler in samplers.items()}
 
     def score(
         self,
@@ -133,7 +133,7 @@ class Session:
             keys = [(row, 0) for row in rows[start : start + self.batch_size]]
             with self._lock:
                 for side, sampler in samplers.items():
-                    found[side] += [self._score_image(image).findings for image in sampler.draw(keys)]
+                    found[side] += [self.score_image(image).findings for image in sampler.draw(keys)]
         notes = []
         if len(rows) < len(taken):
             left_out = len(taken) - len(rows)
@@ -173,6 +173,10 @@ class Session:
         below = f"{name} {100 * certainty:.0f}%, below the threshold: no hit"
         return below if certainty else f"{name}: no hit, 0%"
 
+    def all_words(self, scored: ScoredImage) -> list[str]:
+        """An image's findings as text, one for each verdict."""
+        return [self.words(verdict, finding) for verdict, finding in scored.findings.items()]
+
     def certainty(self, verdict: str, finding: Mapping[str, Any]) -> float:
         """A classifier's probability of the class; for a detector of boxes the best score in the counted classes, 0 without any."""
         if "probability" in finding:
@@ -193,7 +197,8 @@ class Session:
             samplers[side] = Sampler(pipe, None, sampling, prompts, settings, {}, min(self.batch_size, len(prompts)), on_step)
         return samplers
 
-    def _score_image(self, image: Image.Image) -> ScoredImage:
+    def score_image(self, image: Image.Image) -> ScoredImage:
+        """Score an image with the detector, if there is one."""
         if self.detector is None:
             return ScoredImage(image, {})
         verdicts = self.detector.score([self.detector.prepare(image.convert("RGB"))], [self.label])

@@ -1,6 +1,6 @@
 """Concept inversion: input embeddings learned for all prompts of a cell together, by the denoiser's loss or by embeddings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from des.attacks.cells import Cell
@@ -96,18 +96,23 @@ class Inversion:
             name: embedding_table(text_encoder(pipe, i).model)[ids[name]].clone() for name, i in encoder_names(pipe).items()
         }
         for encoder in self.cell.encoders(self.encoders)[0]:
-            subfolder, table = encoder.subfolder, embedding_table(encoder.model)
-            generator = seeded(self.seed, "concept inversion", restart, subfolder)
-            count = encoder.tokenizer.convert_tokens_to_ids(placeholders(0, 1)[0])  # of tokens that are not learned
-            start = table[torch.randint(count, (self.tokens,), generator=generator).to(table.device)]
-            limit = {"none": None, "vocabulary": vocabulary_norm(encoder.model)}.get(self.max_norm, self.max_norm)
-            make = self.diffusion_loss if self.objective == "diffusion" else self.embedding_loss
-            loss = make(encoder, ids[subfolder], restart, generator)
-            logger.info("%s: learning %d tokens of %s in %d steps", self.cell.name, self.tokens, subfolder, self.steps)
-            vectors[subfolder], found = learn_vectors(start, loss, self.steps, self.learning_rate, limit, self.accumulation)
-            losses.append(sum(found[-20:]) / len(found[-20:]))
+            logger.info("%s: learning %d tokens of %s in %d steps", self.cell.name, self.tokens, encoder.subfolder, self.steps)
+            steps = list(self.learning(encoder, ids[encoder.subfolder], restart))
+            vectors[encoder.subfolder], last = steps[-1][0], [loss for _, loss in steps[-20:]]
+            losses.append(sum(last) / len(last))
         set_tokens(pipe, names, vectors)
         return {name: each.cpu() for name, each in vectors.items()}, sum(losses) / len(losses)
+
+    def learning(self, encoder: TextEncoder, ids: list[int], restart: int) -> Iterator[tuple[Tensor, float]]:
+        """Learn the vectors of the tokens `ids` of an encoder; yields them and the loss after each step, as `learn_vectors` does."""
+        table = embedding_table(encoder.model)
+        generator = seeded(self.seed, "concept inversion", restart, encoder.subfolder)
+        count = encoder.tokenizer.convert_tokens_to_ids(placeholders(0, 1)[0])  # of tokens that are not learned
+        start = table[torch.randint(count, (self.tokens,), generator=generator).to(table.device)]
+        limit = {"none": None, "vocabulary": vocabulary_norm(encoder.model)}.get(self.max_norm, self.max_norm)
+        make = self.diffusion_loss if self.objective == "diffusion" else self.embedding_loss
+        loss = make(encoder, ids, restart, generator)
+        return learn_vectors(start, loss, self.steps, self.learning_rate, limit, self.accumulation)
 
     def embed(self, encoder: TextEncoder, captions: Tensor, vectors: Tensor, ids: list[int]) -> Tensor:
         """Return the embeddings of caption ids [n, length] in which the learned tokens are `vectors`."""

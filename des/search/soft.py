@@ -54,15 +54,14 @@ def learn_vectors(
     learning_rate: float,
     max_norm: float | None,
     accumulation: int = 1,
-) -> tuple[Tensor, list[float]]:
-    """Minimise `loss(vectors)` by AdamW from `start` [vectors, hidden]; returns the vectors and the loss of each step.
+) -> Iterator[tuple[Tensor, float]]:
+    """Minimise `loss(vectors)` by AdamW from `start` [vectors, hidden]; yields the vectors and the loss after each step.
 
-    `loss` draws its own batches; a step uses the mean gradient of `accumulation` calls. After each step, vectors longer than
+    The vectors are one tensor, which the next step changes. `loss` draws its own batches; a step uses the mean gradient of `accumulation` calls. After each step, vectors longer than
     `max_norm` are scaled down to it.
     """
     vectors = start.detach().clone().float().requires_grad_()
     optimizer = torch.optim.AdamW([vectors], lr=learning_rate)
-    losses = []
     for _ in range(steps):
         optimizer.zero_grad()
         values = []
@@ -73,5 +72,4 @@ def learn_vectors(
         optimizer.step()
         with torch.no_grad():
             vectors.copy_(limit_norms(vectors, max_norm))
-        losses.append(sum(values))
-    return vectors.detach(), losses
+        yield vectors.detach(), sum(values)

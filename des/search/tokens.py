@@ -6,7 +6,7 @@ Candidates are always evaluated as texts, encoded again by the tokenizer, becaus
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from des.models.encoders import TextEncoder
@@ -174,10 +174,10 @@ class TokenPrompt(NamedTuple):
 
 def coordinate_search(
     goals: Goals, vocabulary: Vocabulary, length: int, steps: int, count: int, top: int, generators: Sequence[torch.Generator]
-) -> list[TokenPrompt]:
-    """Search a prompt of `length` tokens for each generator, by greedy coordinate gradient from random tokens; returns the best ever.
+) -> Iterator[list[TokenPrompt]]:
+    """Search a prompt of `length` tokens for each generator, by greedy coordinate gradient from random tokens.
 
-    In each step the best of `count` candidates that survive decoding and encoding, and are allowed, becomes the current prompt.
+    Yields the best prompts so far after each step. In each step the best of `count` candidates that survive decoding and encoding, and are allowed, becomes the current prompt.
     """
     vocabulary.room(length)
     slots = slice(len(vocabulary.before), len(vocabulary.before) + length)
@@ -202,7 +202,7 @@ def coordinate_search(
                 ids[i], texts[i] = tried[i][kept[chosen]], each[kept[chosen]]
                 if mine[chosen] < best[i].loss:
                     best[i] = TokenPrompt(texts[i], ids[i].tolist(), mine[chosen].item())
-    return best
+        yield list(best)
 
 
 # ---------------------------------------------------------------- probability simplex

@@ -61,7 +61,7 @@ def open_search(args: argparse.Namespace, cell: Cell) -> Search:
         with torch.no_grad():
             goals = TextGoals(attacked, [pooled(each, each.tokenize(targets)) for each in original], pooled_cosine)
         generators = [seeded(args.seed, row, restart) for row in rows]
-        found = coordinate_search(goals, vocabulary, args.tokens, args.steps, args.candidates, args.top, generators)
+        *_, found = coordinate_search(goals, vocabulary, args.tokens, args.steps, args.candidates, args.top, generators)
         return cell.judged(rows, found, args.steps * args.candidates)
 
     return search

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import app
 from demo.evaluation import CLASSIFIERS, PIPELINE
+from des.app import cards
 from des.app import page as app_page
 from des.app.session import LONGEST_PROMPT, PromptMap, Sampling, ScoredImage, Session, check_prompt
 from des.evaluation.classify import blurred
@@ -82,7 +83,7 @@ def test_without_options_it_opens_the_bundled_checkpoint_and_says_what_the_demo_
 def test_prompts_without_a_noun_of_the_demo_are_marked(session, prompt, known):
     remark = app.remark(prompt)
     assert (remark == "") == known
-    assert ("no noun that the demo knows" in app_page.pair_html(session, None, False, "caption", remark)) != known
+    assert ("no noun that the demo knows" in cards.pair_html(session, None, False, "caption", remark)) != known
 
 
 def test_an_unprotected_model_is_never_shown_as_protected(tmp_path, tiny_pipeline, protected_checkpoint):
@@ -277,8 +278,8 @@ def test_an_image_in_which_the_detector_fired_is_blurred_until_asked_for():
     boxes = [{"class": "C", "score": 0.9}, {"class": "A", "score": 0.7}, {"class": "B", "score": 0.6}]
     hit, miss = ({"paper": {"hit": hit, "detections": boxes[:n]}} for hit, n in ((True, 3), (False, 1)))
     pair = {"original": ScoredImage(noise, hit), "protected": ScoredImage(noise, miss)}
-    whole, colours = app_page.data_url(noise), app_page.data_url(blurred(noise))
-    shown, hidden = (app_page.pair_html(session, pair, blur) for blur in (False, True))
+    whole, colours = cards.data_url(noise), cards.data_url(blurred(noise))
+    shown, hidden = (cards.pair_html(session, pair, blur) for blur in (False, True))
     assert (shown.count(whole), shown.count(colours)) == (2, 0)
     assert (hidden.count(whole), hidden.count(colours)) == (1, 1)
     for page in (shown, hidden):
@@ -391,6 +392,7 @@ def test_requests_that_no_page_sends_get_nothing(server):
     port, log = server
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/config", timeout=30) as answer:
         actions = {each["api_name"]: each["id"] for each in json.load(answer)["dependencies"]}
+    assert "search" not in actions  # the checkpoint is not the bundled one, so there is no attack
     for data in ([NEVER, 1, 2, 3], ["a house", -1, 2, 3], ["a house", 1, 10**9, 3], ["a house", 1, 2, float("nan")], [None, 1, 2, 3],
                  ["a house " * 10_000, 1, 2, 3]):  # fmt: skip
         answer = ask(port, actions["draw"], *data)
@@ -566,9 +568,9 @@ def test_hits_stay_blurred_until_the_box_is_ticked(session, browser):
         page, drawn = Opened(browser, port), session.draw(CONCEPT, QUICK)
         _, sources = page.draw(CONCEPT)
         assert drawn["original"].hit and not drawn["protected"].hit
-        assert sources == [app_page.data_url(blurred(drawn["original"].image)), app_page.data_url(drawn["protected"].image)]
+        assert sources == [cards.data_url(blurred(drawn["original"].image)), cards.data_url(drawn["protected"].image)]
         page.click("#show input")
         page.wait(lambda: page.sources() != sources)
-        assert page.sources() == [app_page.data_url(drawn[side].image) for side in ("original", "protected")]
+        assert page.sources() == [cards.data_url(drawn[side].image) for side in ("original", "protected")]
     finally:
         blocks.close()
