@@ -51,13 +51,19 @@ class Attack:
         `open_search` prepares a search on a cell, and is called only for cells with rows to do.
         """
         for cell in self.cells:
+            if not self._left(cell):  # such as a control that several attacks share at the same time
+                continue
             with reserved(cell.folder, self.rows):
-                cell.records.read()
-                todo = [row for row in self.rows if row not in cell.records.found]
+                todo = self._left(cell)
                 logger.info("%s: %d rows to attack, %d found done", cell.name, len(todo), len(self.rows) - len(todo))
                 if todo:
                     self._attack(cell, open_search(cell), todo)
         print("\n".join(self.write()))
+
+    def _left(self, cell: Cell) -> list[int]:
+        """The rows that no process has attacked yet."""
+        found = cell.records.read()
+        return [row for row in self.rows if row not in found]
 
     def _attack(self, cell: Cell, search: Search, todo: list[int]) -> None:
         start = time.monotonic()
