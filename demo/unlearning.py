@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from des.models.encoders import TextEncoder
 from des.models.pipelines import text_encoder
+from des.search.soft import embedding_table, input_embeddings
 from des.utils.logs import progress
 
 import torch
@@ -153,12 +154,9 @@ def with_prefix(encoder: TextEncoder, prompts: Sequence[str], prefix: Tensor) ->
     ids = encoder.tokenize(list(prompts)).to(encoder.device)
     ids = torch.cat([ids[:, :1], ids[:, :1], ids[:, 1:-1]], dim=1)  # the second token only holds the place
     ids[:, -1] = encoder.tokenizer.eos_token_id
-    layer = encoder.model.get_input_embeddings()
-    handle = layer.register_forward_hook(lambda module, args, out: torch.cat([out[:, :1], prefix[:, None], out[:, 2:]], dim=1))
-    try:
+    embedded = embedding_table(encoder.model)[ids]
+    with input_embeddings(encoder.model, torch.cat([embedded[:, :1], prefix[:, None], embedded[:, 2:]], dim=1)):
         return encoder(ids)
-    finally:
-        handle.remove()
 
 
 def predict(unet: nn.Module, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
