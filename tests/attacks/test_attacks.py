@@ -17,6 +17,7 @@ from des.models.pipelines import encoder_modules, open_pipeline, text_encoder
 from des.search.soft import embedding_table
 from des.search.tokens import Vocabulary, genetic_search, seeded
 from des.utils.errors import UserError
+from des.utils.resume import Journal
 
 import numpy as np
 import pandas as pd
@@ -281,8 +282,8 @@ def test_two_processes_share_a_list_at_the_same_time(fork, line, tmp_path, prote
     assert done.code == 0, done.err
     content, _ = results(tmp_path / name)
     for cell, folder in (("attack", tmp_path / name), ("control", tmp_path / name / "control")):
-        lines = [json.loads(each) for each in (folder / f"{cell}.jsonl").read_text().splitlines()]
-        assert sorted(each["row"] for each in lines if "row" in each) == list(range(8)) == content["rows"]
+        rows = [each["row"] for each in Journal(folder / f"{cell}.jsonl").lines() if "row" in each]
+        assert sorted(rows) == list(range(8)) == content["rows"]
         assert content["cells"][cell]["any"]["n"] == 8
         drawn = pd.read_csv(tmp_path / name / f"{cell}.csv")["row"].tolist()
         assert drawn == sorted(set(drawn)) and len(drawn) == 8 - content["cells"][cell]["nothing_drawn"]
