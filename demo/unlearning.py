@@ -123,10 +123,11 @@ def train_advunlearn(
     """Train the pipeline's text encoder in place by AdvUnlearn's bilevel objective; returns its state.
 
     Minimises |U(x_t, t, E~(p u)) - target|^2 + retain_weight * |U(x_t, t, E~(s)) - U(x_t, t, E(s))|^2, with ESD's target, for unsafe
-    prompts u and twice as many safe prompts s, of which a share of EMPTY is replaced by the empty prompt. p is a token embedding in
-    front of u, found by `attack_steps` steps of the sign of the gradient that bring U(x_t, t, E~(p u)) to U(x_t, t, E(u)), from a
-    random token of the vocabulary; the first steps, a share of `warm_up`, train on u without it. The original pipeline draws x_t: the
-    states of `images` images of unsafe prompts and of twice as many of safe ones. The learning rate falls linearly to 0.
+    prompts u and as many safe prompts s, of which a share of EMPTY is replaced by the empty prompt. p is a token embedding in front of
+    u, found by `attack_steps` steps of the sign of the gradient that bring U(x_t, t, E~(p u)) to U(x_t, t, E(u)), from a random token
+    of the vocabulary. Half of the prompts u of a step stand without p, and all of them in the first steps, a share of `warm_up`. The
+    original pipeline draws x_t: the states of `images` images of unsafe prompts and of twice as many of safe ones. The learning rate
+    falls linearly to 0.
     """
     encoder, generator = text_encoder(pipe, 1, "pipeline"), torch.Generator().manual_seed(options.seed)
     concept, benign = _draw(pipe, unsafe, images, generator), _draw(pipe, safe, 2 * images, generator)
@@ -135,17 +136,16 @@ def train_advunlearn(
     optimizer = torch.optim.AdamW(encoder.model.parameters(), options.learning_rate, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, options.steps)
     for step in progress(range(options.steps), desc="AdvUnlearn", unit="step"):
-        u, s = concept.sample(options.batch_size, generator), benign.sample(2 * options.batch_size, generator)
+        u, s = (states.sample(options.batch_size, generator) for states in (concept, benign))
         emptied = torch.rand(len(s.prompts), generator=generator) < EMPTY
         safe_prompts = ["" if empty else prompt for prompt, empty in zip(s.prompts, emptied.tolist(), strict=True)]
         retained = s.predicted[torch.arange(len(emptied)), emptied.long()]
-        if step < warm_up * options.steps:
-            embeddings = encoder(encoder.tokenize(u.prompts))
-        else:
-            embeddings = with_prefix(encoder, u.prompts, attack(pipe.unet, encoder, u, attack_steps, attack_rate, generator))
-        embeddings = torch.cat([embeddings, encoder(encoder.tokenize(safe_prompts))])
-        predicted = predict(pipe.unet, torch.cat([u.x, s.x]), torch.cat([u.t, s.t]), embeddings)
-        erased, kept = predicted.split([len(u.prompts), len(s.prompts)])
+        attacked = u[torch.arange(0 if step < warm_up * options.steps else (options.batch_size + 1) // 2)]
+        embeddings = encoder(encoder.tokenize(u.prompts[len(attacked.prompts) :] + safe_prompts))
+        if attacked.prompts:
+            prefix = attack(pipe.unet, encoder, attacked, attack_steps, attack_rate, generator)
+            embeddings = torch.cat([with_prefix(encoder, attacked.prompts, prefix), embeddings])
+        erased, kept = predict(pipe.unet, torch.cat([u.x, s.x]), torch.cat([u.t, s.t]), embeddings).chunk(2)
         target = esd_target(*u.predicted.unbind(1), options.negative_guidance)
         _step(optimizer, F.mse_loss(erased, target) + retain_weight * F.mse_loss(kept, retained))
         schedule.step()
@@ -211,10 +211,13 @@ class States:
     x: Tensor
     predicted: Tensor
 
+    def __getitem__(self, chosen: Tensor) -> "States":
+        """Return the states with these numbers."""
+        return States([self.prompts[i] for i in chosen.tolist()], self.t[chosen], self.x[chosen], self.predicted[chosen])
+
     def sample(self, count: int, generator: torch.Generator) -> "States":
         """Return random states, drawn with replacement."""
-        chosen = torch.randint(len(self.prompts), (count,), generator=generator)
-        return States([self.prompts[i] for i in chosen.tolist()], self.t[chosen], self.x[chosen], self.predicted[chosen])
+        return self[torch.randint(len(self.prompts), (count,), generator=generator)]
 
 
 def _draw(pipe: StableDiffusionPipeline, prompts: Sequence[str], images: int, generator: torch.Generator) -> States:

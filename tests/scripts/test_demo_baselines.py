@@ -105,13 +105,13 @@ def test_a_step_of_advunlearn_follows_its_formula(pipe, monkeypatch):
     monkeypatch.setattr(unlearning, "EMPTY", 0.5)
     encoder, generator = text_encoder(pipe, 1, "pipeline"), torch.Generator().manual_seed(3)
     u, s = (unlearning._draw(pipe, [prompt], count, generator) for prompt, count in (("a red ball", 1), ("a box", 2)))
-    u, s = u.sample(2, generator), s.sample(4, generator)
+    u, s = u.sample(4, generator), s.sample(4, generator)
     texts = ["" if each < 0.5 else "a box" for each in torch.rand(4, generator=generator)]
     assert set(texts) == {"", "a box"}
     pipe.unet.requires_grad_(False)
     loss = 0
     for states, i, text, weight in [
-        *((u, i, "a red ball", 1 / 2) for i in range(2)),
+        *((u, i, "a red ball", 1 / 4) for i in range(4)),
         *((s, i, texts[i], 7 / 4) for i in range(4)),
     ]:
         one, empty = (pipe.unet(states.x[[i]], states.t[i], unlearning.embed(encoder, [each])).sample for each in (text, ""))
@@ -119,7 +119,7 @@ def test_a_step_of_advunlearn_follows_its_formula(pipe, monkeypatch):
         loss += weight * (found - (2.5 * empty - 1.5 * one if states is u else one)).square().mean()
     loss.backward()
     before = {name: (each.detach().clone(), each.grad) for name, each in pipe.text_encoder.named_parameters()}
-    options = unlearning.Training(1, 1e-3, 2, 1.5, 3)
+    options = unlearning.Training(1, 1e-3, 4, 1.5, 3)
     trained = unlearning.train_advunlearn(pipe, ["a red ball"], ["a box"], options, 1, 7.0, 1.0, 1, 0.1)
     checked = 0
     for name, (weight, gradient) in before.items():  # Adam's first step is the learning rate times the sign of the gradient
