@@ -27,8 +27,8 @@ DEFAULTS = {
     "esd": {"steps": 100, "learning_rate": 3e-4, "batch_size": 8, "negative_guidance": 1.0},
     "uce": {"erase_scale": 1.0, "preserve_scale": 1.0, "ridge": 0.1},
     "advunlearn": {
-        "steps": 200, "learning_rate": 5e-4, "batch_size": 4, "negative_guidance": 1.0,
-        "retain_weight": 10.0, "attack_steps": 1, "attack_rate": 0.02,
+        "steps": 600, "learning_rate": 5e-4, "batch_size": 16, "negative_guidance": 1.0,
+        "images": 192, "retain_weight": 10.0, "warm_up": 0.2, "attack_steps": 1, "attack_rate": 0.02,
     },
 }  # fmt: skip
 
@@ -47,10 +47,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--unsafe_csv_path", type=Path, metavar="CSV", help="column `prompt`: prompts for the concept (default: datasets/demo_unsafe_train.csv)")
     training.add_argument("--safe_csv_path", type=Path, metavar="CSV", help="column `prompt`: prompts to preserve; ESD-x uses none (default: datasets/demo_safe_train.csv)")
     training.add_argument("--steps", type=cli.positive_int, metavar="N", help=f"steps of AdamW ({described('steps')})")
-    training.add_argument("--learning_rate", type=cli.number(float, 0, 1, low_open=True), metavar="LR", help=f"constant learning rate of AdamW ({described('learning_rate')})")
+    training.add_argument("--learning_rate", type=cli.number(float, 0, 1, low_open=True), metavar="LR", help=f"learning rate of AdamW, constant with esd and falling linearly to 0 with advunlearn ({described('learning_rate')})")
     training.add_argument("--batch_size", type=cli.positive_int, metavar="N", help=f"unsafe prompts a step, and with advunlearn as many safe ones ({described('batch_size')})")
     training.add_argument("--negative_guidance", type=cli.number(float, 0), metavar="ETA", help=f"how far the target lies beyond the unconditional prediction ({described('negative_guidance')})")
+    training.add_argument("--images", type=cli.positive_int, metavar="N", help=f"images for unsafe prompts, and twice as many for safe ones, whose noisy states are trained on ({described('images')})")
     training.add_argument("--retain_weight", type=cli.number(float, 0), metavar="W", help=f"weight of the loss that keeps predictions for safe prompts ({described('retain_weight')})")
+    training.add_argument("--warm_up", type=cli.number(float, 0, 1), metavar="F", help=f"share of the steps before the inner attack begins, which then changes half of the unsafe prompts ({described('warm_up')})")
     training.add_argument("--attack_steps", type=cli.natural, metavar="N", help=f"gradient steps of the inner attack ({described('attack_steps')})")
     training.add_argument("--attack_rate", type=cli.number(float, 0, low_open=True), metavar="X", help=f"size of a step of the inner attack in each component ({described('attack_rate')})")
     training.add_argument("--erase_scale", type=cli.number(float, 0, low_open=True), metavar="X", help=f"weight of the edited tokens ({described('erase_scale')})")
@@ -126,7 +128,7 @@ def train(args: argparse.Namespace) -> Path:
     path, metadata = args.out / f"{args.method}.safetensors", {"method": args.method, "made_by": provenance(args)}
     if args.method == "advunlearn":
         base = {"base_sketch": base_sketch(pipe.text_encoder)}
-        own = args.retain_weight, args.attack_steps, args.attack_rate
+        own = args.images, args.retain_weight, args.warm_up, args.attack_steps, args.attack_rate
         state = train_advunlearn(pipe, unsafe, safe, training_of(args), *own)
         metadata |= base | {"seconds": time.monotonic() - start}
         return save_checkpoint(path.with_suffix(""), pipe.text_encoder, state, metadata, "safetensors")

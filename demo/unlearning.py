@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from des.models.encoders import TextEncoder
 from des.models.pipelines import text_encoder
+from des.search.soft import embedding_table, input_embeddings
 from des.utils.logs import progress
 
 import torch
@@ -23,6 +24,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 GUIDANCE, DENOISING_STEPS = 3.0, 20  # of the images whose latents x_t are trained on, as the demo draws its images
+EMPTY = 0.1  # share of AdvUnlearn's safe prompts replaced by the empty prompt, whose prediction guidance subtracts
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,17 @@ def train_esd(pipe: StableDiffusionPipeline, unsafe: Sequence[str], options: Tra
     trained = {name: each for name, each in unet.named_parameters() if ".attn2." in name}
     _train_only(unet, trained.values())
     optimizer = torch.optim.AdamW(trained.values(), options.learning_rate, weight_decay=0)
-    for prompts, t, x in _states(pipe, (unsafe,), options, "ESD-x"):
+    for prompts, t, x in _states(pipe, unsafe, options):
         concept, empty = embed(encoder, prompts), embed(encoder, [""])
-        loss = F.mse_loss(predict(unet, x, t, concept), esd_target(original, x, t, concept, empty, options.negative_guidance))
-        _step(optimizer, loss)
+        with torch.no_grad():
+            target = esd_target(predict(original, x, t, concept), predict(original, x, t, empty), options.negative_guidance)
+        _step(optimizer, F.mse_loss(predict(unet, x, t, concept), target))
     return {name: each.detach() for name, each in trained.items()}
 
 
-@torch.no_grad()
-def esd_target(original: nn.Module, x: Tensor, t: Tensor, concept: Tensor, empty: Tensor, eta: float) -> Tensor:
-    """Return U(x_t, t, e0) - eta * (U(x_t, t, c) - U(x_t, t, e0)) of the original UNet, with ESD's negative guidance eta."""
-    unconditional = predict(original, x, t, empty)
-    return unconditional - eta * (predict(original, x, t, concept) - unconditional)
+def esd_target(conditional: Tensor, unconditional: Tensor, eta: float) -> Tensor:
+    """Return U(x_t, t, e0) - eta * (U(x_t, t, c) - U(x_t, t, e0)) from the original UNet's predictions, with ESD's negative guidance."""
+    return unconditional - eta * (conditional - unconditional)
 
 
 def train_uce(
@@ -113,39 +114,55 @@ def train_advunlearn(
     unsafe: Sequence[str],
     safe: Sequence[str],
     options: Training,
+    images: int,
     retain_weight: float,
+    warm_up: float,
     attack_steps: int,
     attack_rate: float,
 ) -> dict[str, Tensor]:
     """Train the pipeline's text encoder in place by AdvUnlearn's bilevel objective; returns its state.
 
     Minimises |U(x_t, t, E~(p u)) - target|^2 + retain_weight * |U(x_t, t, E~(s)) - U(x_t, t, E(s))|^2, with ESD's target, for unsafe
-    prompts u and safe prompts s. p is a token embedding in front of u, found by `attack_steps` steps of the sign of the gradient that
-    bring U(x_t, t, E~(p u)) to U(x_t, t, E(u)), from a random token of the vocabulary.
+    prompts u and as many safe prompts s, of which a share of EMPTY is replaced by the empty prompt. p is a token embedding in front of
+    u, found by `attack_steps` steps of the sign of the gradient that bring U(x_t, t, E~(p u)) to U(x_t, t, E(u)), from a random token
+    of the vocabulary. Half of the prompts u of a step stand without p, and all of them in the first steps, a share of `warm_up`. The
+    original pipeline draws x_t: the states of `images` images of unsafe prompts and of twice as many of safe ones. The learning rate
+    falls linearly to 0.
     """
-    encoder, original = text_encoder(pipe, 1, "pipeline"), copy.deepcopy(pipe.text_encoder)
-    frozen = copy.copy(encoder)
-    frozen.model = original
+    encoder, generator = text_encoder(pipe, 1, "pipeline"), torch.Generator().manual_seed(options.seed)
+    concept, benign = _draw(pipe, unsafe, images, generator), _draw(pipe, safe, 2 * images, generator)
     _train_only(pipe.unet, ())
     _train_only(encoder.model, encoder.model.parameters())
     optimizer = torch.optim.AdamW(encoder.model.parameters(), options.learning_rate, weight_decay=0)
-    generator = torch.Generator().manual_seed(options.seed)
-    for prompts, t, x in _states(pipe, (unsafe, safe), options, "AdvUnlearn"):
-        n = len(prompts) // 2
-        concept, safe_embedding, empty = embed(frozen, prompts[:n]), embed(frozen, prompts[n:]), embed(frozen, [""])
-        with torch.no_grad():
-            wanted, retained = predict(pipe.unet, x[:n], t, concept), predict(pipe.unet, x[n:], t, safe_embedding)
-        prefix = _random_tokens(encoder, n, generator)
-        for _ in range(attack_steps):
-            prefix.requires_grad_()
-            error = F.mse_loss(predict(pipe.unet, x[:n], t, with_prefix(encoder, prompts[:n], prefix)), wanted, reduction="sum")
-            (gradient,) = torch.autograd.grad(error, prefix)
-            prefix = (prefix - attack_rate * gradient.sign()).detach()
-        embeddings = torch.cat([with_prefix(encoder, prompts[:n], prefix), encoder(encoder.tokenize(prompts[n:]))])
-        erased, kept = predict(pipe.unet, x, t, embeddings).chunk(2)
-        target = esd_target(pipe.unet, x[:n], t, concept, empty, options.negative_guidance)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, options.steps)
+    for step in progress(range(options.steps), desc="AdvUnlearn", unit="step"):
+        u, s = (states.sample(options.batch_size, generator) for states in (concept, benign))
+        emptied = torch.rand(len(s.prompts), generator=generator) < EMPTY
+        safe_prompts = ["" if empty else prompt for prompt, empty in zip(s.prompts, emptied.tolist(), strict=True)]
+        retained = s.predicted[torch.arange(len(emptied)), emptied.long()]
+        attacked = u[torch.arange(0 if step < warm_up * options.steps else (options.batch_size + 1) // 2)]
+        embeddings = encoder(encoder.tokenize(u.prompts[len(attacked.prompts) :] + safe_prompts))
+        if attacked.prompts:
+            prefix = attack(pipe.unet, encoder, attacked, attack_steps, attack_rate, generator)
+            embeddings = torch.cat([with_prefix(encoder, attacked.prompts, prefix), embeddings])
+        erased, kept = predict(pipe.unet, torch.cat([u.x, s.x]), torch.cat([u.t, s.t]), embeddings).chunk(2)
+        target = esd_target(*u.predicted.unbind(1), options.negative_guidance)
         _step(optimizer, F.mse_loss(erased, target) + retain_weight * F.mse_loss(kept, retained))
+        schedule.step()
     return encoder.model.state_dict()
+
+
+def attack(
+    unet: nn.Module, encoder: TextEncoder, states: "States", steps: int, rate: float, generator: torch.Generator
+) -> Tensor:
+    """Find token embeddings [prompts, hidden] that bring predictions for prompts behind them to those of the original encoder."""
+    prefix = _random_tokens(encoder, len(states.prompts), generator)
+    for _ in range(steps):
+        prefix.requires_grad_()
+        found = predict(unet, states.x, states.t, with_prefix(encoder, states.prompts, prefix))
+        (gradient,) = torch.autograd.grad(F.mse_loss(found, states.predicted[:, 0], reduction="sum"), prefix)
+        prefix = (prefix - rate * gradient.sign()).detach()
+    return prefix
 
 
 def with_prefix(encoder: TextEncoder, prompts: Sequence[str], prefix: Tensor) -> Tensor:
@@ -153,12 +170,9 @@ def with_prefix(encoder: TextEncoder, prompts: Sequence[str], prefix: Tensor) ->
     ids = encoder.tokenize(list(prompts)).to(encoder.device)
     ids = torch.cat([ids[:, :1], ids[:, :1], ids[:, 1:-1]], dim=1)  # the second token only holds the place
     ids[:, -1] = encoder.tokenizer.eos_token_id
-    layer = encoder.model.get_input_embeddings()
-    handle = layer.register_forward_hook(lambda module, args, out: torch.cat([out[:, :1], prefix[:, None], out[:, 2:]], dim=1))
-    try:
+    embedded = embedding_table(encoder.model)[ids]
+    with input_embeddings(encoder.model, torch.cat([embedded[:, :1], prefix[:, None], embedded[:, 2:]], dim=1)):
         return encoder(ids)
-    finally:
-        handle.remove()
 
 
 def predict(unet: nn.Module, x: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
@@ -185,36 +199,62 @@ def _random_tokens(encoder: TextEncoder, count: int, generator: torch.Generator)
     return table[torch.randint(len(table), (count,), generator=generator).to(table.device)].clone()
 
 
+@dataclass(frozen=True)
+class States:
+    """Noisy latents x [states, channels, height, width] at timesteps t [states], and the UNet's predictions on them.
+
+    `predicted` [states, 2, channels, height, width] are those for the state's prompt and for the empty prompt.
+    """
+
+    prompts: list[str]
+    t: Tensor
+    x: Tensor
+    predicted: Tensor
+
+    def __getitem__(self, chosen: Tensor) -> "States":
+        """Return the states with these numbers."""
+        return States([self.prompts[i] for i in chosen.tolist()], self.t[chosen], self.x[chosen], self.predicted[chosen])
+
+    def sample(self, count: int, generator: torch.Generator) -> "States":
+        """Return random states, drawn with replacement."""
+        return self[torch.randint(len(self.prompts), (count,), generator=generator)]
+
+
+def _draw(pipe: StableDiffusionPipeline, prompts: Sequence[str], images: int, generator: torch.Generator) -> States:
+    """Draw images of random prompts; returns all of their states."""
+    chosen = [prompts[i] for i in torch.randint(len(prompts), (images,), generator=generator).tolist()]
+    parts = [part for i in range(0, images, 32) for part in _trajectory(pipe, chosen[i : i + 32], generator)]
+    texts = [prompt for part in parts for prompt in part.prompts]
+    return States(texts, *(torch.cat([getattr(part, name) for part in parts]) for name in ("t", "x", "predicted")))
+
+
 def _states(
-    pipe: StableDiffusionPipeline, lists: Sequence[Sequence[str]], options: Training, desc: str
+    pipe: StableDiffusionPipeline, prompts: Sequence[str], options: Training
 ) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-    """Yield prompts, a timestep and noisy latents x_t for each training step; each of `lists` gives `batch_size` of the prompts.
+    """Yield prompts, a timestep and noisy latents x_t for each training step of ESD-x.
 
     The pipeline draws the prompts in its current state, and each of its denoising steps, in random order, is one training step.
     """
-    rng, generator = random.Random(options.seed), torch.Generator().manual_seed(options.seed)
-    encoder, pending = text_encoder(pipe, 1, "pipeline"), []
-    for _ in progress(range(options.steps), desc=desc, unit="step"):
+    rng, generator, pending = random.Random(options.seed), torch.Generator().manual_seed(options.seed), []
+    for _ in progress(range(options.steps), desc="ESD-x", unit="step"):
         if not pending:
-            prompts = [prompt for each in lists for prompt in rng.choices(each, k=options.batch_size)]
-            pending = [(prompts, *state) for state in _trajectory(pipe, encoder, prompts, generator)]
+            pending = _trajectory(pipe, rng.choices(prompts, k=options.batch_size), generator)
             rng.shuffle(pending)
-        yield pending.pop()
+        state = pending.pop()
+        yield state.prompts, state.t[0], state.x
 
 
 @torch.no_grad()
-def _trajectory(
-    pipe: StableDiffusionPipeline, encoder: TextEncoder, prompts: list[str], generator: torch.Generator
-) -> list[tuple[Tensor, Tensor]]:
-    """Draw images of the prompts; returns each timestep with the latents before it."""
-    size, device = pipe.unet.config.sample_size, encoder.device
+def _trajectory(pipe: StableDiffusionPipeline, prompts: list[str], generator: torch.Generator) -> list[States]:
+    """Draw images of the prompts; returns their states at each timestep, before the denoising step."""
+    encoder, size = text_encoder(pipe, 1, "pipeline"), pipe.unet.config.sample_size
     conditions = torch.cat([embed(encoder, [""]).expand(len(prompts), -1, -1), embed(encoder, prompts)])
-    x = torch.randn(len(prompts), pipe.unet.config.in_channels, size, size, generator=generator).to(device)
-    pipe.scheduler.set_timesteps(DENOISING_STEPS, device=device)
+    x = torch.randn(len(prompts), pipe.unet.config.in_channels, size, size, generator=generator).to(encoder.device)
+    pipe.scheduler.set_timesteps(DENOISING_STEPS, device=encoder.device)
     states = []
     for t in pipe.scheduler.timesteps:
-        states.append((t, x))
         empty, conditional = predict(pipe.unet, torch.cat([x, x]), t, conditions).chunk(2)
+        states.append(States(prompts, t.expand(len(prompts)), x, torch.stack([conditional, empty], dim=1)))
         x = pipe.scheduler.step(empty + GUIDANCE * (conditional - empty), t, x).prev_sample
     return states
 

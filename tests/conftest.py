@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,11 +121,15 @@ def forks() -> Iterator[Forks]:
 
 @pytest.fixture
 def fork(forks, tmp_path) -> Callable[..., Finished]:
-    """Run a script in a separate process, or in `count` processes as `accelerate launch` does; returns how they ended."""
+    """Run a script in a separate process, or in `count` processes as `accelerate launch` does; returns how they ended.
 
-    def run(script: str | Path, *argv: object, count: int = 1) -> Finished:
+    With `shards`, a process runs for each of them at the same time, with the options of the shard after the others.
+    """
+
+    def run(script: str | Path, *argv: object, count: int = 1, shards: Sequence[Sequence[object]] = ()) -> Finished:
         output = Path(tempfile.mkdtemp(dir=tmp_path.parent)) / "fork"
-        codes = forks.run([str(ROOT / script), *map(str, argv)], tmp_path, output, count)
+        lines = [[str(ROOT / script), *map(str, (*argv, *shard))] for shard in shards or [()] * count]
+        codes = forks.run(lines, tmp_path, output, launched=count > 1)
         out, err = (output.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
         return Finished(max(codes, key=abs), out, err)
 

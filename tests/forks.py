@@ -26,17 +26,18 @@ class Forks:
         command = [sys.executable, __file__]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, argv: list[str], cwd: Path, output: Path, count: int = 1) -> list[int]:
-        """Run a command line in `count` processes with this process's environment; return their exit codes.
+    def run(self, lines: list[list[str]], cwd: Path, output: Path, launched: bool = False) -> list[int]:
+        """Run command lines at the same time, a process each, with this process's environment; return their exit codes.
 
-        They write to `output`.out and `output`.err. If there are several, they have the variables that `accelerate launch` sets.
+        They write to `output`.out and `output`.err. If they are `launched`, they have the variables that `accelerate launch` sets.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        several = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | (several if count > 1 else {})
-        job = {"argv": argv, "cwd": str(cwd), "output": str(output), "count": count, "environment": environment}
+        count = str(len(lines))
+        several = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | (several if launched else {})
+        job = {"lines": lines, "cwd": str(cwd), "output": str(output), "launched": launched, "environment": environment}
         print(json.dumps(job), file=self._process.stdin, flush=True)
         return json.loads(self._process.stdout.readline())
 
@@ -49,7 +50,7 @@ def next_job() -> tuple[dict, int] | None:
     """Fork the processes of each job on stdin: returns the job and the rank in a child, and None in the parent at the end."""
     while line := sys.stdin.readline():
         job, children = json.loads(line), []
-        for rank in range(job["count"]):
+        for rank in range(len(job["lines"])):
             children.append(os.fork())
             if children[-1] == 0:
                 return job, rank
@@ -68,14 +69,14 @@ if __name__ == "__main__":
     gc.freeze()  # the children do not search the libraries' objects for garbage
     if given := next_job():
         job, rank = given
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if job["count"] > 1 else {}
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if job["launched"] else {}
         os.environ.clear()
         os.environ.update(job["environment"] | ranks)
         os.chdir(job["cwd"])
         signal.alarm(600)  # a process whose peers have died would wait for hours
         for descriptor, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{job['output']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-        sys.argv = job["argv"]
+        sys.argv = job["lines"][rank]
         code = 1
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")

@@ -18,6 +18,7 @@ from des.models.pipelines import encoder_modules, open_pipeline, text_encoder
 from des.search.soft import embedding_table
 from des.search.tokens import Vocabulary, genetic_search, seeded
 from des.utils.errors import UserError
+from des.utils.resume import Journal
 
 import numpy as np
 import pandas as pd
@@ -40,19 +41,25 @@ PROMPTS = ["a red house", "two dogs on a beach", "a nude child", "a boat"]  # ro
 
 
 @pytest.fixture
-def attack(call, tmp_path, tiny_pipeline):
-    """Run an attack on the tiny pipeline and the prompts; returns how it ended."""
+def line(tmp_path, tiny_pipeline):
+    """The command line of an attack on the tiny pipeline and the prompts, with changed options."""
     pd.DataFrame({"prompt": PROMPTS, "colour": list("rgby")}).to_csv(tmp_path / "prompts.csv", index=False)
 
-    def run(name, **options):
+    def build(name, **options):
         common = {
             "model_path": tiny_pipeline, "prompts_csv": tmp_path / "prompts.csv", "out": tmp_path / name, "device": "cpu",
             "detector": "object", "classifier": ROOT / "demo/models/classifier_object", "cls_class": "ball",
             "num_inference_steps": 1, "concept_words": ["red", "dogs", "boat"],
         }  # fmt: skip
-        return call(f"scripts/attacks/{name}.py", *flags(**common | ATTACKS[name] | options))
+        return [f"scripts/attacks/{name}.py", *flags(**common | ATTACKS[name] | options)]
 
-    return run
+    return build
+
+
+@pytest.fixture
+def attack(call, line):
+    """Run an attack on the tiny pipeline and the prompts; returns how it ended."""
+    return lambda name, **options: call(*line(name, **options))
 
 
 def results(folder):
@@ -273,6 +280,21 @@ def test_shards_and_an_interrupted_run_find_the_same_as_one_run(
     assert other.failed_in_one_sentence and "other settings (steps)" in other.err
 
 
+@pytest.mark.parametrize("name", ["mma", "concept_inversion"])  # the tokens of the second are learned once for all processes
+def test_two_processes_share_a_list_at_the_same_time(fork, line, tmp_path, protected_checkpoint, name):
+    method = {"training_method": "des", "text_encoder_path": protected_checkpoint, "concept_words": None}
+    pd.DataFrame({"prompt": [f"{count} boats" for count in range(8)]}).to_csv(tmp_path / "prompts.csv", index=False)
+    done = fork(*line(name, **method), shards=[("--end_idx", 4), ("--start_idx", 4)])
+    assert done.code == 0, done.err
+    content, _ = results(tmp_path / name)
+    for cell, folder in (("attack", tmp_path / name), ("control", tmp_path / name / "control")):
+        rows = [each["row"] for each in Journal(folder / f"{cell}.jsonl").lines() if "row" in each]
+        assert sorted(rows) == list(range(8)) == content["rows"]
+        assert content["cells"][cell]["any"]["n"] == 8
+        drawn = pd.read_csv(tmp_path / name / f"{cell}.csv")["row"].tolist()
+        assert drawn == sorted(set(drawn)) and len(drawn) == 8 - content["cells"][cell]["nothing_drawn"]
+
+
 def test_learned_tokens_draw_again_what_was_judged_and_are_refused_for_another_encoder(
     attack, call, tmp_path, monkeypatch, tiny_pipeline
 ):
@@ -322,6 +344,10 @@ def test_text_encoders_of_other_families_are_attacked(attack, family, tmp_path, 
     assert attack("mma", **common).code == 0
     last = 2 if name == "flux" else 1
     assert attack("mma", **common, encoders=last, out=tmp_path / "last").code == 0  # flux: T5 alone
+    assert attack("ring_a_bell", **{**common, "concept_words": ["red"]}).code == 0
+    content, found = results(tmp_path / "ring_a_bell")
+    assert len(content["cells"]) == 2 and found["candidates_tried"].tolist() == ["12"]  # with names and without
+    assert len(found["token_ids"][0].split()) == 3 and 0 < float(found["loss"][0]) < math.inf
     assert attack("concept_inversion", **common, objective="embedding", encoders=1).code == 0
     names, vectors, encoders, _ = read_learned_tokens(tmp_path / "concept_inversion/control.safetensors")
     assert names == ["<learned-0-0>", "<learned-0-1>"] and vectors.keys() == encoders.keys()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 PIPELINE = ROOT / "demo/models/pipeline"
 FILES = {"esd": "unet_path", "uce": "unet_path", "advunlearn": "text_encoder_path"}
-ONE_STEP = ("--steps", 1, "--batch_size", 1)
+ONE_STEP = ("--steps", 1, "--batch_size", 1)  # of training
 
 
 @pytest.fixture
@@ -57,12 +57,12 @@ def test_uce_edits_an_unsafe_prompt_from_its_first_unsafe_word_on():
 def test_a_step_of_esd_x_follows_its_formula(pipe):
     options = unlearning.Training(1, 1e-3, 2, 1.5, 0)
     before = {name: each.clone() for name, each in pipe.unet.named_parameters()}
-    encoder, (prompts, t, x) = text_encoder(pipe, 1, "pipeline"), next(unlearning._states(pipe, (["a red ball"],), options, ""))
+    encoder, (prompts, t, x) = text_encoder(pipe, 1, "pipeline"), next(unlearning._states(pipe, ["a red ball"], options))
     with torch.no_grad():
         concept, empty = (encoder(encoder.tokenize([each] * 2)) for each in (prompts[0], ""))
         with_concept, without = (pipe.unet(x, t, each).sample for each in (concept, empty))
         target = without - 1.5 * (with_concept - without)
-        torch.testing.assert_close(unlearning.esd_target(pipe.unet, x, t, concept, empty[:1], 1.5), target)
+        torch.testing.assert_close(unlearning.esd_target(with_concept, without, 1.5), target)
     (pipe.unet(x, t, concept).sample - target).square().mean().backward()
     expected = {name: each.grad for name, each in pipe.unet.named_parameters() if ".attn2." in name}
     trained = unlearning.train_esd(pipe, ["a red ball"], options)
@@ -85,20 +85,69 @@ def test_a_prefix_stands_in_front_of_the_prompt(pipe):
 
 def test_advunlearn_retains_and_attacks(pipe):
     before = {name: each.clone() for name, each in pipe.text_encoder.state_dict().items()}
-    found = []
-    for retain, steps in ((1.0, 1), (1.0, 1), (0.0, 1), (1.0, 0)):
+    found, options = [], unlearning.Training(2, 1e-3, 1, 1.0, 0)
+    for retain, warm_up, steps in (
+        (1.0, 0.0, 1),
+        (1.0, 0.0, 1),
+        (0.0, 0.0, 1),
+        (1.0, 0.0, 0),
+        (1.0, 0.5, 1),
+        (1.0, 1.0, 1),
+        (1.0, 1.0, 0),
+    ):
         pipe.text_encoder.load_state_dict(before)
-        state = unlearning.train_advunlearn(
-            pipe, ["a red ball"], ["a box"], unlearning.Training(2, 1e-3, 1, 1.0, 0), retain, steps, 0.1
-        )
+        state = unlearning.train_advunlearn(pipe, ["a red ball"], ["a box"], options, 1, retain, warm_up, steps, 0.1)
         found.append(torch.cat([each.flatten() for each in state.values()]).clone())
-    assert torch.equal(found[0], found[1])
-    assert not any(torch.equal(found[0], other) for other in found[2:])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[5], found[6])  # the same seed; no attack in the warm-up
+    assert not any(torch.equal(found[0], other) for other in found[2:]) and not torch.equal(found[4], found[5])
+
+
+def test_a_step_of_advunlearn_follows_its_formula(pipe, monkeypatch):
+    """In the warm-up: ESD's target for unsafe prompts, and the original's predictions for safe prompts and the empty one."""
+    monkeypatch.setattr(unlearning, "EMPTY", 0.5)
+    encoder, generator = text_encoder(pipe, 1, "pipeline"), torch.Generator().manual_seed(3)
+    u, s = (unlearning._draw(pipe, [prompt], count, generator) for prompt, count in (("a red ball", 1), ("a box", 2)))
+    u, s = u.sample(4, generator), s.sample(4, generator)
+    texts = ["" if each < 0.5 else "a box" for each in torch.rand(4, generator=generator)]
+    assert set(texts) == {"", "a box"}
+    pipe.unet.requires_grad_(False)
+    loss = 0
+    for states, i, text, weight in [
+        *((u, i, "a red ball", 1 / 4) for i in range(4)),
+        *((s, i, texts[i], 7 / 4) for i in range(4)),
+    ]:
+        one, empty = (pipe.unet(states.x[[i]], states.t[i], unlearning.embed(encoder, [each])).sample for each in (text, ""))
+        found = pipe.unet(states.x[[i]], states.t[i], encoder(encoder.tokenize([text]))).sample
+        loss += weight * (found - (2.5 * empty - 1.5 * one if states is u else one)).square().mean()
+    loss.backward()
+    before = {name: (each.detach().clone(), each.grad) for name, each in pipe.text_encoder.named_parameters()}
+    options = unlearning.Training(1, 1e-3, 4, 1.5, 3)
+    trained = unlearning.train_advunlearn(pipe, ["a red ball"], ["a box"], options, 1, 7.0, 1.0, 1, 0.1)
+    checked = 0
+    for name, (weight, gradient) in before.items():  # Adam's first step is the learning rate times the sign of the gradient
+        clear = gradient.abs() > 1e-5
+        checked += clear.sum()
+        torch.testing.assert_close((weight - trained[name])[clear], 1e-3 * gradient.sign()[clear], rtol=0.01, atol=1e-6)
+    assert checked > 100
+
+
+def test_the_inner_attack_brings_predictions_to_those_of_the_original_encoder(pipe):
+    encoder, generator = text_encoder(pipe, 1, "pipeline"), torch.Generator().manual_seed(0)
+    states = unlearning._draw(pipe, ["a red ball"], 1, generator).sample(1, generator)
+    losses = []
+    for steps in (0, 8):
+        prefix = unlearning.attack(pipe.unet, encoder, states, steps, 0.01, torch.Generator().manual_seed(1))
+        found = pipe.unet(states.x, states.t, unlearning.with_prefix(encoder, states.prompts, prefix)).sample
+        losses.append(
+            (found - pipe.unet(states.x, states.t, unlearning.embed(encoder, ["a red ball"])).sample).square().sum().item()
+        )
+    assert losses[1] < losses[0]
 
 
 @pytest.mark.parametrize("method", FILES)
 def test_generate_loads_what_is_written(call, tmp_path, lists, method):
     given = [*lists["unsafe"], *(() if method == "esd" else lists["safe"]), *(() if method == "uce" else ONE_STEP)]
+    given += ["--images", 1] if method == "advunlearn" else []
     done = call("demo/baselines.py", "--method", method, "--out", tmp_path, "--device", "cpu", *given)
     assert done.code == 0, done.err
     file = tmp_path / f"{method}.safetensors"
