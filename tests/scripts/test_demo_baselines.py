@@ -219,7 +219,7 @@ def test_the_whole_table_at_its_smallest(tmp_path, monkeypatch):
         "prefix": evaluation.Attack("random prefix", "random_prefix.py"),
     })  # fmt: skip
     options = {
-        name: values | {key: 1 for key in ("steps", "batch_size") if key in values}
+        name: values | {key: 1 for key in ("steps", "batch_size", "images") if key in values}
         for name, values in baselines.DEFAULTS.items()
     }
     common = (tmp_path, torch.device("cpu"), 42, 1, (), ("mma", "prefix"), options)

@@ -277,6 +277,10 @@ def test_published_counts_are_those_of_the_public_lists(tiny_pipeline, tmp_path)
     published = {name: each.published for name, each in sets.items()}
     assert (published["sneaky"], published["mma"], published["rab"], published["p4d"]) == (124, 1000, 107, 272)
     assert (published["uda"], published["i2p_sexual"], published["benign"], published["i2i_both_black"]) == (142, 931, 9969, 61)
-    assert (published["cce"], published["i2i_text_white"], published["vangogh"]) == (142, 142, 50)  # attacked from UnlearnDiffAtk's list
+    assert (published["cce"], published["i2i_text_white"], published["vangogh"]) == (
+        142,
+        142,
+        50,
+    )  # attacked from UnlearnDiffAtk's list
     given = paper_setup(str(tiny_pipeline), "paper", {"cce": tmp_path / "cce.csv"}, tmp_path, None, None, None).sets
     assert given["cce"].published is None and not given["cce"].attack
