@@ -649,6 +649,7 @@ ZERO = {
     "mutation",
     "retain_weight",
     "attack_steps",
+    "warm_up",
     "preserve_scale",
     "des_seeds",
     "lambda_safe",
