@@ -140,19 +140,21 @@ def attacked(
 
 def run_all(records: JobRecords, jobs: Sequence[Job], processes: int) -> Iterator[str]:
     """Run jobs in several processes of one thread each, or in this one; yields the `what` of each when it is done."""
+    left = [job for job in jobs if records.record(job) is None]
+    yield from (job.what for job in jobs if job not in left)
     if processes == 1:
-        for job in jobs:
+        for job in left:
             records.run(job)
             yield job.what
-        return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), set_up_worker) as pool:
-        running = {pool.submit(records.run, job): job.what for job in jobs}
-        try:
-            for done in as_completed(running):
-                done.result()
-                yield running[done]
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    elif left:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), set_up_worker) as pool:
+            running = {pool.submit(records.run, job): job.what for job in left}
+            try:
+                for done in as_completed(running):
+                    done.result()
+                    yield running[done]
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
 
 
 def set_up_worker() -> None:
