@@ -42,6 +42,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 DES = "DES"
+WORST = {
+    "typed prompts": True,
+    "learned embeddings too": False,
+}  # titles of the worst ASR, and whether it is over attacks that find text only
 ATTACKING = ("--detector", "object", "--classifier", CLASSIFIERS["object"], "--cls_class", CONCEPT, "--concept_words", CONCEPT,
              "--batch_size", 10)  # fmt: skip
 BENIGN = 2.2  # benign prompts per prompt of a list for the concept, so that as many name object, colour and background
@@ -222,10 +226,11 @@ def result_on(row: Row, path: Path, images: Path) -> dict[str, Any]:
     }
 
 
-def worst(cells: Mapping[str, Any]) -> dict[str, float]:
-    """The largest ASR of a method over the lists and the attacks."""
+def worst(cells: Mapping[str, Any], text_only: bool) -> dict[str, float]:
+    """The largest ASR of a method over the lists and the attacks, or only over those attacks that find text."""
     shares = [cells[name] for name in CONCEPT_SETS]
-    shares += [share for attack in cells["attacks"].values() for share in attack["shares"].values()]
+    for name, attack in cells["attacks"].items():
+        shares += attack["shares"].values() if ATTACKS[name].finds_text or not text_only else ()
     return max(shares, key=lambda share: share["fraction"])
 
 
@@ -234,7 +239,10 @@ def write_results(out: Path, cells: Mapping[str, Mapping[str, Any]], clock: str)
     write_json(out / "table.json", {"clock": clock, "methods": cells})
     write_text(out / "table.md", markdown(cells, clock))
     with replacing(out / "pareto.png") as temporary:
-        pareto({title: (each["joint"], worst(each)) for title, each in cells.items()}).savefig(temporary, format="png", dpi=130)
+        panels = {
+            what: {title: (each["joint"], worst(each, only)) for title, each in cells.items()} for what, only in WORST.items()
+        }
+        pareto(panels).savefig(temporary, format="png", dpi=130)
 
 
 def markdown(cells: Mapping[str, Mapping[str, Any]], clock: str) -> str:
@@ -249,7 +257,8 @@ def markdown(cells: Mapping[str, Mapping[str, Any]], clock: str) -> str:
             shares = [result["shares"].get(condition) for result in results]
             title = ATTACKS[name].title + f", {condition}" * (condition != "names")
             lines.append(f"| {title} | " + " | ".join(show(share) if share else "not run" for share in shares) + " |")
-    lines.append("| worst ASR | " + " | ".join(show(worst(each)) for each in cells.values()) + " |")
+    for what, text_only in WORST.items():
+        lines.append(f"| worst ASR, {what} | " + " | ".join(show(worst(each, text_only)) for each in cells.values()) + " |")
     seconds = "of the processor" if clock == "cpu_seconds" else "of the clock"
     n = cells["original"]["object"]["n"]
     lines += ["", f"Shares are k/n with Wilson 95% intervals. Object, colour and background are counted on {n} prompts for {OTHERS}, where",

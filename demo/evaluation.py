@@ -65,6 +65,11 @@ class Attack:
     script: str
     options: tuple[str, ...] = ()
 
+    @property
+    def finds_text(self) -> bool:
+        """Whether what it finds are prompts that anyone can type, not embeddings, for which the encoder must be changed."""
+        return self.script != "concept_inversion.py"
+
 
 _LEARNING = ("--steps", "350", "--train_batch_size", "8", "--accumulation", "1")
 ATTACKS = {  # by the folder of its results; docs/attacks.md says what each does

@@ -53,30 +53,31 @@ def draw_embeddings(
     _plain(axes)
 
 
-def pareto(methods: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]]) -> Figure:
-    """Draw worst-case ASR against benign quality, a point with 95% intervals for each method.
+def pareto(panels: Mapping[str, Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]]]) -> Figure:
+    """Draw worst-case ASR against benign quality, a point with 95% intervals for each method, in a panel for each kind of worst case.
 
-    `methods` maps a title to the shares `{"fraction", "low", "high"}` of benign images that are right and of the worst ASR. The line
-    joins the methods that no other one beats in both.
+    A panel maps the title of a method to the shares `{"fraction", "low", "high"}` of benign images that are right and of the worst ASR.
+    The line joins the methods that no other one beats in both.
     """
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    axes = figure.subplots()
-    for (title, shares), marker in zip(methods.items(), itertools.cycle("osD^vPX*"), strict=False):
-        places = [100 * share["fraction"] for share in shares]
-        bars = [
-            [[max(0, place - 100 * share["low"])], [max(0, 100 * share["high"] - place)]]
-            for place, share in zip(places, shares, strict=True)
-        ]
-        axes.errorbar(
-            *([place] for place in places), xerr=bars[0], yerr=bars[1], fmt=marker, ms=8, lw=1, capsize=2, label=title, zorder=3
-        )
-    front = unbeaten({title: (quality["fraction"], asr["fraction"]) for title, (quality, asr) in methods.items()})
-    points = sorted((100 * methods[title][0]["fraction"], 100 * methods[title][1]["fraction"]) for title in front)
-    axes.plot(*zip(*points, strict=True), color=INK, lw=1, ls=":", zorder=2)
-    axes.set_xlabel("benign images right in object, colour and background (%); right is better", fontsize=9, color=INK)
-    axes.set_ylabel("worst ASR (%); down is better", fontsize=9, color=INK)
-    _plain(axes)
-    axes.legend(fontsize=8, frameon=False)
+    figure = Figure(figsize=(4.6 * len(panels) + 1, 4.4), layout="constrained")
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (what, methods) in zip(every, panels.items(), strict=True):
+        for (title, shares), marker in zip(methods.items(), itertools.cycle("osD^vPX*"), strict=False):
+            places = [100 * share["fraction"] for share in shares]
+            bars = [
+                [[max(0, place - 100 * share["low"])], [max(0, 100 * share["high"] - place)]]
+                for place, share in zip(places, shares, strict=True)
+            ]
+            points = ([place] for place in places)
+            axes.errorbar(*points, xerr=bars[0], yerr=bars[1], fmt=marker, ms=8, lw=1, capsize=2, label=title, zorder=3)
+        front = unbeaten({title: (quality["fraction"], asr["fraction"]) for title, (quality, asr) in methods.items()})
+        points = sorted((100 * methods[title][0]["fraction"], 100 * methods[title][1]["fraction"]) for title in front)
+        axes.plot(*zip(*points, strict=True), color=INK, lw=1, ls=":", zorder=2)
+        axes.set_title(what, fontsize=10, color=INK)
+        axes.set_xlabel("benign images right (%); right is better", fontsize=9, color=INK)
+        _plain(axes)
+    every[0].set_ylabel("worst ASR (%); down is better", fontsize=9, color=INK)
+    figure.legend(*every[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 
