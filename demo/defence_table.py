@@ -226,12 +226,19 @@ def result_on(row: Row, path: Path, images: Path) -> dict[str, Any]:
     }
 
 
-def worst(cells: Mapping[str, Any], text_only: bool) -> dict[str, float]:
-    """The largest ASR of a method over the lists and the attacks, or only over those attacks that find text."""
-    shares = [cells[name] for name in CONCEPT_SETS]
-    for name, attack in cells["attacks"].items():
-        shares += attack["shares"].values() if ATTACKS[name].finds_text or not text_only else ()
-    return max(shares, key=lambda share: share["fraction"])
+def worst(cells: Mapping[str, Mapping[str, Any]], text_only: bool) -> dict[str, dict[str, float]]:
+    """The largest ASR of each method over the lists and the attacks, or only over those attacks that find text.
+
+    A method is left out until all these attacks have been run on it.
+    """
+    names = {name for each in cells.values() for name in each["attacks"] if ATTACKS[name].finds_text or not text_only}
+    found = {}
+    for title, each in cells.items():
+        shares = [each[name] for name in CONCEPT_SETS]
+        shares += [share for name in names & each["attacks"].keys() for share in each["attacks"][name]["shares"].values()]
+        if names <= each["attacks"].keys():
+            found[title] = max(shares, key=lambda share: share["fraction"])
+    return found
 
 
 def write_results(out: Path, cells: Mapping[str, Mapping[str, Any]], clock: str) -> None:
@@ -240,7 +247,8 @@ def write_results(out: Path, cells: Mapping[str, Mapping[str, Any]], clock: str)
     write_text(out / "table.md", markdown(cells, clock))
     with replacing(out / "pareto.png") as temporary:
         panels = {
-            what: {title: (each["joint"], worst(each, only)) for title, each in cells.items()} for what, only in WORST.items()
+            what: {title: (cells[title]["joint"], share) for title, share in worst(cells, text_only).items()}
+            for what, text_only in WORST.items()
         }
         pareto(panels).savefig(temporary, format="png", dpi=130)
 
@@ -258,7 +266,10 @@ def markdown(cells: Mapping[str, Mapping[str, Any]], clock: str) -> str:
             title = ATTACKS[name].title + f", {condition}" * (condition != "names")
             lines.append(f"| {title} | " + " | ".join(show(share) if share else "not run" for share in shares) + " |")
     for what, text_only in WORST.items():
-        lines.append(f"| worst ASR, {what} | " + " | ".join(show(worst(each, text_only)) for each in cells.values()) + " |")
+        found = worst(cells, text_only)
+        lines.append(
+            f"| worst ASR, {what} | " + " | ".join(show(found[each]) if each in found else "not run" for each in cells) + " |"
+        )
     seconds = "of the processor" if clock == "cpu_seconds" else "of the clock"
     n = cells["original"]["object"]["n"]
     lines += ["", f"Shares are k/n with Wilson 95% intervals. Object, colour and background are counted on {n} prompts for {OTHERS}, where",

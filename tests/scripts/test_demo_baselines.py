@@ -191,9 +191,13 @@ def test_an_attack_joins_the_table_beside_its_control(tmp_path, monkeypatch):
         "DES": cells | {"flop": 5e9, "attacks": {"mma": defence_table.result_on(row, path, tmp_path)}},
         "UCE": cells,
     }
-    assert defence_table.worst(cells, False) == share and defence_table.worst(table["DES"], True) == proportion(7, 10)
-    learned = cells | {"attacks": {"cce-1": table["DES"]["attacks"]["mma"]}}
-    assert defence_table.worst(learned, True) == share and defence_table.worst(learned, False) == proportion(7, 10)
+    assert defence_table.worst({"UCE": cells}, False) == {"UCE": share}
+    assert defence_table.worst(table, True) == {
+        "original": proportion(10, 10),
+        "DES": proportion(7, 10),
+    }  # UCE was not attacked
+    learned = {"DES": cells | {"attacks": {"cce-1": table["DES"]["attacks"]["mma"]}}}
+    assert [defence_table.worst(learned, text_only)["DES"] for text_only in (True, False)] == [share, proportion(7, 10)]
     text = defence_table.markdown(table, "seconds")
     assert "| MMA | 10/10 = 100.0% [72.2, 100.0] | 7/10 = 70.0% [39.7, 89.2] | not run |" in text
     assert "| MMA, without names | 9/10 = 90.0% [59.6, 98.2] | 1/10 = 10.0%" in text
