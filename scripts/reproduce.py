@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--discard_images", action="store_true", help="score images of the concept as they are drawn and keep none")
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
-    performance.add_argument("--batch_size", type=cli.positive_int, default=16, metavar="N", help="images at a time")
+    performance.add_argument("--batch_size", type=cli.positive_int, default=16, metavar="N", help="images at a time; a quarter as many prompts of an attack")
     performance.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="seed of the images")
     performance.add_argument("--dry_run", action="store_true", help="list jobs, images and estimated hours, and stop")
     performance.add_argument("--seconds_per_image", type=cli.number(float, 0, low_open=True), metavar="X", help="for --dry_run (default: as measured in --out)")

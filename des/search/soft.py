@@ -57,8 +57,8 @@ def learn_vectors(
 ) -> Iterator[tuple[Tensor, float]]:
     """Minimise `loss(vectors)` by AdamW from `start` [vectors, hidden]; yields the vectors and the loss after each step.
 
-    The vectors are one tensor, which the next step changes. `loss` draws its own batches; a step uses the mean gradient of `accumulation` calls. After each step, vectors longer than
-    `max_norm` are scaled down to it.
+    The vectors are one tensor, which the next step changes. `loss` draws its own batches; a step uses the mean gradient of
+    `accumulation` calls. After each step, vectors longer than `max_norm` are scaled down to it.
     """
     vectors = start.detach().clone().float().requires_grad_()
     optimizer = torch.optim.AdamW([vectors], lr=learning_rate)

@@ -177,7 +177,8 @@ def coordinate_search(
 ) -> Iterator[list[TokenPrompt]]:
     """Search a prompt of `length` tokens for each generator, by greedy coordinate gradient from random tokens.
 
-    Yields the best prompts so far after each step. In each step the best of `count` candidates that survive decoding and encoding, and are allowed, becomes the current prompt.
+    Yields the best prompts so far after each step. In each step the best of `count` candidates that survive decoding and encoding, and
+    are allowed, becomes the current prompt.
     """
     vocabulary.room(length)
     slots = slice(len(vocabulary.before), len(vocabulary.before) + length)

@@ -217,7 +217,8 @@ class TableRunner:
         csv, control = self._rows_of((chosen.csv,), name), None
         for each in dict.fromkeys((ORIGINAL, variant)):
             method, files = self.method(each)
-            options = ("--seed", self.seed, "--batch_size", self.batch_size, *self.setup.attack_options, *method)
+            size = max(1, self.batch_size // 4)  # gradients through the denoiser need several times the memory of drawing
+            options = ("--seed", self.seed, "--batch_size", size, *self.setup.attack_options, *method)
             what, out, rows = f"{name} against {each.name}", self.out / "attacks" / each.name / name, len(self._rows[name])
             job = self.jobs.attack(what, chosen.attack, csv, out, options, files, control, rows)
             self.need(job)
