@@ -76,6 +76,7 @@ def pareto(panels: Mapping[str, Mapping[str, tuple[Mapping[str, float], Mapping[
         axes.set_title(what, fontsize=10, color=INK)
         axes.set_xlabel("benign images right (%); right is better", fontsize=9, color=INK)
         _plain(axes)
+    every[0].set_ylim(-3, 103)
     every[0].set_ylabel("worst ASR (%); down is better", fontsize=9, color=INK)
     figure.legend(*every[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return figure
