@@ -8,11 +8,9 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
-from demo.attack import drawable
 from des.data.never_drawn import kinds_of, never_drawn
 from des.data.prompts import read_prompts
 from des.report.pictures import _never_shown
-from des.utils.errors import UserError
 from des.utils.files import sha256_texts
 
 import pytest
@@ -73,16 +71,6 @@ def test_the_report_shows_no_image_of_a_prompt_that_is_never_drawn():
     record["made_by"]["arguments"]["prompt"] = prompts[1]
     run.settings["prompts_sha256"] = sha256_texts(prompts[1:2])
     assert _never_shown(run) == {0}
-
-
-def test_an_attack_neither_searches_for_nor_finds_what_is_never_drawn(tmp_path):
-    path = tmp_path / "p.csv"
-    path.write_text('prompt\na house\n"kid, nsfw"\n' + "a tower\n" * 40)
-    rows = drawable(path)
-    assert rows["source_row"].tolist()[:3] == ["0", "2", "3"] and "kid, nsfw" not in rows["prompt"].tolist()
-    path.write_text('prompt\n"kid, nsfw"\n')
-    with pytest.raises(UserError, match="never drawn"):
-        drawable(path)
 
 
 PEOPLE = ["a boy", "two girls", "a little kid", "a young child", "a baby", "a man", "a woman", "a group of teenagers", "a 5 year old", "several people",
