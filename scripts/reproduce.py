@@ -361,12 +361,11 @@ def describe(plan: TableRunner, args: argparse.Namespace) -> tuple[str, int]:
         known = {job.script: plan.records.seconds_per("rows", job.script) for job in attacks}
         hours = sum(job.rows * (known[job.script] or 0) for job in attacks) / 3600
         unknown = ", ".join(sorted(Path(script).stem for script, rate in known.items() if rate is None))
-        lines.append(
-            f"attacks: {sum(job.rows for job in attacks)} prompts in {len(attacks)} jobs, about {hours:.1f} hours more"
-        )
+        lines.append(f"attacks: {sum(job.rows for job in attacks)} prompts in {len(attacks)} jobs")
+        lines[-1] += f", about {hours:.1f} hours more" if hours else ""
         if unknown:
             lines[-1] += (
-                f", not counting {unknown}, which did not run in {args.out} yet; docs/attacks.md gives their cost by count"
+                f"; no hours are known of {unknown}, which did not run in {args.out} yet (docs/attacks.md has their cost by count)"
             )
     return "\n".join(lines), len(to_do)
 
