@@ -123,7 +123,7 @@ def forks() -> Iterator[Forks]:
 def fork(forks, tmp_path) -> Callable[..., Finished]:
     """Run a script in a separate process, or in `count` processes as `accelerate launch` does; returns how they ended.
 
-    With `shards`, a process runs for each of them at the same time, with the options of the shard after the others.
+    `shards` holds further options for each of several processes, which run at the same time.
     """
 
     def run(script: str | Path, *argv: object, count: int = 1, shards: Sequence[Sequence[object]] = ()) -> Finished:

@@ -200,9 +200,9 @@ def load_checkpoint(encoder: nn.Module, path: Path) -> dict[str, Any]:
             "with the text encoder that it was trained from"
         )
     if missing or surplus:
-        wrong = [f"lacks {some(missing)}"] if missing else []
-        wrong += [f"has the unknown tensor {some(surplus)}"] if surplus else []
-        raise UserError(f"{path} does not fit the model's text encoder: it {' and '.join(wrong)}")
+        problems = [f"lacks {some(missing)}"] if missing else []
+        problems += [f"has the unknown tensor {some(surplus)}"] if surplus else []
+        raise UserError(f"{path} does not fit the model's text encoder: it {' and '.join(problems)}")
     _check_configuration(encoder, path)
     file_sha256 = _check_metadata(path, loaded, metadata)
     if same_weights(own, {name: tensor for name, tensor in loaded.items() if name != PROJECTION}):

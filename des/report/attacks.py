@@ -79,7 +79,7 @@ def found_prompts(attack: AttackRun, at_most: int = MOST_EXAMPLES) -> tuple[list
     ]
     if any(each.row >= len(targets) for each in found):
         raise UserError(
-            f"{attack.folder} has found prompts for rows that its list of {len(targets)} prompts lacks; leave --prompts out"
+            f"{attack.folder} has prompts found for rows beyond the {len(targets)} of its prompt list; leave out --prompts"
         )
     sexual = attack.content["made_by"]["arguments"].get("detector") in NUDITY
     refused = Refusal([*targets, *(each.prompt for each in found)], sexual)

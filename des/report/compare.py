@@ -15,7 +15,7 @@ from des.utils.logs import logger
 LOWER_IS_BETTER = ("asr", "attacked", "benign_hits", "fid", "kid", "lpips")
 SHARES = ("asr", "attacked", "benign_hits", "accuracy")  # percentages
 _ORDER = ("asr", "attacked", "benign_hits", "accuracy", "mean", "fid", "kid", "lpips")
-WORST = "worst attack with the weights"  # the name of the set of attacks, as it stands beside those of prompt lists
+WORST = "worst white-box attack"  # shown in place of a prompt list's name
 BENIGN = "benign"  # reproduce.py's name of its benign set, which not every table scores for quality
 _MOST_NAMED = 4  # models that a phrase of the headline lists
 

@@ -22,7 +22,7 @@ def extra_parameters(runner: TableRunner, variant: Variant) -> Cell:
         return Cell(missing=missing)
     _, files = runner.method(variant)
     if runner.dry or not files:
-        return Cell(missing="planned" if files else "no encoder of its own")
+        return Cell(missing="planned" if files else "no text encoder file")
     original = load_encoder(runner.model_path, 1, "cpu", variant=runner.variant).model.state_dict()
     base = sum(tensor.numel() for tensor in original.values())
     return Cell(sum(tensor.numel() for tensor in read_tensors(files[0]).values()) - base, digits=0)

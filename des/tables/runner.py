@@ -226,9 +226,9 @@ class TableRunner:
         return job
 
     def _found(self, variant: Variant, name: str, init: tuple[str | Path, ...]) -> tuple[Path, tuple[str | Path, ...]] | str:
-        """The CSV of the prompts that the attack of a set's `found_by` found, and `init` with a start image for each of them.
+        """Return the CSV of the prompts that the attack `found_by` of a set found, and the options `init` with their start images.
 
-        The prompts are those found on the variant or, in the black box, on the original. Returns why there are none otherwise.
+        The attack is on the variant or, for a black-box set, on the original model. Returns a text if the attack is not run.
         """
         chosen, folder = self.setup.sets[name], self.out / "starts" / variant.name / name
         done = self.attack(ORIGINAL if chosen.black_box else variant, chosen.found_by)

@@ -51,7 +51,9 @@ def test_uce_edits_an_unsafe_prompt_from_its_first_unsafe_word_on():
     safe = {"a", "red", "ball", "on", "beach"}
     before = len(encoder.tokenizer("a red").input_ids) - 1  # without the end of the text
     assert unlearning._first_unsafe_token(encoder, "a red mushroom on a beach", safe) == before
-    assert unlearning._first_unsafe_token(encoder, "a red ball", safe) == before  # no such word: the last one
+    assert (
+        unlearning._first_unsafe_token(encoder, "a red ball", safe) == before
+    )  # without an unsafe word, the last word is edited
 
 
 def test_a_step_of_esd_x_follows_its_formula(pipe):
