@@ -73,7 +73,7 @@ def test_the_headline_and_the_trade_off_have_the_worst_attack(tmp_path, compared
     phrases = headline(comparison)
     assert phrases[:2] == [
         "ASR of mushroom, plain: 100.0% → 0.0%",
-        "ASR of mushroom, worst attack with the weights: 100.0% → 30.0%",
+        "ASR of mushroom, worst white-box attack: 100.0% → 30.0%",
     ]
     assert phrases[-1] == "attacks too weak to tell: 1 of 2"
     (measure,) = comparison.of_kind("attacked")
@@ -87,8 +87,8 @@ def test_the_headline_and_the_trade_off_have_the_worst_attack(tmp_path, compared
 def test_a_weak_attack_counts_where_it_succeeds_only(tmp_path, compared, attacked, says):
     result(tmp_path / "uda", attacked, (7, 7))
     comparison = compared()
-    phrases = [each for each in headline(comparison) if "worst attack" in each]
-    assert phrases == ([f"ASR of mushroom, worst attack with the weights: 70.0% → {says}"] if says else [])
+    phrases = [each for each in headline(comparison) if "worst white-box attack" in each]
+    assert phrases == ([f"ASR of mushroom, worst white-box attack: 70.0% → {says}"] if says else [])
     assert "attacks too weak to tell: 1 of 1" in headline(comparison)
     assert len(paretos(comparison, "p")) == (2 if says else 1)
 
@@ -98,9 +98,9 @@ def test_a_model_that_was_not_attacked_is_named_in_no_attack(tmp_path):
     attacks = read(tmp_path)
     runs = [*images(attacks[0].detector), des("plain", asr(5), encoder="two", components=IDENTITIES)]
     (comparison,) = compare(runs, None, attacks)
-    (phrase,) = [each for each in headline(comparison) if "worst attack" in each]
+    (phrase,) = [each for each in headline(comparison) if "worst white-box attack" in each]
     label = comparison.models[1].label
-    assert phrase == f"ASR of mushroom, worst attack with the weights: 100.0% → 30.0% ({label})"
+    assert phrase == f"ASR of mushroom, worst white-box attack: 100.0% → 30.0% ({label})"
 
 
 @pytest.mark.parametrize("cells", ["control", "attack"])
