@@ -1,7 +1,7 @@
 """Copies of images: those of another program, and those of a part of a prompt list."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from des.data.image_folders import image_of_row
@@ -23,3 +23,18 @@ def copy_images(source: Path, rows: Iterable[int], folder: Path) -> None:
     for copy, path in copies.items():
         if identity(copy) != identity(path):
             shutil.copyfile(path, copy)
+
+
+def copied_inputs(options: Sequence[str | Path], rows: Sequence[int], folder: Path, dry: bool) -> tuple[str | Path, ...]:
+    """Return options of generate.py whose start images and masks are copies of some rows in `folder`, numbered from 0.
+
+    With `dry`, nothing is copied. Raises UserError if an image is missing.
+    """
+    made = list(options)
+    for option in ("--init_images", "--mask_images"):
+        if option in made:
+            place, copy = made.index(option) + 1, folder / option.removeprefix("--")
+            if not dry:
+                copy_images(Path(made[place]), rows, copy)
+            made[place] = copy
+    return tuple(made)

@@ -10,7 +10,7 @@ from des.data.prompts import never_drawn, read_rows
 from des.data.run_record import read_json
 from des.tables.build import Cell
 from des.tables.cells import ORIGINAL, PromptSet, Setup, Variant
-from des.tables.copies import copy_images
+from des.tables.copies import copied_inputs, copy_images
 from des.tables.inputs import identity, model_identity
 from des.tables.jobs import Job, JobRecords
 from des.tables.pipeline_jobs import PipelineJobs, files_in, scoring
@@ -128,10 +128,11 @@ class TableRunner:
         if isinstance(init, str):
             return init
         if chosen.found_by:
-            found = self._found(variant, name, init)
-            if isinstance(found, str):
-                return found
-            csv, init = found
+            done = self.attack(ORIGINAL if chosen.black_box else variant, chosen.found_by)
+            if isinstance(done, str):
+                return done
+            csv = done.outputs[1]
+        init = self._aligned(variant, name, csv, init)
         if chosen.init:
             inputs += tuple(part for part in init if isinstance(part, Path))
         discard = ("--discard_images",) if self.discard_images and name not in self._kept else ()
@@ -225,19 +226,21 @@ class TableRunner:
             control = out
         return job
 
-    def _found(self, variant: Variant, name: str, init: tuple[str | Path, ...]) -> tuple[Path, tuple[str | Path, ...]] | str:
-        """Return the CSV of the prompts that the attack `found_by` of a set found, and the options `init` with their start images.
+    def _aligned(self, variant: Variant, name: str, csv: Path, init: tuple[str | Path, ...]) -> tuple[str | Path, ...]:
+        """Return the options `init` with start images and masks that are numbered like the rows of `csv`, as copies where they are not.
 
-        The attack is on the variant or, for a black-box set, on the original model. Returns a text if the attack is not run.
+        A given folder is numbered like the whole list, of which `csv` may lack rows: prompts that are never drawn, and those for which
+        an attack found nothing.
         """
         chosen, folder = self.setup.sets[name], self.out / "starts" / variant.name / name
-        done = self.attack(ORIGINAL if chosen.black_box else variant, chosen.found_by)
-        if isinstance(done, str):
-            return done
-        csv = done.outputs[1]
-        if init and not self.dry:  # rows for which nothing could be found are left out
-            copy_images(Path(init[1]), map(int, read_rows(csv)["row"]), folder)
-        return csv, (init[0], folder, *init[2:]) if init else ()
+        listed = self._rows[chosen.found_by or name].index.tolist()
+        numbers = listed if isinstance(chosen.init, Path) else list(range(len(listed)))
+        if not init or (not chosen.found_by and numbers == list(range(len(listed)))):
+            return init
+        rows = numbers
+        if chosen.found_by and not self.dry:
+            rows = [numbers[int(row)] for row in read_rows(csv)["row"]]
+        return copied_inputs(init, rows, folder, self.dry)
 
     def _scoring(self, name: str) -> Mapping[str, tuple[str | Path, ...]]:
         own = self.setup.sets[name].scoring
