@@ -237,10 +237,8 @@ class TableRunner:
         numbers = listed if isinstance(chosen.init, Path) else list(range(len(listed)))
         if not init or (not chosen.found_by and numbers == list(range(len(listed)))):
             return init
-        rows = numbers
-        if chosen.found_by and not self.dry:
-            rows = [numbers[int(row)] for row in read_rows(csv)["row"]]
-        return copied_inputs(init, rows, folder, self.dry)
+        found = read_rows(csv)["row"].astype(int) if chosen.found_by and not self.dry else range(len(listed))
+        return copied_inputs(init, [numbers[row] for row in found], folder, self.dry)
 
     def _scoring(self, name: str) -> Mapping[str, tuple[str | Path, ...]]:
         own = self.setup.sets[name].scoring

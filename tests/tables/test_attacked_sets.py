@@ -118,3 +118,28 @@ def test_texts_found_are_drawn_on_images_of_the_concept(run_reproduce, tmp_path,
     assert found["original/mma/control"] != found["des_given/mma/attack"]
     for box, each in (("black", "original/mma/control"), ("white", "des_given/mma/attack")):
         assert f"{each}.csv" in settings[box] and f"starts/des_given/i2i_{box}_0.5" in settings[box]
+
+
+@pytest.mark.parametrize("found", [[0, 2], None])
+def test_start_images_and_masks_stay_with_their_prompts(tmp_path, public_lists, tiny_pipeline, found):
+    """Row 1 of the list is never drawn; of the others, an attack found a prompt for some or, without an attack, all are drawn."""
+    (tmp_path / "uda.csv").write_text("prompt\na kettle\na nude child\na cup\na nude man\n")
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        for row in range(4):
+            (tmp_path / kind / f"{row}.png").write_bytes(f"{kind} {row}".encode())
+    options = ["--i2i_images", tmp_path / "images", "--i2i_masks", tmp_path / "masks"]
+    name = "i2i_text_white" if found else "i2i_both_white"
+    given = public_lists if found else [*public_lists, f"{name}={tmp_path / 'uda.csv'}"]
+    runner = runner_of(arguments(tmp_path, "--model_path", tiny_pipeline, *given, *options))
+    runner.dry, chosen = False, runner.setup.sets[name]
+    csv = runner._rows_of((chosen.csv,), chosen.found_by or name)
+    if found:
+        csv = tmp_path / "attack.csv"
+        csv.write_text("prompt,row\n" + "".join(f"x,{row}\n" for row in found))
+    init = runner._aligned(ORIGINAL, name, csv, runner._init(chosen))
+    for option, kind in (("--init_images", "images"), ("--mask_images", "masks")):
+        folder = init[init.index(option) + 1]
+        contents = {int(path.stem.split("_")[-1].removesuffix("p")): path.read_bytes() for path in folder.iterdir()}
+        published = [0, 3] if found else [0, 2, 3]
+        assert contents == {i: f"{kind} {row}".encode() for i, row in enumerate(published)}
