@@ -92,7 +92,8 @@ class PipelineJobs:
     ) -> Job:
         """The job that attacks a list: `attack` is a script of scripts/attacks/ with its options, `options` are further ones.
 
-        `files` are those of the attacked method, which are strings among the options. `control` is the `out` of the same attack on the original model; None for that attack itself.
+        `files` are those of the attacked method, which are strings among the options. `control` is the `out` of the same attack on
+        the original model; None for that attack itself.
         """
         script, *own = attack
         cell, shared = ("control", ()) if control is None else ("attack", ("--control_dir", control))
