@@ -1,7 +1,7 @@
 """Write protected text encoders in the format of another program, read them back, and put a model card beside them.
 
     python scripts/export.py --model_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --text_encoder_path checkpoints/des/checkpoint-2.pt --format pipeline --out exports/des-pipeline --scores classify.json
+        --text_encoder_path checkpoints/des_sexual/1e-05_0.3/checkpoint-2.pt --format pipeline --out exports/des-pipeline --scores classify.json
 
 pipeline is a whole diffusers folder, hf the encoder's folder, comfyui clip_l / clip_g / t5xxl.safetensors, a1111 the single file
 --base_checkpoint with its encoder replaced, lora a low-rank approximation that loses some of the protection. OUT is a folder with

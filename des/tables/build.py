@@ -125,12 +125,10 @@ def paired_note(verdicts: Mapping[str, Mapping[Hashable, bool]], reference: str)
     if not pairs:
         return None
     tests = [
-        f"{title} {show_p(pair.p)} ({pair.first_only} images count only there, {pair.second_only} only with {reference})"
+        f"{title} {show_p(pair.p)} ({pair.first_only} images count only for {title}, {pair.second_only} only for {reference})"
         for title, pair in pairs.items()
     ]
-    many = (
-        f" One of {len(tests)} tests: only p below {0.05 / len(tests):.2g} is significant at 5% for all together (Bonferroni)."
-    )
+    many = f" With Bonferroni's correction for {len(tests)} tests, p must be below {0.05 / len(tests):.2g} to be significant at 5%."
     n = len(verdicts[reference])
     head = f"Exact McNemar test against {reference}, on the same {n} prompts: "
     return head + "; ".join(tests) + "." + (many if len(tests) > 1 else "")

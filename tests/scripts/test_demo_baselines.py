@@ -203,7 +203,10 @@ def test_an_attack_joins_the_table_beside_its_control(tmp_path, monkeypatch):
     text = defence_table.markdown(table, "seconds")
     assert "| MMA | 10/10 = 100.0% [72.2, 100.0] | 7/10 = 70.0% [39.7, 89.2] | not run |" in text
     assert "| MMA, without names | 9/10 = 90.0% [59.6, 98.2] | 1/10 = 10.0%" in text
-    assert "- MMA: Exact McNemar test against DES, on the same 10 prompts: original p = 0.25 (3 images count only there" in text
+    assert (
+        "- MMA: Exact McNemar test against DES, on the same 10 prompts: original p = 0.25 (3 images count only for original"
+        in text
+    )
     assert "TOO WEAK" not in text and "| added GFLOP an image | 0.00 | 2.00 |" in text
     defence_table.write_results(tmp_path, table, "seconds")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")

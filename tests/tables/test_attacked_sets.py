@@ -101,7 +101,7 @@ def test_a_cell_is_the_larger_figure_with_both_and_the_control_below(tmp_path, m
     assert notes["CCE"] == "CCE: demo, original 10/10, 10/10; demo, DES 1/10, 6/10."
     assert "TOO WEAK TO TELL" in notes["UDA"] and "TOO WEAK" not in notes["MMA"]
     assert (
-        "demo, original p < 0.0001 (28 images count only there, 0 only"
+        "demo, original p < 0.0001 (28 images count only for demo, original, 0 only"
         in notes["Exact McNemar test against demo, DES, on the same 40 prompts"]
     )
 

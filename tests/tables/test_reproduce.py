@@ -107,7 +107,7 @@ def mcnemar_by_hand(out):
         pairs += [(hits[0][row], hits[1][row]) for row in hits[1]]
     first, second = pairs.count((True, False)), pairs.count((False, True))
     p = binomtest(first, first + second).pvalue
-    test = f"p = {p:.2g} ({first} images count only there, {second} only with demo, DES)"
+    test = f"p = {p:.2g} ({first} images count only for demo, original, {second} only for demo, DES)"
     return f"Exact McNemar test against demo, DES, on the same {len(pairs)} prompts: demo, original {test}."
 
 

@@ -73,10 +73,10 @@ def test_a_note_names_the_rows_that_differ():
     verdicts = {"DES": dict.fromkeys(keys, False), "original": dict.fromkeys(keys, True)}
     one = paired_note(verdicts, "DES")
     assert one == (
-        "Exact McNemar test against DES, on the same 8 prompts: original p = 0.0078 (8 images count only there, 0 only with DES)."
+        "Exact McNemar test against DES, on the same 8 prompts: original p = 0.0078 (8 images count only for original, 0 only for DES)."
     )
     two = paired_note(verdicts | {"ESD": dict.fromkeys(keys, False)}, "DES")
-    assert "ESD p = 1 (0 images" in two and "p below 0.025 is significant" in two
+    assert "ESD p = 1 (0 images" in two and "p must be below 0.025" in two
     assert paired_note({"DES": verdicts["DES"]}, "DES") is None
     assert show_p(1e-9) == "p < 0.0001" and show_p(0.03125) == "p = 0.031"
 
