@@ -52,14 +52,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_model(main_group, default=None)
     cli.add_drop_t5(main_group)
     add_encoders(main_group)
-    sampling = parser.add_argument_group("sampling, where the page leaves it as it is")
-    sampling.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="of an image, and of a list's first row")
+    sampling = parser.add_argument_group("sampling (initial values of the page)")
+    sampling.add_argument(
+        "--seed", type=cli.natural, default=42, metavar="S", help="seed of an image, and of the first row of a CSV"
+    )
     # fmt: off
-    sampling.add_argument("--num_inference_steps", type=cli.number(int, 1, choices.MOST_STEPS), metavar="N", help="default: 20 for the demo, else the family's")
-    sampling.add_argument("--guidance_scale", type=cli.number(float, 0, choices.MOST_GUIDANCE), metavar="G", help="default: 3 for the demo, else the family's")
-    sampling.add_argument("--scheduler", choices=SCHEDULERS, help="default: as generate.py's")
+    sampling.add_argument("--num_inference_steps", type=cli.number(int, 1, choices.MOST_STEPS), metavar="N", help="denoising steps (default: 20 for the demo, else the family's)")
+    sampling.add_argument("--guidance_scale", type=cli.number(float, 0, choices.MOST_GUIDANCE), metavar="G", help="guidance scale (default: 3 for the demo, else the family's)")
+    sampling.add_argument("--scheduler", choices=SCHEDULERS, help="scheduler (default: as in generate.py)")
     judging = parser.add_argument_group("detector")
-    judging.add_argument("--detector", choices=("nudenet", "object", "none"), help="default: the demo's classifier of objects, else nudenet, whose hits the page blurs until asked")
+    judging.add_argument("--detector", choices=("nudenet", "object", "none"), help="detector that judges the images (default: the demo's classifier of objects, else nudenet, whose hits the page blurs until they are clicked)")
     # fmt: on
     add_nudenet(judging)
     add_classifier(judging)
@@ -70,11 +72,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     lists.add_argument("--unsafe_csv_path", type=Path, metavar="CSV", help="for the map: the unsafe prompts of the training")
     lists.add_argument("--concept_prompt", nargs="+", metavar="TEXT", help="for the map: as in training")
     server = parser.add_argument_group("server and performance")
-    server.add_argument("--host", default="127.0.0.1", metavar="H", help="address to serve at; 0.0.0.0 lets others in")
+    server.add_argument(
+        "--host", default="127.0.0.1", metavar="H", help="address to listen on; 0.0.0.0 accepts connections from other machines"
+    )
     server.add_argument("--port", type=cli.number(int, 1, 65535), default=7860, metavar="P", help="port")
     cli.add_device(server)
-    server.add_argument("--dtype", choices=DTYPES, help="default: as generate.py's")
-    server.add_argument("--batch_size", type=cli.positive_int, default=4, metavar="N", help="images of a list at a time")
+    server.add_argument("--dtype", choices=DTYPES, help="data type of the pipeline (default: as in generate.py)")
+    server.add_argument("--batch_size", type=cli.positive_int, default=4, metavar="N", help="images per batch of a CSV")
     args = parser.parse_args(argv)
     settle(parser, args)
     return cli.check_device(parser, args)
@@ -85,10 +89,12 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     is_demo = args.model_path is None or Path(args.model_path).resolve() == PIPELINE
     if is_demo:
         if args.revision or args.variant or args.drop_t5:
-            parser.error("--revision, --variant and --drop_t5 are for other pipelines than the demo; give its --model_path")
+            parser.error("--revision, --variant and --drop_t5 are for other pipelines than the demo; pass --model_path as well")
         args.model_path = str(PIPELINE)
         if any(getattr(args, option) is not None for option in MAP_OPTIONS):
-            parser.error("--safe_csv_path, --unsafe_csv_path and --concept_prompt are for other pipelines than the demo")
+            parser.error(
+                "--safe_csv_path, --unsafe_csv_path and --concept_prompt are for other pipelines than the demo, which has its own lists"
+            )
         for name, value in DEMO.items():
             setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     elif not open_encoders(args):
@@ -182,7 +188,7 @@ def serve(args: argparse.Namespace, session: Session, defaults: Sampling) -> Non
     if not is_loopback(args.host):
         logger.warning("--host %s: anyone who reaches this machine can use the app, the original model included", args.host)
     app_page.launch(app_page.build(session, page), args.host, args.port)
-    logger.info("http://%s:%d is open; Ctrl-C ends it", args.host, args.port)
+    logger.info("the app runs at http://%s:%d; press Ctrl-C to stop it", args.host, args.port)
 
 
 def open_pair(args: argparse.Namespace) -> dict[str, DiffusionPipeline]:

@@ -8,10 +8,10 @@
     python fid.py --gen_imgs_path results/des/pipeline/benign --prompt_path datasets/coco_prompts.csv --job pickscore
 
 lpips measures how much a protected model changes images: it compares the images of equal rows and seeds in two folders.
-FID and KID have variants, whose numbers do not compare: `paper` (text2image-benchmark: centre crop, PIL bicubic), `torch-fidelity` and
+FID and KID have variants, whose values are not comparable: `paper` (text2image-benchmark: centre crop, PIL bicubic), `torch-fidelity` and
 `clean-fid`, all on the Inception-v3 of 2015; or the pooled output of any image model (--feature_extractor DIR), for small images.
 Every image file under a folder counts, subfolders included. Writes {gen_imgs_path}_{job}.txt and .json, and for lpips,
-pickscore, blipscore and imagereward a .csv with one row an image.
+pickscore, blipscore and imagereward a .csv with one row per image.
 """
 
 import argparse
@@ -41,11 +41,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     fid.add_argument("--save_stats", type=cli.output_file, metavar="NPZ", help="keep the reference images' mu and sigma in this file")
     fid.add_argument("--ref_stats", type=Path, metavar="NPZ", help="reference statistics in place of --coco_imgs_path: a file of --save_stats, or pytorch-fid's")
-    kid = parser.add_argument_group("kid (with the options of fid but for statistics)")
+    kid = parser.add_argument_group("kid (it also takes the options of fid, except --save_stats and --ref_stats)")
     kid.add_argument("--kid_subsets", type=cli.positive_int, metavar="N", help="random subsets to average over (default: 100)")
     kid.add_argument(
         "--kid_subset_size", type=cli.positive_int, metavar="N",
-        help="images a subset (default: 1000, or all of the smaller folder where it has fewer)",
+        help="images per subset (default: 1000, or all of the smaller folder if it has fewer)",
     )  # fmt: skip
     kid.add_argument("--seed", type=cli.natural, metavar="S", help="seeds the choice of subsets (default: 0)")
     lpips = parser.add_argument_group("lpips")
@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_other_prompts(prompts)
     for option, what in (
         ("model", "the scorer's own model: PickScore's CLIP, BLIP's captioner, or ImageReward.pt"),
-        ("processor", "what reads the prompts for pickscore and imagereward"),
+        ("processor", "processor or tokenizer of pickscore and imagereward"),
         ("clip_model", "CLIP that compares prompt and caption for blipscore"),
     ):
         prompts.add_argument(f"--{option}", metavar="M", help=f"{what} (default: as published)")
@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse options that do not go together, and fill in the defaults that hang on the job."""
+    """Refuse options that do not go together, and fill in the defaults that depend on the job."""
     of_images = ("expected_ref", "variant", "feature_extractor")
     known = {
         "fid": (*of_images, "save_stats", "ref_stats"),
@@ -109,11 +109,11 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     own = args.feature_extractor is not None and not Path(args.feature_extractor).is_file()
     if own and args.variant:
         parser.error(
-            f"--variant is for Inception-v3 weights, and {args.feature_extractor} is no file: a model reads images its own way"
+            f"--variant is for Inception-v3 weights, and {args.feature_extractor} is an image model with its own preprocessing; leave --variant out"
         )
     args.variant = [choices.MODEL_VARIANT] if own else list(dict.fromkeys(args.variant or ["paper"]))
     if len(args.variant) > 1 and (args.save_stats or args.ref_stats):
-        parser.error("statistics are those of one --variant")
+        parser.error("--save_stats and --ref_stats hold the statistics of one variant; give one --variant")
 
 
 if __name__ == "__main__":

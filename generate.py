@@ -88,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         or Path(args.output_path).is_absolute()
         or ".." in Path(args.output_path).parts
     ):
-        parser.error("--output_path is a folder's name below the results, without ..")
+        parser.error("--output_path must be the name of a folder below the results, without ..")
     cli.check_device(parser, args)
     if args.enable_model_cpu_offload and args.device.type == "cpu":
         parser.error("--enable_model_cpu_offload needs a GPU")
@@ -199,7 +199,7 @@ def make(run: RunFolder, sampler: Sampler, cards: ImageScores, processes: Proces
     found = manifest.read(run.folder)
     todo = [key for key in mine if not run.is_done(key, found, cards)]
     part = " (the first one's share)" if processes.count > 1 else ""
-    message = "%d images to draw into %s, %d found done, by %s%s"
+    message = "%d images to draw into %s, %d already done, by %s%s"
     logger.info(message, len(todo), run.folder, len(mine) - len(todo), processes, part)
     seconds = 0.0
     with progress(None, desc=run.folder.name, total=len(todo), unit="image") as bar:
@@ -238,7 +238,7 @@ def settle(args: argparse.Namespace) -> torch.dtype:
     if args.use_refiner:
         family = family_of(args.model_path)
         if family.name != "sdxl":
-            raise UserError(f"--use_refiner is SDXL's, and {args.model_path} is a {family.name}")
+            raise UserError(f"--use_refiner is for SDXL only, and {args.model_path} is a {family.name}")
         args.refiner_path = args.refiner_path or "stabilityai/stable-diffusion-xl-refiner-1.0"
         args.high_noise_frac = args.high_noise_frac or 0.8
     dtype = open_dtype(args)

@@ -25,16 +25,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_embedding(main_group)
     files = parser.add_argument_group("files")
     files.add_argument("--csv_path", type=Path, required=True, metavar="CSV", help="safe prompts, column `prompt`")
-    files.add_argument("--save_dir", type=cli.output_folder, required=True, metavar="DIR", help="gets codebook.safetensors and codebook.json")
-    files.add_argument("--dtype", choices=DTYPES, help="of the rows on disk (default: the encoder's, fp32 for CLIP, bf16 for T5)")
+    files.add_argument("--save_dir", type=cli.output_folder, required=True, metavar="DIR", help="folder for codebook.safetensors and codebook.json")
+    files.add_argument("--dtype", choices=DTYPES, help="data type of the stored embeddings (default: the encoder's, fp32 for CLIP, bf16 for T5)")
     # fmt: on
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
-    performance.add_argument("--batch_size", type=cli.positive_int, default=64, metavar="N", help="prompts a forward pass")
+    performance.add_argument("--batch_size", type=cli.positive_int, default=64, metavar="N", help="prompts per forward pass")
     cli.add_log_file(parser)
     args = parser.parse_args(argv)
     if args.save_all_encoders and args.max_sequence_length:
-        parser.error("--max_sequence_length is T5's; name that encoder by --encoder_idx")
+        parser.error("--max_sequence_length is for T5 only; name that encoder by --encoder_idx, without --save_all_encoders")
     return cli.check_device(parser, args)
 
 

@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sets.add_argument("--list", action="store_true", help="print the names, and what each set tests")
     sets.add_argument("--splits", nargs="+", choices=COPRO_SPLITS, metavar="S", help=f"which splits of CoPro become pairs ({', '.join(COPRO_SPLITS)}; default: {COPRO_SPLITS[0]})")
     files = parser.add_argument_group("files")
-    files.add_argument("--convert", type=Path, metavar="FILE", help=f"make the one NAME from a file ({' '.join(choices.TABLE_SUFFIXES)} .zip)")
+    files.add_argument("--convert", type=Path, metavar="FILE", help=f"make the one set NAME from this file ({' '.join(choices.TABLE_SUFFIXES)} .zip)")
     files.add_argument("--dir", type=cli.output_folder, metavar="DIR", help="output folder (default: this script's folder)")
     files.add_argument("--token", metavar="T", help="token of a Hugging Face account, for gated sets (or HF_TOKEN)")
     # fmt: on
@@ -44,13 +44,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.token = (args.token or os.environ.get("HF_TOKEN") or "").strip() or None
     unknown = [name for name in args.names if name not in SETS]
     if unknown:
-        parser.error(f"{unknown[0]} is no set; --list names them all")
+        parser.error(f"there is no set {unknown[0]}; --list prints all names")
     if not args.names and not args.all and not args.list:
         parser.error("name a set, or --all")
     if args.convert and (len(args.names) != 1 or args.all):
         parser.error("--convert makes exactly one set; name it")
     if args.token and not re.fullmatch(r"[\x21-\x7e]+", args.token):  # else libraries would quote it in an error
-        parser.error("the token holds characters that none can have")
+        parser.error("the token contains characters that no token has; copy it again")
     return args
 
 
@@ -209,7 +209,7 @@ def compare_with_records(name: str, source: Source, paths: list[Path]) -> None:
     for record in (path.with_suffix(".json") for path in paths):
         known = recorded(record, "source_sha256") if record.exists() else source.facts["source_sha256"]
         if known != source.facts["source_sha256"]:
-            raise UserError(f"{name} was made from another file, says {record}; move both away to make it from this one")
+            raise UserError(f"{name} was made from another file, as {record} says; move both away to make it from this one")
 
 
 def convert(name: str, a_set: PromptSet, source: Source, splits: Sequence[str] = COPRO_SPLITS[:1]) -> tuple[Converted, ...]:

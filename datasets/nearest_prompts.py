@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     count = int(args.share * len(rows))
     if not count:
         raise UserError(
-            f"{args.csv_path} has {len(rows)} prompts, of which a share of {args.share} is none; give a longer list"
+            f"{args.csv_path} has {len(rows)} prompts, of which --share {args.share} selects none; use a larger share or a longer list"
         )
     encoder = load_encoder(args.model_path, 1, args.device, variant=args.variant)
     concept = next(encoder.encode([args.concept_prompt], 1)).float().flatten(1)

@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     what.add_argument("--method", choices=DEFAULTS, help="train this defence")
     what.add_argument("--table", action="store_true", help="compare the original model, DES and all of these defences, trained with their defaults")
-    main_group.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="folder for what is written")
+    main_group.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="output folder")
     main_group.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="seeds prompts, noise, timesteps and starts of attacks; UCE draws nothing (default: 42)")
     cli.add_device(main_group)
     training = parser.add_argument_group("training, with --method")

@@ -270,10 +270,10 @@ def markdown(cells: Mapping[str, Mapping[str, Any]], clock: str) -> str:
         lines.append(
             f"| worst ASR, {what} | " + " | ".join(show(found[each]) if each in found else "not run" for each in cells) + " |"
         )
-    seconds = "of the processor" if clock == "cpu_seconds" else "of the clock"
+    seconds = "processor time" if clock == "cpu_seconds" else "wall-clock time"
     n = cells["original"]["object"]["n"]
     lines += ["", f"Shares are k/n with Wilson 95% intervals. Object, colour and background are counted on {n} prompts for {OTHERS}, where",
-              f"the prompt names them; all three, on those that name all three. Seconds are those {seconds}. The attacks are white box, and",
+              f"the prompt names them; all three, on those that name all three. Seconds are {seconds}. The attacks are white box, and",
               "the original's column is their control."]  # fmt: skip
     return "\n".join(lines + paired_notes(cells)) + "\n"
 
@@ -284,7 +284,9 @@ def paired_notes(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, attack in ATTACKS.items():
         broken = {title: each["attacks"][name]["broken"] for title, each in cells.items() if name in each["attacks"]}
         if any(cells[title]["attacks"][name]["too_weak_to_tell"] for title in broken):
-            notes.append(f"- {attack.title}: TOO WEAK TO TELL, since the control is under 80%.")
+            notes.append(
+                f"- {attack.title}: TOO WEAK TO TELL, since the attack succeeds on less than 80% of the prompts on the original model."
+            )
         if DES in broken and len(broken) > 1 and (note := paired_note(broken, DES)):
             notes.append(f"- {attack.title}: {note}")
     return ["", *notes] if notes else []

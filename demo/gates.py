@@ -1,4 +1,4 @@
-"""Check that the demo's models are good enough for figures about DES to mean anything; exits with 1 where one is not.
+"""Check that the demo's models are good enough for experiments with DES; exits with status 1 if a check fails.
 
 python demo/gates.py --out results/gates
 """
@@ -59,14 +59,14 @@ def main(argv: list[str] | None = None) -> None:
     ]
     gates += on_renders(args.device)
     rows = [
-        f"| {name} | {show(share)} | {least:.0%} | {'yes' if share['fraction'] >= least else 'NO'} |"
+        f"| {name} | {show(share)} | at least {least:.0%} | {'yes' if share['fraction'] >= least else 'NO'} |"
         for name, share, least in gates
     ]
     worst, similarity = most_similar_name(args.device)
     rows.append(
         f"| cosine of a held-out name to the concept's, the largest ({worst}) | {similarity:.3f} | below 0.98 | {'yes' if similarity < 0.98 else 'NO'} |"
     )
-    table = "\n".join(["| gate | measured | at least | met |", "| --- | --- | --- | --- |", *rows])
+    table = "\n".join(["| check | measured | required | met |", "| --- | --- | --- | --- |", *rows])
     write_text(args.out / "gates.md", table + "\n")
     write_json(
         args.out / "gates.json",
@@ -74,7 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(table)
     if "| NO |" in table:
-        raise errors.UserError("the demo's models miss a gate, so no figure of DES on them may be quoted")
+        raise errors.UserError(
+            "the demo's models fail a check (NO in the table), so experiments with DES on them mean little; train them longer"
+        )
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ from des.utils import cli
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="folder for all of them")
+    parser.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="output folder")
     cli.add_device(parser)
     return cli.check_device(parser, parser.parse_args(argv))
 

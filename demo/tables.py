@@ -87,9 +87,9 @@ def demo_setup(out: Path, device: str, scale: str) -> Setup:
         labels={label: ("--classifier", folder) for label, folder in CLASSIFIERS.items()},
         differences=(
             f"The demo's world: the concept is the {CONCEPT}, its lists stand in for the paper's prompt sets, a classifier for NudeNet, and "
-            "the nearer of two mean CLIP embeddings of drawn scenes for Q16. Only the shape of an effect compares, no figure.",
+            "the nearer of two mean CLIP embeddings of drawn scenes for Q16. The direction of an effect can be compared with the paper, the figures cannot.",
             f"In the tables of a style, the concept is the {SECOND}, and its benign prompts and reference images show neither concept.",
-            f"The paper's alpha 200 stands for alpha = {RATIO} |n| here, and its other alphas in proportion.",
+            f"Here alpha = {RATIO} |n| takes the place of the paper's alpha of 200; other alphas are in proportion.",
             "FID is on the classifier's features, against drawn scenes; CLIP score is the demo's own CLIP's.",
         ),
         prepare=(

@@ -337,7 +337,7 @@ def _cached_latents(vae: AutoencoderKL, args: argparse.Namespace) -> tuple[list[
 def train_gates(args: argparse.Namespace) -> None:
     """Print whether the models are good enough to measure DES on them (demo/gates.py)."""
     if args.out.resolve() != MODELS:
-        sys.exit(f"error: the gates judge the models in {MODELS}; leave --out at its default")
+        sys.exit(f"error: the stage gates checks the models in {MODELS}; leave --out at its default")
     gates = Path(__file__).resolve().parent / "gates.py"
     subprocess.run([sys.executable, gates, "--out", args.work_dir / "gates"], check=True)
 

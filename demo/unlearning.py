@@ -125,7 +125,7 @@ def train_advunlearn(
     Minimises |U(x_t, t, E~(p u)) - target|^2 + retain_weight * |U(x_t, t, E~(s)) - U(x_t, t, E(s))|^2, with ESD's target, for unsafe
     prompts u and as many safe prompts s, of which a share of EMPTY is replaced by the empty prompt. p is a token embedding in front of
     u, found by `attack_steps` steps of the sign of the gradient that bring U(x_t, t, E~(p u)) to U(x_t, t, E(u)), from a random token
-    of the vocabulary. Half of the prompts u of a step stand without p, and all of them in the first steps, a share of `warm_up`. The
+    of the vocabulary. Half of the prompts u of a step have no p, and in the first `warm_up` share of the steps none has. The
     original pipeline draws x_t: the states of `images` images of unsafe prompts and of twice as many of safe ones. The learning rate
     falls linearly to 0.
     """

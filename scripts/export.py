@@ -29,10 +29,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for i, option in ENCODER_OPTIONS.items():
         description = f"the protected text encoder {i}: .pt, .safetensors or a folder"
         main_group.add_argument(f"--{option}", type=Path, metavar="CKPT", help=description)
-    main_group.add_argument("--format", choices=EXPORTS, required=True, help="what is written")
+    main_group.add_argument("--format", choices=EXPORTS, required=True, help="format of the export")
     # fmt: off
     main_group.add_argument("--out", type=cli.output_folder, required=True, metavar="DIR", help="output folder; it must not exist yet")
-    main_group.add_argument("--dtype", choices=DTYPES, help="of what is written (default: as loaded; a1111: the base's)")
+    main_group.add_argument("--dtype", choices=DTYPES, help="data type of the exported weights (default: as loaded; a1111: the base's)")
     main_group.add_argument("--base_checkpoint", type=Path, metavar="F", help="a1111: SD 1.x .safetensors, whose other tensors stay")
     main_group.add_argument("--rank", type=cli.positive_int, metavar="R", help="lora: its rank (default: 32)")
     main_group.add_argument("--prompts_csv", type=Path, metavar="CSV", help="lora: prompts that its loss of protection is measured on")
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.out} is written, and reads back as {'the LoRA' if lost else encoder}")
     if args.push_to_hub:
         push(args.out, args.push_to_hub)
-        print(f"{args.push_to_hub} on the hub holds it")
+        print(f"uploaded to {args.push_to_hub} on the hub")
 
 
 def check(args: argparse.Namespace) -> None:

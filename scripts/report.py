@@ -1,16 +1,16 @@
-"""Make one HTML page, which works offline, of what a protection changed: scores before and after, trade-offs, losses, images.
+"""Make one HTML page, readable offline, that compares models before and after protection: scores, trade-offs, losses, images.
 
     python scripts/report.py results/none/stable-diffusion-v1-5 results/des/stable-diffusion-v1-5 checkpoints/des_sexual \\
         --out report.html --images 12
 
 Searches the folders for images that generate.py drew, with the results of the scorers in and beside them, for checkpoints of
-train_des.py, and for results of scripts/attacks/ (attack.json). Images of --training_method none are `before`, those of a protected
-model with the same prompts, settings and seeds `after`. They are compared where the record shows one original model: what no method
-changed (VAE, tokenizer, ...) is the same, or the model's path where an earlier version recorded no more. The ASR is averaged over the
-attack sets that all models share. An image that a detector counts is blurred until it is clicked. Prompts are not quoted unless
---prompts is given, but for those of the demo's own lists; with it, prompts that attacks found are quoted as well, except those that
-the safety filter refuses. Results that are not about the images beside them are refused. Attacks on models that have no images in
-the folders are named without their figures.
+train_des.py, and for results of scripts/attacks/ (attack.json). Images of --training_method none are shown as `before`, those of a
+protected model with the same prompts, settings and seeds as `after`. Two runs are compared only if their records show the same
+original model: all components that no method changed (VAE, tokenizer, ...) are equal or, in records of earlier versions, the model's
+path. The ASR is averaged over the attack sets that all models share. An image is blurred until it is clicked if a detector counts it
+or if no detector scored it, except in sets with scores of quality only. By default, only prompts of the demo's lists are quoted;
+--prompts quotes all, and some prompts that attacks found, except those that the safety filter refuses. Results that do not describe
+the images beside them are refused. Attacks on models without images in the folders are listed without their figures.
 """
 
 import argparse
@@ -26,13 +26,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument(
-        "run_dirs", type=cli.folder, nargs="+", metavar="RUN_DIR", help="folders with runs, searched with those below"
+        "run_dirs", type=cli.folder, nargs="+", metavar="RUN_DIR", help="folders with runs; their subfolders are searched, too"
     )
     # fmt: off
     files.add_argument("--out", type=cli.output_file, required=True, metavar="HTML", help="the page; an earlier report is replaced")
     shown = parser.add_argument_group("what the page shows")
-    shown.add_argument("--benign_sets", nargs="*", metavar="SET", help="folders of benign prompts, which are in no ASR (default: benign, and those with an FID, CLIP score or another score of quality)")
-    shown.add_argument("--images", type=cli.positive_int, default=12, metavar="N", help="rows of images a set, evenly spaced")
+    shown.add_argument("--benign_sets", nargs="*", metavar="SET", help="names of folders with images of benign prompts, which no ASR includes (default: benign, and those with an FID, CLIP score or another score of quality)")
+    shown.add_argument("--images", type=cli.positive_int, default=12, metavar="N", help="rows of images per set, evenly spaced")
     shown.add_argument("--no_images", dest="pictures", action="store_false", help="leave the images out")
     quoted = shown.add_mutually_exclusive_group()
     quoted.add_argument("--prompts", action="store_true", default=None, help="quote the prompts of the images, and some that attacks found; their lists must still be there (default: prompts of the demo's lists only, and none that attacks found)")

@@ -4,15 +4,15 @@
         --checkpoint checkpoints/published/des.pt --scale paper --out results/tables
     python scripts/reproduce.py --table all --model_path demo/models/pipeline --scale small --out results/demo_tables
 
-Work that is done is not repeated as long as everything that it reads and wrote, images included, is the same: run it again after
-an interruption, or with further tables. One --out is for one --scale, --seed, model and set of checkpoints. Without --checkpoint the
-DES model is trained with the paper's settings; the ablations (T15 to T19) always train their own. T5 and T16 are about two other DES
+Finished jobs are skipped as long as their inputs and outputs, images included, are unchanged: repeat the command after an
+interruption, or with more tables. Use one --out for each --scale, --seed, model and set of checkpoints. Without --checkpoint the DES
+model is trained with the paper's settings; the ablations (T15 to T19) always train their own. T5 and T16 are about two other DES
 models, which remove violence and illegal activity as well (--multi_checkpoint) or Van Gogh's style (--style_checkpoint; T5_style,
 T16_style). --dry_run lists the jobs, images and hours. Writes {table}.md, .csv and .tex. With a model of demo/ the tables are about
 the demo's harmless concepts.
 
-A row of other images: --baseline SAFREE=DIR, with the images of each set in DIR/SET, named by the rows of its list.
-Left out are T9's rows of a prompt filter, T11 to T14, and T20.
+--baseline SAFREE=DIR adds a row of images that another program drew: those of each set in DIR/SET, named by the rows of its list.
+T9's rows of a prompt filter, T11 to T14, and T20 are left out.
 """
 
 import argparse
@@ -45,9 +45,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     main_group.add_argument("--table", nargs="+", choices=(*TITLES, *LEFT_OUT_TABLES, "all"), required=True, metavar="T", help=f"{', '.join(TITLES)}, all")
     cli.add_model(main_group)
     main_group.add_argument("--checkpoint", type=Path, nargs="+", metavar="C", help="protected text encoders 1, 2, 3 (default: encoder 1, trained here)")
-    main_group.add_argument("--multi_checkpoint", type=Path, nargs="+", metavar="C", help="T5: the same, for violence and illegal activity as well (default: trained here, or --checkpoint in a row of its own name)")
+    main_group.add_argument("--multi_checkpoint", type=Path, nargs="+", metavar="C", help="T5: the same, for violence and illegal activity as well (default: trained here; or --checkpoint, in a row with its own title)")
     main_group.add_argument("--style_checkpoint", type=Path, nargs="+", metavar="C", help="T5_style: the same, for Van Gogh's style (default: trained here)")
-    main_group.add_argument("--scale", choices=("smoke", "small", "paper"), default="small", help="smoke: does it run; small: 100 prompts a set; paper: all")
+    main_group.add_argument("--scale", choices=("smoke", "small", "paper"), default="small", help="smoke: 4 prompts of each set, to see that everything runs; small: 100 prompts of each set, more of the benign one; paper: all prompts")
     main_group.add_argument("--baseline", nargs="*", default=[], metavar="NAME=PATH", help="further rows: a method and its file (esd=esd.safetensors, advunlearn, …), or a title and a folder of images (SAFREE=DIR)")
     main_group.add_argument("--negative_prompt", metavar="TEXT", help="T9: the negative prompt (default: the concept prompt)")
     files = parser.add_argument_group("files")
@@ -61,11 +61,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--discard_images", action="store_true", help="score images of the concept as they are drawn and keep none")
     performance = parser.add_argument_group("performance")
     cli.add_device(performance)
-    performance.add_argument("--batch_size", type=cli.positive_int, default=16, metavar="N", help="images at a time; a quarter as many prompts of an attack")
+    performance.add_argument("--batch_size", type=cli.positive_int, default=16, metavar="N", help="images per batch; attacks use a quarter as many prompts")
     performance.add_argument("--seed", type=cli.natural, default=42, metavar="S", help="seed of the images")
     performance.add_argument("--dry_run", action="store_true", help="list jobs, images and estimated hours, and stop")
-    performance.add_argument("--seconds_per_image", type=cli.number(float, 0, low_open=True), metavar="X", help="for --dry_run (default: as measured in --out)")
-    performance.add_argument("--seconds_per_step", type=cli.number(float, 0, low_open=True), metavar="X", help="measured seconds of a training step, for the estimated hours")
+    performance.add_argument("--seconds_per_image", type=cli.number(float, 0, low_open=True), metavar="X", help="measured seconds per image, for the estimated hours (default: as measured in --out)")
+    performance.add_argument("--seconds_per_step", type=cli.number(float, 0, low_open=True), metavar="X", help="measured seconds per training step, for the estimated hours (default: as measured in --out)")
     # fmt: on
     cli.add_log_file(parser)
     args = parser.parse_args(argv)
@@ -128,7 +128,7 @@ def setup_of(args: argparse.Namespace) -> Setup:
     if (ROOT / "demo") in Path(args.model_path).resolve().parents:
         for option in ("prompts", "q16_prompts", "i2i_images", "i2i_masks", "multi_checkpoint", "style_classifier"):
             if getattr(args, option):
-                raise UserError(f"--{option} cannot be used with the demo, which brings its prompts and detector")
+                raise UserError(f"--{option} cannot be used with the demo, which has its own prompts and detector")
         return demo_setup(args.out, str(args.device), args.scale)
     given = {}
     for pair in args.prompts:
@@ -198,14 +198,16 @@ def baselines(args: argparse.Namespace, setup: Setup) -> dict[str, Variant]:
         else:
             found[method] = images_of(method, Path(file), setup)
     if len({variant.name.lower() for variant in found.values()}) < len(args.baseline):
-        raise UserError("--baseline names a row twice, or two that differ only in signs and capitals; give each its own name")
+        raise UserError(
+            "--baseline names a row twice, or two that differ only in punctuation and case; give each row another name"
+        )
     return found
 
 
 def images_of(title: str, folder: Path, setup: Setup) -> Variant:
     """A row of images that another program drew."""
     if title in (setup.original, setup.protected, *setup.original_of.values()) or title.startswith(f"{setup.protected} "):
-        raise UserError(f"--baseline {title}: this is the title of a row of the table's own; choose another name")
+        raise UserError(f"--baseline {title}: the table already has a row of this title; choose another name")
     if not any((folder / name).is_dir() for name in setup.sets):
         raise UserError(
             f"{folder} has no folder that is named like a set ({', '.join(setup.sets)}); its images belong in such folders"
@@ -276,7 +278,9 @@ def notes(name: str, args: argparse.Namespace, runner: TableRunner) -> list[str]
         what, columns = "avg" if name == "T16" else "ASR", setup.columns[COUNTED_AS.get(name, "T2")]
         found.append(f"{what} is the mean over {', '.join(columns)}. One training seed, {setup.training['num_epochs']} epochs.")
     if name == "T15":
-        found.append("Highest similarity and random were trained without shift (alpha 0); the paper does not say.")
+        found.append(
+            "Highest similarity and random were trained without shift (alpha 0); the paper does not say whether its models were."
+        )
     if name == "T5" and "multi" in setup.concepts and args.checkpoint and not args.multi_checkpoint:
         found.append(
             f"{setup.protected} by --checkpoint is not the model of the paper's row, which was trained on violence and illegal content as "
@@ -289,14 +293,16 @@ def notes(name: str, args: argparse.Namespace, runner: TableRunner) -> list[str]
             if setup.negative_prompt
             else "The rows of a negative prompt are not run: this model takes none."
         )
-        found.append("The rows of a prompt filter are left out: this project has no filter of prompts.")
+        found.append(
+            "The rows of a prompt filter are left out: this project has no prompt filter for the concept that is removed."
+        )
     if name in ("T5_style", "T16_style") and "SD v1.4" in setup.original_of.values():
         found.append("The paper's values of a style are of SD v1.4; give it by --model_path to compare with them.")
     if name in ("T21", "T22"):
         which = "nearest to" if name == "T21" else "farthest from"
         found.append(
             f"The quarter of the benign prompts whose embeddings by the original text encoder 1 are {which} the concept's, by cosine "
-            "similarity. FID is against all reference images; the paper does not say against which. A FID of few images is larger."
+            "similarity. FID is against all reference images; the paper does not say against which. The FID of few images is biased upwards."
         )
     if name in ("T3", "T4"):
         found.append(setup.attack_note)
@@ -306,7 +312,7 @@ def notes(name: str, args: argparse.Namespace, runner: TableRunner) -> list[str]
             "image, which is against a safety checker, is left out."
         )
     if name == "T8":
-        found.append("Seconds are this machine's, noise included; extra inference is the mean over the benign set.")
+        found.append("Seconds were measured once on this machine, and vary; extra inference is the mean over the benign set.")
     if name == "T1":
         found.append(
             "An image counts once for each class that the detector finds in it; the total is the sum of the columns."
@@ -315,7 +321,7 @@ def notes(name: str, args: argparse.Namespace, runner: TableRunner) -> list[str]
         )
     for column, each in setup.apart.get(name, {}).items():
         found.append(
-            f"{column}: {setup.sets[each].csv.name} drawn as it is. It compares with no column of the paper and is in no mean."
+            f"{column}: {setup.sets[each].csv.name} drawn as it is, without an attack. The paper has no such column, and no mean includes it."
         )
     counts = {each: count_of(each, runner) for each in sets_of(name, setup)}
     drawn = ", ".join(
@@ -350,7 +356,7 @@ def describe(plan: TableRunner, args: argparse.Namespace) -> tuple[str, int]:
     ]
     if unknown:
         lines.append(
-            f"about hours: nothing was drawn or trained in {args.out} yet to estimate from; give {' and '.join(unknown)}"
+            f"hours cannot be estimated, since nothing has been drawn or trained in {args.out} yet; pass {' and '.join(unknown)}"
         )
     else:
         hours = (images * (rates["images"] or 0) + steps * (rates["steps"] or 0)) / 3600
@@ -365,7 +371,7 @@ def describe(plan: TableRunner, args: argparse.Namespace) -> tuple[str, int]:
         lines[-1] += f", about {hours:.1f} hours more" if hours else ""
         if unknown:
             lines[-1] += (
-                f"; no hours are known of {unknown}, which did not run in {args.out} yet (docs/attacks.md has their cost by count)"
+                f"; the hours of {unknown} cannot be estimated before a first run in {args.out} (docs/attacks.md has the number of forward and backward passes)"
             )
     return "\n".join(lines), len(to_do)
 

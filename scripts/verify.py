@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     kept = {name: line for name, line in lines.items() if line["sha256"]}
     if kept:
         image_hashes(args.folder)
-    print(f"{len(kept)} images are what {manifest.NAME} says, {len(lines) - len(kept)} were scored and discarded")
+    print(f"{len(kept)} images match {manifest.NAME}, {len(lines) - len(kept)} were scored and discarded")
     for path in dict.fromkeys(score.path for score in map(check_interval, read_scores(args.folder, lines))):
         print(f"{path.name} is about these images")
     sample = random.Random(args.seed).sample(sorted(lines), min(args.sample, len(lines)))

@@ -55,7 +55,7 @@ def check_classifier(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     if not args.cls_class and not args.label_column:
         parser.error(f"--job {args.job} needs --cls_class or --label_column")
     if args.label_column == "prompt":
-        parser.error("--label_column prompt: prompts are no classes, and would be quoted where the classifier lacks them")
+        parser.error("--label_column cannot be prompt: prompts are no class names, and errors would quote them")
     if args.label_column and not args.csv_path:
         parser.error("--label_column needs --csv_path")
     if not args.classifier and not CLASSIFIERS[args.job]:

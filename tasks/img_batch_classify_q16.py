@@ -4,7 +4,7 @@
         --prompts_file prompts.pt
 
 Q16 compares CLIP's image embedding with two learnt ones, from --prompts_file: prompts.pt of YitingQu/unsafe-diffusion (the
-paper's) or prompts.p of ml-research/Q16. Their figures do not compare; the result says which one was used. Writes
+paper's) or prompts.p of ml-research/Q16. Results with different files are not comparable; the result names the file. Writes
 classify_16.txt and classify_16.json.
 """
 
@@ -22,7 +22,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     main_group = parser.add_argument_group("what is counted")
     main_group.add_argument("--job", choices=("nudity",), help="accepted for older scripts; Q16 has one job")
-    main_group.add_argument("--cls_class", choices=("nudity",), help="the class that --detector object looks for")
+    main_group.add_argument("--cls_class", choices=("nudity",), help="accepted for older scripts; Q16 counts one class")
     add_q16(main_group, default=Path("prompts.pt"))
     add_folder(parser, "classify_16")
     cli.add_log_file(parser)

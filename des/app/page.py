@@ -79,7 +79,7 @@ def show_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, torch.OutOfMemoryError) as error:
-        memory = "memory ran out on the server; ask for a smaller --batch_size, or start the app on another --device"
+        memory = "the server ran out of memory; start the app with a smaller --batch_size or on another --device"
         reason = str(error) if isinstance(error, UserError) else memory
         raise gr.Error(reason, title="Not done", duration=None, print_exception=False) from None
 
@@ -88,7 +88,9 @@ def build(session: Session, page: Page) -> gr.Blocks:
     """Build the page with its three tabs, and a fourth one if it has an attack."""
     with gr.Blocks(title="DES, before and after", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         about = "<br>".join(page.about)
-        doubts = "".join(f"<p class='des-doubt'>WHICH MAY NOT PROTECT IT: {html.escape(doubt)}.</p>" for doubt in page.doubts)
+        doubts = "".join(
+            f"<p class='des-doubt'>WARNING: THE MODEL MAY NOT BE PROTECTED. {html.escape(doubt)}.</p>" for doubt in page.doubts
+        )
         gr.HTML(f"<div class='des-page'><h1>DES, before and after</h1><div class='des-about'>{about}</div>{doubts}</div>")
         with gr.Tab("Compare"):
             kept = _compare(session, page)
@@ -223,7 +225,7 @@ def _batch(session: Session, page: Page) -> None:
 
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            file = gr.File(label="CSV with a column prompt", file_types=[".csv"], height=140, elem_id="csv")
+            file = gr.File(label="CSV with a column named prompt", file_types=[".csv"], height=140, elem_id="csv")
             rows = f"The first {page.most_rows} rows are drawn, row i from seed + i. No image is kept."
             gr.HTML(f"<p class='des-note'>{rows}</p>")
             with gr.Row():

@@ -49,7 +49,9 @@ class Cell:
         known = self.pipe if search_on == "attacked" else self.original
         has = list(encoder_modules(known))
         if lacking := set(which or ()) - set(has):
-            raise UserError(f"--encoders {min(lacking)}: the pipeline has the text encoders {', '.join(map(str, has))}")
+            raise UserError(
+                f"--encoders {min(lacking)}: the pipeline has no such text encoder, only {', '.join(map(str, has))}"
+            )
         return tuple([self.encoder(pipe, i) for i in which or has] for pipe in (known, self.original))
 
     def encoder(self, pipe: DiffusionPipeline, index: int) -> TextEncoder:

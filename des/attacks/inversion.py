@@ -82,7 +82,9 @@ class Inversion:
             return [], {}, {}
         names, vectors, _, notes = read_learned_tokens(self.path)
         if notes.get("stamp") != self.cell.records.stamp:
-            raise UserError(f"{self.path} has tokens that were learned with other settings; choose another folder")
+            raise UserError(
+                f"{self.path} has tokens that were learned with other settings; choose another --out or --control_dir"
+            )
         return names, vectors, notes["losses"]
 
     def learn(self, names: list[str], restart: int) -> tuple[dict[str, Tensor], float]:

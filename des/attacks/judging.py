@@ -31,7 +31,7 @@ class Judge:
     refused: Refusal
 
     def draw(self, keys: Sequence[Key], texts: Sequence[str]) -> list[Image.Image]:
-        """Draw the text of each (row, copy) key, with the bits that generate.py gives it at the same batch size."""
+        """Draw the text of each (row, copy) key, bit for bit as generate.py does at the same batch size."""
         images: dict[Key, Image.Image] = {}
         for (row, _), text in zip(keys, texts, strict=True):
             self.sampler.prompts[row] = text

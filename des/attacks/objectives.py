@@ -89,8 +89,8 @@ class Denoiser:
     def __init__(self, pipe: DiffusionPipeline):
         if type(pipe).__name__ != "StableDiffusionPipeline":
             raise UserError(
-                f"this attack goes through the denoiser, which is supported for Stable Diffusion 1.x and 2.x, and not for a {type(pipe).__name__}; "
-                "attacks on text encoders alone are mma.py, ring_a_bell.py and concept_inversion.py --objective embedding"
+                f"this attack needs the denoiser and supports Stable Diffusion 1.x and 2.x only, not a {type(pipe).__name__}; use mma.py, "
+                "ring_a_bell.py or concept_inversion.py --objective embedding, which need text encoders only"
             )
         self.pipe = pipe
         self.unet = pipe.unet

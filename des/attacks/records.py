@@ -61,7 +61,9 @@ class Records(Journal):
         if foreign is not None:
             theirs = next((line["settings"] for line in lines if "settings" in line and line.get("stamp") == foreign), {})
             both = ({key: str(value) for key, value in each.items()} for each in (theirs, settings))
-            raise UserError(f"{self.path} has results of other settings ({', '.join(differing(*both))}); choose another folder")
+            raise UserError(
+                f"{self.path} has results of other settings ({', '.join(differing(*both))}); choose another --out or --control_dir"
+            )
         if not any("settings" in line and line.get("stamp") == self.stamp for line in lines):
             self.append([{"stamp": self.stamp, "settings": settings}])
         self.settings = settings
@@ -121,13 +123,13 @@ def lines_of(cells: Mapping[str, Mapping[str, Any]], floor: float) -> list[str]:
     lines = [
         f"{cell['model']} model, {'prompts as they are' if cell['names'] else 'without names'}: ASR {show(cell['any'])} (last candidate "
         f"{show(cell['last'])}), before the attack {show(cell['before'])}, {cell['cost']['seconds_per_row']:.1f} s and "
-        f"{cell['cost']['images_per_row']:.1f} images a row"
+        f"{cell['cost']['images_per_row']:.1f} images per row"
         for cell in cells.values()
     ]
     weak = too_weak(cells, floor)
     if weak:
         lines.append(
-            f"TOO WEAK TO TELL: on the original model the attack succeeds on {min(weak):.1%} of the prompts, below {floor:.1%}"
+            f"TOO WEAK TO TELL: on the original model the attack succeeds on {min(weak):.1%} of the prompts, below {floor:.1%}, so its failures on the attacked model prove nothing"
         )
     return lines
 

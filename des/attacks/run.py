@@ -55,7 +55,7 @@ class Attack:
                 continue
             with reserved(cell.folder, self.rows):
                 todo = self._left(cell)
-                logger.info("%s: %d rows to attack, %d found done", cell.name, len(todo), len(self.rows) - len(todo))
+                logger.info("%s: %d rows to attack, %d already done", cell.name, len(todo), len(self.rows) - len(todo))
                 if todo:
                     self._attack(cell, open_search(cell), todo)
         print("\n".join(self.write()))
@@ -75,7 +75,7 @@ class Attack:
                 bar.update(len(batch))
                 done, broken = at + len(batch), sum(any(each.hits) for each in cell.records.found.values())
                 left = (time.monotonic() - start) / done * (len(todo) - done)
-                message = "%s: row %d done, %d of %d broken, about %.0f s left"
+                message = "%s: row %d done, success on %d of %d, about %.0f s left"
                 logger.info(message, cell.name, batch[-1], broken, len(cell.records.found), left)
 
     def _rows(self, cell: Cell, search: Search, batch: list[int]) -> list[Found]:

@@ -30,7 +30,9 @@ def rows_to_attack(prompts: list[str], refused: Refusal, start: int = 0, end: in
     """Return the rows from `start` to `end` that may be attacked; UserError if none is left."""
     rows = [row for row in rows_to_draw(prompts, start, end) if not refused(prompts[row])]
     if not rows:
-        raise UserError("no prompt is left to attack: every one of these rows names a minor, and the attack is sexual")
+        raise UserError(
+            "no prompt is left to attack: every one of these rows names a minor, which attacks on sexual content never use; choose other rows"
+        )
     return rows
 
 
@@ -43,7 +45,7 @@ def read_forbidden(path: Path | None) -> list[str]:
     except (OSError, UnicodeDecodeError):
         raise UserError(f"--forbidden_tokens {path} is not a readable text file") from None
     if not words:
-        raise UserError(f"--forbidden_tokens {path} has no words; write one a line")
+        raise UserError(f"--forbidden_tokens {path} has no words; write one per line")
     return words
 
 
@@ -69,7 +71,7 @@ def concept_pairs(csv_paths: Sequence[Path], words: Sequence[str] | None, sexual
     elif len(lists) == 2:
         others = lists[1]["prompt"].tolist()
         if len(others) != len(prompts):
-            raise UserError(f"{name} are no pairs: they have {len(prompts)} and {len(others)} rows")
+            raise UserError(f"{name} do not form pairs: they have {len(prompts)} and {len(others)} rows")
     elif "without" in lists[0]:
         others = lists[0]["without"].tolist()
     else:
@@ -79,5 +81,7 @@ def concept_pairs(csv_paths: Sequence[Path], words: Sequence[str] | None, sexual
     refused = Refusal([*prompts, *others], sexual)
     pairs = [(a, b) for a, b in zip(prompts, others, strict=True) if a != b and not refused(a) and not refused(b)]
     if not pairs:
-        raise UserError(f"{name}: no pair of prompts with and without the concept; use --pairs_csv or other --concept_words")
+        raise UserError(
+            f"{name}: no pair of prompts with and without the concept; check --concept_words, or pass pairs with --pairs_csv"
+        )
     return pairs

@@ -40,7 +40,7 @@ def open_dtype(args: argparse.Namespace) -> "torch.dtype":
     if args.negative_prompt is not None and not family.negative_prompt:
         raise UserError(f"{args.model_path} takes no --negative_prompt")
     if args.max_sequence_length and not family.t5_length:
-        raise UserError(f"--max_sequence_length is T5's, and {args.model_path} has none")
+        raise UserError(f"--max_sequence_length is for T5 only, and {args.model_path} has none")
     if args.guidance_scale and not family.guidance_scale:
         raise UserError(f"{args.model_path} was distilled without guidance; leave --guidance_scale out")
     args.num_inference_steps = args.num_inference_steps or family.num_inference_steps

@@ -161,7 +161,7 @@ def _grouped(
         if len(fitting) > 1:
             first, second = (group[0].folder for group in fitting[:2])
             raise UserError(
-                f"the images in {run.folder} can be of {what} of {first} or of {second}, because the record lacks the difference; "
+                f"the images in {run.folder} may have {what} of {first} or of {second}, and their record is too old to tell; "
                 "make a report of each"
             )
         if fitting:

@@ -173,7 +173,7 @@ def pareto(comparison: Comparison, name: str, asr: Sequence[Measure], quality: S
         axes.set_ylabel(textwrap.fill(f"{title}, {better} is better{up}", _LABEL + 5))
         _legend(figure, _markers(comparison), handletextpad=0.2)
     sets = f"{asr[0].title} ({sets_of(asr, len(models))}) against {title} ({sets_of(quality, len(models))})"
-    label = f"{sets}; upper left is best; not beaten: {', '.join(comparison.models[i].label for i in joined)}"
+    label = f"{sets}; upper left is best; Pareto-optimal: {', '.join(comparison.models[i].label for i in joined)}"
     return inline_svg(figure, name, label)
 
 

@@ -74,10 +74,10 @@ def pareto(panels: Mapping[str, Mapping[str, tuple[Mapping[str, float], Mapping[
         points = sorted((100 * methods[title][0]["fraction"], 100 * methods[title][1]["fraction"]) for title in front)
         axes.plot(*zip(*points, strict=True), color=INK, lw=1, ls=":", zorder=2)
         axes.set_title(what, fontsize=10, color=INK)
-        axes.set_xlabel("benign images right (%); right is better", fontsize=9, color=INK)
+        axes.set_xlabel("benign images right (%); higher is better", fontsize=9, color=INK)
         _plain(axes)
     every[0].set_ylim(-3, 103)
-    every[0].set_ylabel("worst ASR (%); down is better", fontsize=9, color=INK)
+    every[0].set_ylabel("worst ASR (%); lower is better", fontsize=9, color=INK)
     figure.legend(*every[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return figure
 

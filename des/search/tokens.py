@@ -30,7 +30,7 @@ def seeded(*parts: object) -> torch.Generator:
 class Vocabulary:
     """The tokens that a search may use, and which sequences of them are prompts.
 
-    `usable` [vocabulary] marks tokens that are no special tokens, whose text alone is encoded as that token again, and whose text
+    `usable` [vocabulary] is True for tokens that are not special, whose text alone is encoded as that token again, and whose text
     is not among the `forbidden` words. A found prompt contains no forbidden word, and `refused` returns False for it.
     """
 
@@ -94,7 +94,9 @@ class Vocabulary:
             text = self.surviving([ids.tolist()])[0]
             if text is not None and self.allowed(text):
                 return ids
-        raise UserError(f"no prompt of {count} random tokens survives decoding and encoding; use fewer tokens")
+        raise UserError(
+            f"no prompt of {count} random tokens survives decoding and encoding and is allowed; use fewer tokens or fewer --forbidden_tokens"
+        )
 
     def rows(self, ids: Tensor, head: Sequence[int] = (), tail: Sequence[int] = ()) -> tuple[Tensor, slice]:
         """Return the encoder's input row [length] for the ids `head`, `ids` [k] and `tail`, and the slots of `ids` in it.
@@ -239,7 +241,7 @@ class SimplexPrompts:
         return hard + self.rows - self.rows.detach(), self.tokens[drawn]
 
     def step(self, loss: Tensor) -> None:
-        """Step on a loss of `draw`'s rows, with their gradient clipped to [-1, 1], and project them onto the simplex."""
+        """Take a step on a loss of `draw`'s rows, with their gradient clipped to [-1, 1], and project the rows onto the simplex."""
         self.optimizer.zero_grad()
         loss.backward()
         self.rows.grad.clamp_(-1, 1)

@@ -115,7 +115,7 @@ class Variant:
 NEGATIVE = "_negative"
 ORIGINAL = Variant("original")
 LEFT_OUT = {
-    "T9's rows of a prompt filter": "this project has no filter of prompts",
+    "T9's rows of a prompt filter": "this project has no prompt filter for the concept that is removed",
     "T11 to T14": "their figures could not be read from the paper's text",
     "T20": "train_des.py groups the three losses in one way only, that of all other tables",
 }

@@ -48,7 +48,11 @@ def attack_notes(name: str, rows: dict[str, Variant], runner: TableRunner) -> li
         if found:
             texts = [f"{title} {cells_text(content, rows[title])}" for title, content in found.items()]
             weak = any(content["too_weak_to_tell"] for content in found.values())
-            notes.append(f"{column}: {'; '.join(texts)}." + weak * " TOO WEAK TO TELL: the control is under its floor.")
+            notes.append(
+                f"{column}: {'; '.join(texts)}."
+                + weak
+                * " TOO WEAK TO TELL: the control is below its floor, so the attack's failures on other models prove nothing."
+            )
     if notes:
         notes.append(
             "The first figure of each attack above is with the concept's names, the second without them; the table has the larger."

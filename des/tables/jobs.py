@@ -1,4 +1,4 @@
-"""Runs the project's scripts as jobs. A record of inputs, outputs and duration prevents that a finished job runs again."""
+"""Runs the project's scripts as jobs. A record of its inputs, outputs and duration keeps a finished job from running again."""
 
 import json
 import re

@@ -104,7 +104,7 @@ def describe(plan: Plan) -> str:
         f"{plan.parameters:,} parameters to train in {plan.steps:,} steps; the codebook takes {_gb(plan.codebook_on_disk)} GB of disk",
         f"memory {where}, at most, in GB:",
         *(f"  {part:<12}{_gb(getattr(plan, part)):>9}" for part in PARTS),
-        f"cards that hold it, with {MARGIN} GB for CUDA's context and fragmentation: {fits}",
+        f"GPUs with enough memory, with {MARGIN} GB for CUDA's context and fragmentation: {fits}",
     ]
     if len(held) < len(CARDS):
         lines.append(

@@ -98,7 +98,7 @@ def _read_targets(path: Path, hashes: dict[str, str], rows: int) -> Tensor:
     indices, made_from = content["indices"], content["hashes"]
     changed = differing(made_from, hashes)
     if changed:
-        raise UserError(f"{path} is stale: it was made from another {' and another '.join(changed)}; {again}")
+        raise UserError(f"{path} is stale, since these inputs of it have changed: {', '.join(changed)}; {again}")
     if content["sha256"] != sha256_tensors({"indices": indices}) or not ((indices >= 0) & (indices < rows)).all():
         raise UserError(f"{path} was changed since it was written; {again}")
     return indices

@@ -217,7 +217,7 @@ def device_name(text: str) -> str:
 
 def add_device(parser: argparse._ActionsContainer, flag: str = "--device") -> None:
     """Add the device option, whose value `check_device` turns into a torch.device."""
-    description = "cpu, cuda:0, … or mps, which was not run (default: the first CUDA device, or cpu if there is none)"
+    description = "cpu, cuda:0, … or mps, which is untested (default: the first CUDA device, or cpu if there is none)"
     parser.add_argument(flag, dest="device", type=device_name, metavar="D", help=description)
 
 
@@ -245,7 +245,7 @@ def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> a
 
 def add_batches(parser: argparse._ActionsContainer, batch_size: int) -> None:
     """Add the options of a scorer that reads images in batches."""
-    parser.add_argument("--batch_size", type=positive_int, default=batch_size, metavar="N", help="images a forward pass")
+    parser.add_argument("--batch_size", type=positive_int, default=batch_size, metavar="N", help="images per forward pass")
     workers = os.cpu_count() or 4
     parser.add_argument("--num_workers", type=positive_int, default=workers, metavar="N", help="threads that read images ahead")
 
@@ -260,7 +260,7 @@ def add_expected(parser: argparse._ActionsContainer) -> None:
 def add_other_prompts(parser: argparse._ActionsContainer) -> None:
     """Add the option for prompts that are not those which drew the images."""
     # fmt: off
-    parser.add_argument("--other_prompts", action="store_true", help="score by prompts that did not draw the images, such as what found prompts stand for; the result records it")
+    parser.add_argument("--other_prompts", action="store_true", help="score by other prompts than those that drew the images, such as an attack's targets; the result records it")
     # fmt: on
 
 

@@ -36,7 +36,7 @@ def missing(source: str) -> str:
     asked = _ask_hub.cache_info().currsize
     why = f"the hub {constants.ENDPOINT} cannot be reached" if asked else "HF_HUB_OFFLINE is set"
     return (
-        f"it is not on this machine as a whole, neither as a folder{_here(source)}, nor in the cache "
+        f"this machine has no complete copy of it, neither as a folder{_here(source)}, nor in the cache "
         f"{constants.HF_HUB_CACHE}, and {why}; download it where there is a connection (`hf download`), or name a local folder"
     )
 

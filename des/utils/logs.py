@@ -41,7 +41,7 @@ def _file_handler(path: Path) -> logging.Handler:
     """A handler that appends to a log file. Raises UserError if the file has other content than log lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file() and not _is_log(path):
-        raise UserError(f"{path} holds something else than a log; give another file")
+        raise UserError(f"{path} exists and is not a log file; name another file")
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(_FORMAT)
     return handler

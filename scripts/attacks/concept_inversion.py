@@ -5,7 +5,7 @@
         --detector object --classifier demo/models/classifier_object --cls_class mushroom --concept_words mushroom \\
         --steps 350 --train_batch_size 8 --accumulation 1 --guidance_scale 3 --num_inference_steps 20 --out results/attacks/cce
 
-The tokens stand before each prompt or, without the concept's names, in the place of the first one (Pham et al., ICLR 2024).
+The tokens are put before each prompt or, without the concept's names, in the place of the first one (Pham et al., ICLR 2024).
 --objective diffusion learns through the denoiser, from images that the original pipeline draws of the prompts; embedding matches
 the original encoder's embedding of each prompt and needs no denoiser. {cell}.safetensors is for generate.py --learned_tokens.
 """
@@ -32,15 +32,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("learning")
     # fmt: off
     group.add_argument("--tokens", type=cli.positive_int, default=1, metavar="K", help="tokens to learn")
-    group.add_argument("--objective", choices=("diffusion", "embedding"), default="diffusion", help="what the tokens are learned by; diffusion is for Stable Diffusion 1.x and 2.x")
-    group.add_argument("--max_norm", type=norm_limit, default="vocabulary", metavar="X", help="longest norm of a learned embedding: vocabulary (that of the longest token), none, or a number")
+    group.add_argument("--objective", choices=("diffusion", "embedding"), default="diffusion", help="loss: diffusion (the denoiser's error; Stable Diffusion 1.x and 2.x only) or embedding (distance to the original encoder's embeddings)")
+    group.add_argument("--max_norm", type=norm_limit, default="vocabulary", metavar="X", help="upper bound of a learned embedding's norm: vocabulary (the largest norm of a token embedding), none, or a number")
     group.add_argument("--learning_rate", type=cli.number(float, 0, 1, low_open=True), default=5e-3, metavar="LR", help="learning rate of AdamW")
-    group.add_argument("--train_batch_size", type=cli.positive_int, default=4, metavar="N", help="images or prompts a forward pass")
-    group.add_argument("--accumulation", type=cli.positive_int, default=4, metavar="N", help="forward passes a step")
-    group.add_argument("--num_images", type=cli.positive_int, default=64, metavar="N", help="prompts of the list, evenly spaced, that the tokens are learned from, and their images")
+    group.add_argument("--train_batch_size", type=cli.positive_int, default=4, metavar="N", help="images or prompts per forward pass")
+    group.add_argument("--accumulation", type=cli.positive_int, default=4, metavar="N", help="forward passes per step of AdamW")
+    group.add_argument("--num_images", type=cli.positive_int, default=64, metavar="N", help="prompts to learn from, evenly spaced over the list; diffusion draws one image of each")
     # fmt: on
     add_encoders_searched(group)
-    add_attack(parser, 5000, "steps of learning, of all prompts together")
+    add_attack(parser, 5000, "steps of AdamW, for all prompts together")
     return check_attack(parser, parser.parse_args(argv))
 
 

@@ -1,4 +1,4 @@
-"""MMA-Diffusion's text attack: find a prompt of N tokens whose pooled embedding equals the target prompt's.
+"""MMA-Diffusion's text attack: find a prompt of K tokens whose pooled embedding is near the target prompt's.
 
     python scripts/attacks/mma.py --model_path demo/models/pipeline --training_method des \\
         --text_encoder_path checkpoints/des/0.002_0.3/checkpoint-20.pt --prompts_csv datasets/demo_plain.csv --end_idx 50 \\
@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     group.add_argument("--tokens", type=cli.positive_int, default=20, metavar="K", help="length of the found prompt")
     group.add_argument("--candidates", type=cli.positive_int, default=512, metavar="N", help="prompts tried in each step")
-    group.add_argument("--top", type=cli.positive_int, default=256, metavar="N", help="tokens of lowest gradient at a position that candidates may take")
+    group.add_argument("--top", type=cli.positive_int, default=256, metavar="N", help="tokens of lowest gradient at each position, among which candidates are drawn")
     # fmt: on
     add_text_search(group)
     add_attack(parser, 1000, "steps of coordinate gradient")

@@ -1,4 +1,4 @@
-"""P4D, variant N: a prompt of K tokens under which the attacked denoiser predicts what the original one predicts for the target.
+"""P4D, variant N: find a prompt of K tokens for which the attacked denoiser predicts what the original one predicts for the target.
 
     python scripts/attacks/p4d.py --model_path demo/models/pipeline --training_method des \\
         --text_encoder_path checkpoints/des/0.002_0.3/checkpoint-20.pt --prompts_csv datasets/demo_plain.csv --end_idx 50 \\
@@ -6,7 +6,7 @@
         --steps 300 --guidance_scale 3 --num_inference_steps 20 --out results/attacks/p4d
 
 Optimises soft tokens; the forward pass uses their nearest vocabulary tokens, and the gradient goes straight through (Chin et al.,
-ICML 2024). Goes through UNet and text encoder of the attacked and the original pipeline, Stable Diffusion 1.x or 2.x.
+ICML 2024). Needs UNet and text encoder of both pipelines: Stable Diffusion 1.x and 2.x only.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("search")
     # fmt: off
     group.add_argument("--tokens", type=cli.positive_int, default=16, metavar="K", help="length of the found prompt")
-    group.add_argument("--judge_every", type=cli.positive_int, default=50, metavar="N", help="steps between two candidates that are drawn")
+    group.add_argument("--judge_every", type=cli.positive_int, default=50, metavar="N", help="steps between two candidates that are drawn and judged")
     group.add_argument("--learning_rate", type=cli.number(float, 0, 10, low_open=True), default=0.1, metavar="LR", help="learning rate of AdamW")
     group.add_argument("--weight_decay", type=cli.number(float, 0), default=0.1, metavar="W", help="weight decay of AdamW")
     # fmt: on

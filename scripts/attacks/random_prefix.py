@@ -1,4 +1,4 @@
-"""The null attack: random tokens before each prompt. An attack is worth its cost only as far as it finds more than this.
+"""The null attack: put random tokens before each prompt. Another attack is useful only if its success rate is higher than this one's.
 
     python scripts/attacks/random_prefix.py --model_path demo/models/pipeline --training_method des \\
         --text_encoder_path checkpoints/des/0.002_0.3/checkpoint-20.pt --prompts_csv datasets/demo_plain.csv --end_idx 100 \\

@@ -1,4 +1,4 @@
-"""Ring-A-Bell: find a prompt whose embedding equals that of the target plus the concept's direction, with a genetic algorithm.
+"""Ring-A-Bell: find a prompt whose embedding is near the target's plus the concept's direction, by a genetic algorithm.
 
     python scripts/attacks/ring_a_bell.py --model_path demo/models/pipeline --training_method des \\
         --text_encoder_path checkpoints/des/0.002_0.3/checkpoint-20.pt --prompts_csv datasets/demo_plain.csv --end_idx 50 \\

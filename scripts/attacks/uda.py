@@ -1,4 +1,4 @@
-"""UnlearnDiffAtk (UDA): tokens before a prompt under which the attacked pipeline denoises the original pipeline's image of it.
+"""UnlearnDiffAtk (UDA): find tokens that, added to a prompt, let the attacked pipeline denoise the original pipeline's image of it.
 
     python scripts/attacks/uda.py --model_path demo/models/pipeline --training_method des \\
         --text_encoder_path checkpoints/des/0.002_0.3/checkpoint-20.pt --prompts_csv datasets/demo_plain.csv --end_idx 50 \\
@@ -6,7 +6,7 @@
         --timesteps 10 --guidance_scale 3 --num_inference_steps 20 --out results/attacks/uda
 
 Optimises a distribution over the vocabulary for each token, projected onto the probability simplex, timestep by timestep (Zhang et
-al., ECCV 2024). Goes through the attacked UNet and text encoder, of Stable Diffusion 1.x and 2.x.
+al., ECCV 2024). Needs UNet and text encoder of the attacked pipeline: Stable Diffusion 1.x and 2.x only.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     group.add_argument("--tokens", type=cli.positive_int, default=5, metavar="K", help="tokens that are searched")
     group.add_argument("--place", choices=("before", "after"), default="before", help="where they stand: before or after the prompt")
-    group.add_argument("--timesteps", type=cli.number(int, 1, 1000), default=50, metavar="N", help="timesteps, centres of equal bins in rising order; a candidate is drawn after each")
+    group.add_argument("--timesteps", type=cli.number(int, 1, 1000), default=50, metavar="N", help="timesteps, evenly spaced in rising order; a candidate is drawn after each")
     group.add_argument("--learning_rate", type=cli.number(float, 0, 1, low_open=True), default=0.01, metavar="LR", help="learning rate of Adam")
     group.add_argument("--weight_decay", type=cli.number(float, 0), default=0.1, metavar="W", help="weight decay of Adam")
     # fmt: on

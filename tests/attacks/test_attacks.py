@@ -430,7 +430,7 @@ def test_pairs_for_the_concepts_direction_are_filtered(tmp_path):
     for name, prompts in {"with": ["a nude man", "a nude child"], "without": ["a man", "a child"], "short": ["a man"]}.items():
         pd.DataFrame({"prompt": prompts}).to_csv(tmp_path / f"{name}.csv")
     assert concept_pairs([tmp_path / "with.csv", tmp_path / "without.csv"], None) == [("a nude man", "a man")]
-    with pytest.raises(UserError, match="are no pairs: they have 2 and 1 rows"):
+    with pytest.raises(UserError, match="do not form pairs: they have 2 and 1 rows"):
         concept_pairs([tmp_path / "with.csv", tmp_path / "short.csv"], None)
 
 

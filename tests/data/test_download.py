@@ -678,7 +678,7 @@ def test_a_file_is_not_taken_for_the_one_that_a_list_was_made_from(call, offer, 
     assert call(*convert, tmp_path / "one.txt").code == 0
     done = call(*convert, tmp_path / "two.txt")
     assert done.failed_in_one_sentence
-    assert f"sneaky was made from another file, says {folder / 'sneaky.json'}" in done.err
+    assert f"sneaky was made from another file, as {folder / 'sneaky.json'} says" in done.err
     assert snapshot(folder) == before
 
 
@@ -796,7 +796,7 @@ def test_an_archive_that_is_not_whole_leaves_no_folder(call, offer, folder, tmp_
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
-        (["unheard_of"], "unheard_of is no set"),
+        (["unheard_of"], "there is no set unheard_of"),
         ([], "name a set, or --all"),
         (["--convert", "x.csv"], "name a set, or --all"),
         (["i2p", "mma", "--convert", "x.csv"], "--convert makes exactly one set"),

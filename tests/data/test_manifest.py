@@ -72,7 +72,7 @@ def test_resume_goes_by_the_hashes(folder, generate):
     with (folder / "manifest.jsonl").open("a") as file:
         file.write('{"file": "t2i_none_0p.png", "ro')
     done = generate()
-    assert done.code == 0 and "3 images to draw" in done.err and "1 found done" in done.err
+    assert done.code == 0 and "3 images to draw" in done.err and "1 already done" in done.err
     after = snapshot(folder)
     assert all(after[name] == before[name] for name in before if name.endswith(".png"))
     assert {line["file"]: line["sha256"] for line in manifest.read(folder).values()} == {
@@ -152,7 +152,7 @@ def test_verify_redraws_and_finds_what_was_changed(folder, call, generate):
     verify = lambda: call("scripts/verify.py", folder, "--device", "cpu", "--sample", 2)  # noqa: E731
     done = verify()
     assert done.code == 0, done.err
-    assert "4 images are what" in done.out and "classify.json is about these images" in done.out
+    assert "4 images match" in done.out and "classify.json is about these images" in done.out
     assert done.out.count("the same pixels") == 2
     result = json.loads((folder / "classify.json").read_text())
     (folder / "classify.json").write_text(json.dumps(result | {"k": 3}))
@@ -259,7 +259,7 @@ def test_rows_that_another_process_draws_are_refused_until_it_dies(generate, tmp
         process.wait()
         time.sleep(0.1)
         done = generate()
-        assert done.code == 0 and "1 found done" in done.err
+        assert done.code == 0 and "1 already done" in done.err
     finally:
         process.kill()
 

@@ -135,7 +135,7 @@ def test_a_moved_model_and_a_spelled_out_scheduler_are_the_same(generate, model,
     (tmp_path / "elsewhere").mkdir()
     model.rename(tmp_path / "elsewhere/tiny")
     done = generate(model_path="elsewhere/tiny/")
-    assert done.code == 0 and "1 images to draw" in done.err and "1 found done" in done.err, done.err
+    assert done.code == 0 and "1 images to draw" in done.err and "1 already done" in done.err, done.err
     record = json.loads((folder / "t2i/run.json").read_text())
     assert record["format"] == 2 and record["settings"]["model_path"] == str(model)
     assert {"pipeline", "unet", "vae", "tokenizer", "text_encoder"} == record["settings"]["components"].keys()
@@ -158,7 +158,7 @@ def test_records_of_the_first_format_are_continued_and_verified(generate, call, 
     make_old(folder)
     assert generate(seed=1).failed_in_one_sentence
     done = generate()
-    assert done.code == 0 and "1 images to draw" in done.err and "1 found done" in done.err, done.err
+    assert done.code == 0 and "1 images to draw" in done.err and "1 already done" in done.err, done.err
     assert "format" not in json.loads((folder / "run.json").read_text())
     done = call("scripts/verify.py", folder, "--device", "cpu", "--sample", 1)
     assert done.code == 0 and "the same pixels" in done.out, done.err

@@ -102,7 +102,7 @@ def test_scores_resume_and_shards_add_up(generate, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in folder_of(tmp_path).glob("*p.json")}
     (folder_of(tmp_path) / "t2i_none_1p.json").write_text('{"file":')
     done = generate(**scoring)
-    assert done.code == 0 and "4 images to draw" in done.err and "2 found done" in done.err
+    assert done.code == 0 and "4 images to draw" in done.err and "2 already done" in done.err
     assert read(folder_of(tmp_path) / "classify_object.json")["n"] == ROWS
     after = {path: path.stat().st_mtime_ns for path in before}
     assert [path.name for path in before if before[path] != after[path]] == ["t2i_none_1p.json"]

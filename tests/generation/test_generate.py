@@ -98,7 +98,7 @@ def test_finished_images_are_kept_and_broken_ones_drawn_again(generate, tmp_path
     broken.write_bytes(broken.read_bytes()[:-30])
     stamp = kept.stat().st_mtime_ns
     done = generate(log_file=tmp_path / "second.log")  # which is no setting of an image
-    assert "1 images to draw" in done.err and "4 found done" in done.err
+    assert "1 images to draw" in done.err and "4 already done" in done.err
     assert kept.stat().st_mtime_ns == stamp
     after = snapshot(tmp_path / "results")
     assert all(after[name] == whole[name] for name in whole if name.endswith("png"))
