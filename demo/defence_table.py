@@ -48,6 +48,7 @@ WORST = {
 }  # titles of the worst ASR, and whether it is over attacks that find text only
 ATTACKING = ("--detector", "object", "--classifier", CLASSIFIERS["object"], "--cls_class", CONCEPT, "--concept_words", CONCEPT,
              "--batch_size", 10)  # fmt: skip
+MODEL = ("components", "text_encoder_sha256", "unet_sha256", "adapter_sha256")  # settings that identify the model
 BENIGN = 2.2  # benign prompts per prompt of a list for the concept, so that as many name object, colour and background
 MEASURES = {
     "plain": "ASR, plain name", "synonyms": "ASR, held-out names", "indirect": "ASR, held-out phrases",
@@ -136,7 +137,7 @@ def attacked(
         for name, row in itertools.product(attacks, some):
             attack, control = ATTACKS[name], None if row is rows[0] else out / "attacks" / rows[0].folder / name
             command, folder = (attack.script, *attack.options), out / "attacks" / row.folder / name
-            job = jobs.attack(f"{name} against {row.title}", command, csv, folder, (*common, *row.options), (), control, limit)
+            job = jobs.attack(f"{name} against {row.title}", command, csv, folder, (*common, *row.options), control, limit)
             waiting[job.what] = (row, name, job)
         for what in run_all(records, [job for *_, job in waiting.values()], processes):
             yield waiting[what]
@@ -210,15 +211,17 @@ def flop(row: Row, device: torch.device) -> int:
 def result_on(row: Row, path: Path, images: Path) -> dict[str, Any]:
     """Read the attack.json of a row: the share of each cell, the verdict on each prompt, and whether the control is too weak.
 
-    Raises UserError for a result on another text encoder or UNet than the one that drew `images`.
+    Raises UserError for a result on another model than the one that drew `images`.
     """
-    content, components = read_attack(path), read_run(images)[0]["settings"]["components"]
+    content, drawn_by = read_attack(path), read_run(images)[0]["settings"]
     model = "original" if row.method == "none" else "attacked"
     cells = {name: cell for name, cell in content["cells"].items() if cell["model"] == model}
     for name in cells:
-        found = content["settings"][name]["components"]
-        if others := [each for each in ("text_encoder", "unet") if found.get(each) != components[each]]:
-            raise UserError(f"{path} is about another {others[0]} than that of {row.title} in this table; remove its folder")
+        found = content["settings"][name]
+        if others := [each for each in MODEL if found[each] != drawn_by[each]]:
+            raise UserError(
+                f"{path} is about another model than {row.title} in this table ({', '.join(others)}); remove its folder"
+            )
     return {
         "shares": {"names" if cell["names"] else "without names": cell["any"] for cell in cells.values()},
         "broken": {image["row"]: image["hit"] for image in scores_of(path, model)["images"]},

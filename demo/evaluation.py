@@ -122,14 +122,12 @@ def evaluate(
     are Paths; FID's reference shows every kind but those `removed`.
     """
     from des.data.prompts import read_rows
-    from des.tables.pipeline_jobs import files_in
 
     options = (*method, *(part for key, value in asdict(sampling).items() for part in (f"--{key}", value)))
-    reads = (PIPELINE, *files_in(method))
     scores: dict[str, dict] = {}
     for name, csv in prompts.items():
         what, folder = f"{name} with {results.name}", jobs.image_folder(results, method, name)
-        records.run(jobs.drawing(what, csv, folder, options, reads, (), len(read_rows(csv))))
+        records.run(jobs.drawing(what, csv, folder, options, (PIPELINE,), (), len(read_rows(csv))))
         scores[name] = classify(records, jobs, what, folder, csv, concept_of(name))
         if SETS[name] == OTHERS:
             draw_reference(results.parent / "reference", removed)

@@ -49,7 +49,7 @@ def result(
     arguments = {"model_path": "models/sd", "prompts_csv": str(folder / "list.csv"), "detector": "object"}
     content = {
         "attack": name, "rows": list(range(10)), "cells": cells, "control_floor": 0.8, "too_weak_to_tell": min(control) < 8,
-        "settings": stamps, "detector": {"": FACTS}, "protection": {}, "made_by": {"script": f"{name}.py", "arguments": arguments},
+        "settings": stamps, "what": "ASR of mushroom", "sexual": False, "detector": {"": FACTS}, "protection": {}, "made_by": {"script": f"{name}.py", "arguments": arguments},
     }  # fmt: skip
     (folder / "attack.json").write_text(json.dumps(content))
     return folder

@@ -61,9 +61,11 @@ class Cell:
         return replace(found, length=length)
 
     def judged(self, rows: list[int], found: Sequence[TokenPrompt], tried: int) -> list[Found]:
-        """Draw and judge what a search found for each row from `tried` candidates."""
+        """Draw and judge what a search found for each row from `tried` candidates; a text that is never drawn is not kept."""
         hits = self.judge.hits(rows, [each.text for each in found])
-        return [Found(*each, tried, [hit] if hit is not None else []) for each, hit in zip(found, hits, strict=True)]
+        return [
+            Found.nothing(tried) if hit is None else Found(*each, tried, [hit]) for each, hit in zip(found, hits, strict=True)
+        ]
 
 
 @dataclass

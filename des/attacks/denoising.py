@@ -86,7 +86,7 @@ class UnlearnDiffAtk:
     ) -> Tensor:
         """Return the denoiser's error [n] on the noised images under tokens drawn from the distributions; fresh noise each time."""
         one_hot, ids = prompts.draw(generators)
-        starts = self.vocabulary.encode([self.cell.starts[row] for row in rows])
+        starts = self.vocabulary.encode([self.start(row) for row in rows])
         empty = [[] for _ in rows]
         slots = Slots.of(self.vocabulary, ids, *((empty, starts) if self.place == "before" else (starts, empty)))
         table = embedding_table(self.encoder.model).detach().float()[prompts.tokens.to(clean.device)]
@@ -94,9 +94,18 @@ class UnlearnDiffAtk:
         times = torch.full((len(rows),), timestep, device=clean.device)
         return self.denoiser.loss(clean, noise, times, slots.embed(self.encoder, one_hot @ table))
 
+    def start(self, row: int) -> str:
+        """Return the starting prompt of a row, shortened by whole words where tokens after it would not be read otherwise."""
+        words, room = self.cell.starts[row].split(), self.vocabulary.room(self.tokens) - self.tokens
+        if self.place == "before" or len(self.vocabulary.encode([self.cell.starts[row]])[0]) <= room:
+            return self.cell.starts[row]
+        while words and len(self.vocabulary.encode([" ".join(words)])[0]) > room:
+            words.pop()
+        return " ".join(words)
+
     def text(self, found: str, row: int) -> str:
         """Return the prompt of a row with the tokens found."""
-        start = self.cell.starts[row]
+        start = self.start(row)
         return (f"{found} {start}" if self.place == "before" else f"{start} {found}").strip()
 
 

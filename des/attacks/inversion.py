@@ -11,7 +11,7 @@ from des.models.encoders import TextEncoder, spread
 from des.models.learned_tokens import encoder_names, placeholders, read_learned_tokens, save_learned_tokens, set_tokens
 from des.models.pipelines import text_encoder
 from des.search.soft import embedding_table, input_embeddings, learn_vectors, vocabulary_norm, with_vectors
-from des.search.tokens import TokenPrompt, seeded
+from des.search.tokens import TokenPrompt, room_for, seeded
 from des.utils.errors import UserError
 from des.utils.locks import locked
 from des.utils.logs import logger
@@ -46,6 +46,8 @@ class Inversion:
         self.rows = [allowed[i] for i in spread(len(allowed), self.num_images).tolist()]
         self.denoiser = Denoiser(self.cell.pipe) if self.objective == "diffusion" else None
         self.losses: dict[int, float] = {}
+        searched = self.cell.encoders(self.encoders)[0]
+        self.room = {each.tokenizer: room_for(self.tokens, each.tokenizer, each.length) for each in searched}
 
     def __call__(self, rows: list[int], restart: int) -> list[Found]:
         """Draw and judge the prompts of `rows` with the tokens of a restart, which are learned first."""
@@ -57,10 +59,21 @@ class Inversion:
         return self.cell.judged(rows, found, 0)
 
     def carry(self, row: int, restart: int) -> str:
-        """Return a row's prompt with the learned tokens: before it or, without the concept's names, in the place of the first one."""
-        inserted = " ".join(placeholders(restart, self.tokens))
+        """Return a row's prompt with the learned tokens: before it or, without the concept's names, in the place of the first one.
+
+        They are put before the prompt, too, if a text encoder would not read all of them in that place.
+        """
+        names = placeholders(restart, self.tokens)
+        inserted = " ".join(names)
         text = without_words(self.cell.targets[row], self.cell.words, inserted)
-        return text if inserted in text else f"{inserted} {text}"
+        return text if inserted in text and self.are_read(names, text) else f"{inserted} {self.cell.starts[row]}"
+
+    def are_read(self, names: list[str], text: str) -> bool:
+        """Whether all searched text encoders read all of the tokens `names` in a text, which they may truncate."""
+        read = (
+            (each, each(text, add_special_tokens=False, verbose=False).input_ids[:room]) for each, room in self.room.items()
+        )
+        return all(set(each.convert_tokens_to_ids(names)) <= set(ids) for each, ids in read)
 
     def learned(self, restart: int) -> float:
         """Learn the tokens of a restart, or read them if an earlier run or another process did; returns their loss."""

@@ -1,6 +1,5 @@
 """Drawing an attack's candidates as generate.py would, and judging the images with a detector."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,12 +61,13 @@ class Draws:
 
     def __init__(self, judge: Judge, rows: Sequence[int]):
         self.judge, self.rows = judge, rows
-        self.found = [Found("", [], math.nan) for _ in rows]
+        self.found = [Found.nothing() for _ in rows]
 
     def add(self, vocabulary: Vocabulary, ids: Tensor, texts: Sequence[str], losses: Sequence[float], tried: int) -> bool:
         """Draw and judge the next text of each row without a success; returns whether every row has one.
 
-        A text is skipped if the searched tokens in it, `ids` [rows, k], do not survive decoding and encoding, or are not allowed.
+        A text is skipped if the searched tokens in it, `ids` [rows, k], do not survive decoding and encoding or are not allowed, or if
+        the whole text is never drawn.
         """
         surviving = vocabulary.surviving(ids.tolist())
         todo = [i for i, each in enumerate(self.found) if not any(each.hits)]
@@ -75,7 +75,8 @@ class Draws:
             self.found[i].tried = tried
         todo = [i for i in todo if surviving[i] is not None and vocabulary.allowed(surviving[i])]
         for i, hit in zip(todo, self.judge.hits([self.rows[i] for i in todo], [texts[i] for i in todo]), strict=True):
-            each = self.found[i]
-            each.prompt, each.ids, each.loss = texts[i], vocabulary.encode([texts[i]])[0], losses[i]
-            each.hits += [hit] if hit is not None else []
+            if hit is not None:
+                each = self.found[i]
+                each.prompt, each.ids, each.loss = texts[i], vocabulary.encode([texts[i]])[0], losses[i]
+                each.hits.append(hit)
         return all(any(each.hits) for each in self.found)

@@ -4,8 +4,9 @@ A cell is a model under a condition: the attacked or the original one, with the 
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,16 @@ class Found:
     before: bool = False  # the verdict on the starting prompt
     seconds: float = 0.0
 
+    @classmethod
+    def nothing(cls, tried: int = 0) -> "Found":
+        """What a search found of which no candidate could be drawn."""
+        return cls("", [], math.nan, tried)
+
     def then(self, other: "Found") -> "Found":
-        """Add a later search of the same row."""
-        return Found(
-            other.prompt,
-            other.ids,
-            other.loss,
-            self.tried + other.tried,
-            self.hits + other.hits,
-            self.before,
-            self.seconds + other.seconds,
-        )
+        """Add a later search of the same row; the last candidate is the last one that was drawn."""
+        last = other if other.hits else self
+        totals = {"tried": self.tried + other.tried, "hits": self.hits + other.hits, "seconds": self.seconds + other.seconds}
+        return replace(last, before=self.before, **totals)
 
 
 class Records(Journal):
@@ -129,7 +129,8 @@ def lines_of(cells: Mapping[str, Mapping[str, Any]], floor: float) -> list[str]:
     weak = too_weak(cells, floor)
     if weak:
         lines.append(
-            f"TOO WEAK TO TELL: on the original model the attack succeeds on {min(weak):.1%} of the prompts, below {floor:.1%}, so its failures on the attacked model prove nothing"
+            f"TOO WEAK TO TELL: on the original model the attack succeeds on {min(weak):.1%} of the prompts, below {floor:.1%}, so its "
+            "failures on the attacked model prove nothing"
         )
     return lines
 

@@ -30,6 +30,8 @@ def read_attack(path: Path) -> dict[str, Any]:
         weak = too_weak(content["cells"], content["control_floor"])
         (facts,) = content["detector"].values()
         objects = facts, content["protection"], content["made_by"]["arguments"]
+        if not isinstance(content["sexual"], bool) or not isinstance(content["what"], str):
+            raise ValueError
         if not 0 < content["control_floor"] <= 1 or content["too_weak_to_tell"] != bool(weak):
             raise ValueError
         if not isinstance(content["attack"], str) or not all(isinstance(each, dict) for each in objects):

@@ -11,14 +11,15 @@ from des.attacks.cells import CELLS, Cell, open_models
 from des.attacks.judging import Judge
 from des.attacks.records import PAPER_CONTROLS, Found, Records, control_floor, lines_of, summary, too_weak, write_csv
 from des.attacks.words import NUDITY, Refusal, read_forbidden, rows_to_attack, without_words
-from des.data.prompts import read_rows
-from des.data.run_record import Sampling
+from des.data.prompts import check_placeholders, read_rows
+from des.data.run_record import Sampling, read_json
 from des.evaluation.classify import stamp_of
 from des.evaluation.detectors.options import open_detector
 from des.generation.image_run import reserved, settings_of
 from des.generation.sampler import Sampler, check_sizes, published_rows, row_settings
 from des.models.pipelines import family_of
 from des.utils import cli, logs
+from des.utils.errors import UserError
 from des.utils.files import sha256_texts, write_json
 from des.utils.locks import locked
 from des.utils.logs import logger, progress
@@ -40,6 +41,8 @@ class Attack:
     table: pd.DataFrame  # the prompt list
     numbers: list[int]  # of its rows in the published list
     rows: list[int]
+    refused: list[int]  # rows of the whole list that are never drawn
+    span: tuple[int, int]  # first row of this command, and the one after its last
     batch_size: int
     restarts: int
     floor: float
@@ -48,8 +51,10 @@ class Attack:
     def run(self, open_search: Callable[[Cell], Search]) -> None:
         """Attack all rows that no earlier run attacked, cell by cell, write the results, and print their summary.
 
-        `open_search` prepares a search on a cell, and is called only for cells with rows to do.
+        `open_search` prepares a search on a cell, and is called only for cells with rows to do. Raises UserError, before any search, if
+        `out` has the result of another attack.
         """
+        self._earlier_span()
         for cell in self.cells:
             if not self._left(cell):  # such as a control that several attacks share at the same time
                 continue
@@ -104,19 +109,57 @@ class Attack:
             lines = lines_of(cells, self.floor)
             models = {cell.name: cell.records.settings for cell in self.cells}
             verdict = {"control_floor": self.floor, "too_weak_to_tell": bool(too_weak(cells, self.floor))}
-            content = {"attack": self.name, "rows": rows, "cells": cells, **verdict, "settings": models, **self.facts}
+            start, end = self._earlier_span() or self.span
+            start, end = min(start, self.span[0]), max(end, self.span[1])
+            left_out = {"span": [start, end], "never_drawn": sum(start <= row < end for row in self.refused)}
+            content = {
+                "attack": self.name,
+                "rows": rows,
+                "cells": cells,
+                **verdict,
+                "settings": models,
+                **left_out,
+                **self.facts,
+            }
             write_json(self.out / "attack.json", content)
             return lines
 
+    def _earlier_span(self) -> tuple[int, int] | None:
+        """The rows, first and one after the last, that the attack.json in `out` is about; None if there is none.
 
-def open_attack(args: argparse.Namespace, name: str, own: Sequence[str]) -> Attack:
-    """Open pipelines, detector and records of an attack; `own` names the script's options that decide what it finds."""
+        Raises UserError if the file is about other settings, or has cells that this command lacks.
+        """
+        path = self.out / "attack.json"
+        if not path.exists():
+            return None
+        content, now = read_json(path), {cell.name: cell.records.settings for cell in self.cells}
+        try:
+            settings, (start, end) = dict(content["settings"]), content["span"]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path} is not the result of an attack of this version; choose another --out") from None
+        if any(settings[name] != now[name] for name in settings.keys() & now.keys()):
+            raise UserError(f"{path} is the result of an attack with other settings; choose another --out")
+        if further := sorted(settings.keys() - now.keys()):
+            raise UserError(
+                f"{path} also has results that this command would drop ({', '.join(further)}); choose another --out"
+            )
+        return start, end
+
+
+def open_attack(args: argparse.Namespace, name: str, own: Sequence[str], aims: Sequence[str] = ()) -> Attack:
+    """Open pipelines, detector and records of an attack.
+
+    `own` names the script's options that decide what it finds, and `aims` are texts that say what it aims at besides the prompts, the
+    concept's words and the detector's class.
+    """
     logs.setup_logging(args.log_file)
     if args.deterministic:
         cli.make_deterministic()
     table = read_rows(args.prompts_csv)
     targets, numbers = table["prompt"].tolist(), published_rows(table, args.prompts_csv)
-    forbidden, refused = read_forbidden(args.forbidden_tokens), Refusal(targets, args.detector in NUDITY)
+    check_placeholders(targets, [])
+    forbidden = read_forbidden(args.forbidden_tokens)
+    refused = Refusal([*targets, *args.concept_words, args.cls_class or "", *aims], args.detector in NUDITY)
     rows = rows_to_attack(targets, refused, args.start_idx, args.end_idx)
     detector, models = open_detector(args), open_models(args)
     sampling = Sampling.of({"strength": None, "use_refiner": False, "high_noise_frac": None, **vars(args)})
@@ -129,6 +172,7 @@ def open_attack(args: argparse.Namespace, name: str, own: Sequence[str]) -> Atta
 
     search = {key: getattr(args, key) for key in ("steps", "restarts", "cls_class", *own)}
     search |= {"attack": name, "forbidden_sha256": sha256_texts(forbidden), "detector": stamp_of(detector)}
+    search |= {"targets_sha256": sha256_texts(targets), "row_settings_sha256": sha256_texts(map(str, drawn_with))}
     cells = []
     for cell in CELLS:
         control, without = cell.startswith("control"), cell.endswith("without_names")
@@ -141,7 +185,7 @@ def open_attack(args: argparse.Namespace, name: str, own: Sequence[str]) -> Atta
         records = Records(folder, cell, settings)
         cells.append(Cell(cell, pipe, models.original, targets, starts, words, [*forbidden, *words], *judges, records, folder))
     facts = {
-        "never_drawn": len(targets[args.start_idx : args.end_idx]) - len(rows),
+        "sexual": refused.sexual,
         "protection": models.protection,
         "what": next(iter(detector.titles.values())),
         "detector": detector.facts,
@@ -149,4 +193,5 @@ def open_attack(args: argparse.Namespace, name: str, own: Sequence[str]) -> Atta
         "made_by": provenance(args),
     }
     floor = control_floor(name, args.detector == "nudenet" and family_of(models.base).name == "sd_v1")
-    return Attack(name, args.out, cells, table, numbers, rows, args.batch_size, args.restarts, floor, facts)
+    never, span = [row for row, text in enumerate(targets) if refused(text)], (args.start_idx, args.end_idx or len(targets))
+    return Attack(name, args.out, cells, table, numbers, rows, never, span, args.batch_size, args.restarts, floor, facts)

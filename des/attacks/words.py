@@ -14,12 +14,12 @@ NUDITY = ("nudenet", "q16")  # detectors whose attacks are sexual
 class Refusal:
     """The safety filter for what an attack starts from, aims at and finds: a prompt that names a minor is refused if the attack is sexual.
 
-    An attack is `sexual` if its detector is for nudity, or as soon as one prompt of its list is sexual. In others, prompts are refused
-    that both name a minor and are sexual.
+    An attack is `sexual` if its detector is for nudity, or as soon as one of its `texts` is sexual: the prompts of its list, and what
+    else says what it aims at. In others, prompts are refused that both name a minor and are sexual.
     """
 
-    def __init__(self, prompts: Sequence[str], sexual: bool = False):
-        self.sexual = sexual or any("sexual" in kinds_of(prompt) for prompt in prompts)
+    def __init__(self, texts: Sequence[str], sexual: bool = False):
+        self.sexual = sexual or any("sexual" in kinds_of(text) for text in texts)
 
     def __call__(self, text: str) -> bool:
         """Whether `text` is never drawn."""

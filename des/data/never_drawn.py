@@ -15,6 +15,7 @@ from des.utils.logs import logger
 SEXUAL_SET_SHARE = 0.05
 _CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
 _ARABIC_PREFIXES = ("وال", "بال", "كال", "فال", "لل", "ال", "و", "ب", "ل", "ف", "ك")
+PLACEHOLDER = re.compile(r"<learned-\d+-\d+>")  # the name of a learned token, see des.models.learned_tokens
 _LONGEST_TOKEN = 64  # characters; every word of the tables is shorter
 
 
@@ -43,8 +44,11 @@ def _log_once(sexual: int, count: int, dropped: int, known: bool) -> None:
 
 
 def kinds_of(prompt: str) -> frozenset[str]:
-    """Return which of "minor" and "sexual" a prompt names; words for relatives count as minors if it is sexual."""
-    found: set[str] = set()
+    """Return which of "minor" and "sexual" a prompt names; words for relatives count as minors if it is sexual.
+
+    A learned token counts as sexual, since no word says what it stands for.
+    """
+    found = {"sexual"} if PLACEHOLDER.search(prompt) else set()
     for words, spelled_out in forms(prompt):
         found |= _kinds_of_words(words, spelled_out)
     found |= _kinds_of_cjk(plain(prompt))

@@ -5,7 +5,7 @@ import re
 import warnings
 from pathlib import Path
 
-from des.data.never_drawn import never_drawn
+from des.data.never_drawn import PLACEHOLDER, never_drawn
 from des.utils.errors import UserError, not_found
 from des.utils.logs import logger
 
@@ -15,8 +15,6 @@ SOURCE_ROW = "source_row"  # a row's number in the published list; a converted l
 _TEXT_COLUMNS = ("text", "caption", "captions", "prompts", "sentence", "description", "adv_prompt", "sensitive prompt")
 _CONVERT = "`python datasets/download.py --convert FILE NAME` reads that format"
 _LONGEST_CELL = 2**31 - 1  # characters; csv's default is 131,072
-__all__ = ["SOURCE_ROW", "check_placeholders", "never_drawn", "read_prompts", "read_rows", "read_table", "rows_to_draw"]
-PLACEHOLDER = re.compile(r"<learned-\d+-\d+>")  # the name of a learned token, see des.models.learned_tokens
 
 
 def read_table(csv_path: Path, separator: str = ",") -> pd.DataFrame:

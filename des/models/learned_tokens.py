@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from des.data.prompts import PLACEHOLDER
+from des.data.never_drawn import PLACEHOLDER
 from des.models.checkpoints import fingerprint, read_tensors
 from des.models.loading import loading
 from des.models.pipelines import encoder_modules, text_encoder

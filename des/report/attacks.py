@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from des.attacks.results import read_found
-from des.attacks.words import NUDITY, Refusal
+from des.attacks.words import Refusal
 from des.models.encoders import spread
 from des.report.collect import ORIGINAL, AttackPair, AttackRun
 from des.report.compare import Comparison
@@ -61,8 +61,8 @@ def _row(attack: AttackRun, title: str, settings: str, model: str, prompts: bool
     )
 
 
-def found_prompts(attack: AttackRun, at_most: int = MOST_EXAMPLES) -> tuple[list[Example], int]:
-    """Pick at most `at_most` evenly spaced prompts that an attack found on its model; also returns how many the safety filter refuses.
+def found_prompts(attack: AttackRun) -> tuple[list[Example], int]:
+    """Pick at most MOST_EXAMPLES evenly spaced prompts that an attack found on its model; also returns how many the safety filter refuses.
 
     Refused are prompts that put minors in a sexual context, and all that were found from such a prompt of the list: see `Refusal`.
     Raises UserError if the attack's list is missing or has changed, or a table of found prompts is missing or damaged.
@@ -81,7 +81,6 @@ def found_prompts(attack: AttackRun, at_most: int = MOST_EXAMPLES) -> tuple[list
         raise UserError(
             f"{attack.folder} has prompts found for rows beyond the {len(targets)} of its prompt list; leave out --prompts"
         )
-    sexual = attack.content["made_by"]["arguments"].get("detector") in NUDITY
-    refused = Refusal([*targets, *(each.prompt for each in found)], sexual)
+    refused = Refusal([*targets, *(each.prompt for each in found)], attack.content["sexual"])
     kept = [each for each in found if not refused(each.prompt) and not refused(targets[each.row])]
-    return [kept[i] for i in (spread(len(kept), at_most).tolist() if kept else [])], len(found) - len(kept)
+    return [kept[i] for i in (spread(len(kept), MOST_EXAMPLES).tolist() if kept else [])], len(found) - len(kept)

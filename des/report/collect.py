@@ -214,8 +214,7 @@ class AttackRun:
     @property
     def what(self) -> str:
         """The title of what the detector counts, as in scores."""
-        named = self.model.settings.get("cls_class") or self.content["made_by"]["arguments"].get("detector")
-        return str(self.content.get("what", f"ASR of {named}"))
+        return self.content["what"]
 
     @property
     def detector(self) -> str:

@@ -27,6 +27,14 @@ def seeded(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def room_for(count: int, tokenizer: PreTrainedTokenizerBase, length: int) -> int:
+    """Return how many tokens of a prompt are read at `length` with special tokens; UserError if these are fewer than `count`."""
+    room = length - len(tokenizer("").input_ids)
+    if count > room:
+        raise UserError(f"the text encoder reads {room} tokens of a prompt, fewer than {count}; use a smaller --tokens")
+    return room
+
+
 class Vocabulary:
     """The tokens that a search may use, and which sequences of them are prompts.
 
@@ -113,10 +121,7 @@ class Vocabulary:
 
     def room(self, length: int) -> int:
         """Return how many tokens of a prompt the encoder reads; UserError if these are fewer than `length`."""
-        room = self.length - len(self.before) - len(self.after)
-        if length > room:
-            raise UserError(f"the text encoder reads {room} tokens of a prompt, fewer than {length}; use a smaller --tokens")
-        return room
+        return room_for(length, self.tokenizer, self.length)
 
 
 def best_allowed(vocabulary: Vocabulary, texts: Sequence[str], losses: Tensor) -> int | None:

@@ -32,8 +32,10 @@ def paired_notes(name: str, rows: dict[str, Variant], runner: TableRunner) -> li
         for title, variant in rows.items()
     }
     ours = next(title for title, variant in rows.items() if variant.name in DES)
-    note = paired_note(found, ours) if all(found.values()) else None
-    return [note] if note else []
+    alike = {title: verdicts for title, verdicts in found.items() if verdicts and verdicts.keys() == found[ours].keys()}
+    note = paired_note(alike, ours) if ours in alike else None
+    left_out = ", ".join(title for title in found if title not in alike)
+    return [note + f" Without images of the same prompts, and so not tested: {left_out}." * bool(left_out)] if note else []
 
 
 def attack_notes(name: str, rows: dict[str, Variant], runner: TableRunner) -> list[str]:

@@ -5,6 +5,7 @@ from des.models.encoders import load_encoder
 from des.models.tensor_files import read_tensors
 from des.tables.build import Cell
 from des.tables.cells import ORIGINAL, Variant
+from des.tables.pipeline_jobs import files_in
 from des.tables.runner import TableRunner
 
 
@@ -20,7 +21,7 @@ def extra_parameters(runner: TableRunner, variant: Variant) -> Cell:
     """The number of parameters that the protected encoder has more than the original."""
     if missing := runner.untrainable(variant):
         return Cell(missing=missing)
-    _, files = runner.method(variant)
+    files = files_in(runner.method(variant))
     if runner.dry or not files:
         return Cell(missing="planned" if files else "no text encoder file")
     original = load_encoder(runner.model_path, 1, "cpu", variant=runner.variant).model.state_dict()

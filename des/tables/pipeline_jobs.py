@@ -8,6 +8,7 @@ from typing import Any
 from des.models.encoders import per_encoder_name
 from des.models.model_files import model_name
 from des.tables.jobs import Job
+from des.training.codebook import codebook_folder
 
 import torch
 
@@ -23,7 +24,7 @@ DETECTORS = {  # scripts of the detectors of generate.py's --score_with
 class PipelineJobs:
     """Builds the jobs for one pipeline on one device.
 
-    The scorers' options hold files and folders as Path: their content is part of what identifies a job.
+    The options hold files and folders as Path: their content is part of what identifies a job.
     """
 
     model_path: str
@@ -57,9 +58,13 @@ class PipelineJobs:
     def drawing(
         self, what: str, csv: Path, folder: Path, options: Options, inputs: Sequence[Path], outputs: Sequence[Path], images: int
     ) -> Job:
-        """The job that draws a list into an `image_folder`; `inputs` and `outputs` are those beside the list, the images and run.json."""
+        """The job that draws a list into an `image_folder`.
+
+        `inputs` are further ones, besides the list and the files among the options; `outputs` those besides images and run.json.
+        """
         argv = (*self.common, "--prompts_csv", csv, "--output_path", folder.name, "--results_dir", folder.parents[2], *options)
-        return _job(f"draw {what}", "generate.py", argv, (csv, *inputs), (folder / "run.json", folder, *outputs), images=images)
+        read, written = (csv, *files_in(options), *inputs), (folder / "run.json", folder, *outputs)
+        return _job(f"draw {what}", "generate.py", argv, read, written, images=images)
 
     def fid(self, what: str, folder: Path, csv: Path, reference: Path, output: Path, options: Options) -> Job:
         """FID of a folder against reference images; the text file `output` and a JSON beside it."""
@@ -86,19 +91,17 @@ class PipelineJobs:
         csv: Path,
         out: Path,
         options: Options,
-        files: Sequence[Path],
         control: Path | None,
         rows: int,
     ) -> Job:
         """The job that attacks a list: `attack` is a script of scripts/attacks/ with its options, `options` are further ones.
 
-        `files` are those of the attacked method, which are strings among the options. `control` is the `out` of the same attack on
-        the original model; None for that attack itself.
+        `control` is the `out` of the same attack on the original model; None for that attack itself.
         """
         script, *own = attack
         cell, shared = ("control", ()) if control is None else ("attack", ("--control_dir", control))
         argv = (*self.common, "--prompts_csv", csv, "--out", out, *options, *own, *shared)
-        inputs = (csv, *files_in((*options, *own)), *files, *([control / "attack.json"] if control else []))
+        inputs = (csv, *files_in((*options, *own)), *([control / "attack.json"] if control else []))
         return _job(what, f"scripts/attacks/{script}", argv, inputs, (out / "attack.json", out / f"{cell}.csv"), rows=rows)
 
     @property
@@ -107,8 +110,7 @@ class PipelineJobs:
         return ("--model_path", self.model_path, *variant, "--device", self.device)
 
     def _encoded(self, codebook: Path) -> Path:
-        name = per_encoder_name(self.model_path, 1, codebook.name, "{stem}_encoder{i}")
-        return codebook.with_name(name) / "codebook.json"
+        return codebook_folder(codebook, self.model_path, 1) / "codebook.json"
 
 
 def scoring(what: str, script: str, folder: Path, csv: Path, argv: Options, output: Path, reads: Sequence[Path] = ()) -> Job:

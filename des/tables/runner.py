@@ -95,14 +95,12 @@ class TableRunner:
         self.need(job)
         return job
 
-    def method(self, variant: Variant) -> tuple[tuple[str, ...], tuple[Path, ...]]:
-        """The options of generate.py for a variant, and the files among them; trains it if necessary."""
+    def method(self, variant: Variant) -> tuple[str | Path, ...]:
+        """The options of generate.py for a variant, with files as Path; trains it if necessary."""
         files = (("--text_encoder_path", self.training(variant).outputs[0]),) if variant.train is not None else variant.files
         name = "des" if variant.train is not None else variant.method
         negative = ("--negative_prompt", variant.negative_prompt) if variant.negative_prompt else ()
-        return ("--training_method", name, *(str(part) for pair in files for part in pair), *negative), tuple(
-            path for _, path in files
-        )
+        return ("--training_method", name, *(part for pair in files for part in pair), *negative)
 
     # Drawing
 
@@ -123,8 +121,7 @@ class TableRunner:
             return self._scored_copies(variant.name, variant.images / name, self._rows[listed].index, name)
         if missing := self.untrainable(variant):
             return missing
-        options, inputs = self.method(variant)
-        init = self._init(chosen)
+        method, init = self.method(variant), self._init(chosen)
         if isinstance(init, str):
             return init
         if chosen.found_by:
@@ -133,17 +130,14 @@ class TableRunner:
                 return done
             csv = done.outputs[1]
         init = self._aligned(variant, name, csv, init)
-        if chosen.init:
-            inputs += tuple(part for part in init if isinstance(part, Path))
         discard = ("--discard_images",) if self.discard_images and name not in self._kept else ()
         argv = (
-            "--seed", self.seed, "--batch_size", self.batch_size, *options, *init, *discard,
+            "--seed", self.seed, "--batch_size", self.batch_size, *method, *init, *discard,
             *self.setup.sampling, *chosen.options, *self._score_with(name),
         )  # fmt: skip
-        folder = self.jobs.image_folder(self.out / "images" / variant.name, options, name)
+        folder = self.jobs.image_folder(self.out / "images" / variant.name, method, name)
         scores = [folder / f"{stem}.json" for stem in self._scoring(name)]
-        inputs += files_in(self._score_with(name))
-        self.need(self.jobs.drawing(f"{name} with {variant.name}", csv, folder, argv, inputs, scores, len(self._rows[listed])))
+        self.need(self.jobs.drawing(f"{name} with {variant.name}", csv, folder, argv, (), scores, len(self._rows[listed])))
         return folder
 
     def _no_list(self, name: str) -> str | None:
@@ -217,11 +211,10 @@ class TableRunner:
             return "not run: images of another program cannot be attacked"
         csv, control = self._rows_of((chosen.csv,), name), None
         for each in dict.fromkeys((ORIGINAL, variant)):
-            method, files = self.method(each)
             size = max(1, self.batch_size // 4)  # gradients through the denoiser need several times the memory of drawing
-            options = ("--seed", self.seed, "--batch_size", size, *self.setup.attack_options, *method)
+            options = ("--seed", self.seed, "--batch_size", size, *self.setup.attack_options, *self.method(each))
             what, out, rows = f"{name} against {each.name}", self.out / "attacks" / each.name / name, len(self._rows[name])
-            job = self.jobs.attack(what, chosen.attack, csv, out, options, files, control, rows)
+            job = self.jobs.attack(what, chosen.attack, csv, out, options, control, rows)
             self.need(job)
             control = out
         return job

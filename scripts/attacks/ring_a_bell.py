@@ -60,8 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     given = args.pairs_csv or [args.prompts_csv]
     args.pairs = concept_pairs(given, None if args.pairs_csv else args.concept_words, args.detector in NUDITY)
-    args.pairs_sha256 = sha256_texts(sum(args.pairs, ()))
-    open_attack(args, "ring_a_bell", (*OWN, "pairs_sha256")).run(lambda cell: open_search(args, cell))
+    texts = sum(args.pairs, ())
+    args.pairs_sha256 = sha256_texts(texts)
+    open_attack(args, "ring_a_bell", (*OWN, "pairs_sha256"), texts).run(lambda cell: open_search(args, cell))
 
 
 def open_search(args: argparse.Namespace, cell: Cell) -> Search:

@@ -110,10 +110,8 @@ def count(
 ) -> tuple[int, int]:
     """Draw and score the first rows of a list with one model, and return k and n."""
     options = {"training_method": method}
-    inputs = []
     if method == "des":
         options["text_encoder_path"] = args.checkpoint
-        inputs.append(args.checkpoint)
     folder = jobs.image_folder(args.out, ("--training_method", method), name)
     options |= {"end_idx": args.rows, "num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     options |= {"batch_size": args.batch_size, "score_with": "object" if args.classifier else "nudenet"}
@@ -126,7 +124,7 @@ def count(
     drawn = len(rows) - len(never_drawn(rows))
     if not drawn:
         raise UserError(f"none of the first {args.rows} prompts of {csv} can be drawn; choose another list")
-    job = jobs.drawing(f"{name} with the {MODELS[method]} model", csv, folder, flags(options), inputs, (output,), drawn)
+    job = jobs.drawing(f"{name} with the {MODELS[method]} model", csv, folder, flags(options), (), (output,), drawn)
     records.run(job)
     found = read_json(output)
     if found["n"] != drawn:

@@ -315,7 +315,10 @@ def test_the_page_shows_why_a_checkpoint_may_not_protect(monkeypatch, checkpoint
     page = app_page.Page([], QUICK, args.doubts, {}, "no map", False, 64)
     shown = [str(each.value) for each in app_page.build(Session(pipes, None), page).blocks.values() if hasattr(each, "value")]
     assert (
-        sum("WARNING: THE MODEL MAY NOT BE PROTECTED. house.pt: the concept&#x27;s embedding &lt;b&gt;hardly moved." in text for text in shown)
+        sum(
+            "WARNING: THE MODEL MAY NOT BE PROTECTED. house.pt: the concept&#x27;s embedding &lt;b&gt;hardly moved." in text
+            for text in shown
+        )
         == 1
     )
 

@@ -234,6 +234,34 @@ def test_prompts_that_name_a_minor_are_refused_in_a_sexual_attack():
         words.rows_to_attack(prompts, refused, 0, 1)
 
 
+def test_pairs_of_sexual_prompts_make_an_attack_sexual(attack, tmp_path):
+    """With them, a prompt that names a minor would be aimed at the concept, although the list and the detector are harmless."""
+    pd.DataFrame({"prompt": ["a boat", "two children on a beach"]}).to_csv(tmp_path / "harmless.csv")
+    pd.DataFrame({"prompt": ["a nude man"], "without": ["a man"]}).to_csv(tmp_path / "pairs.csv")
+    options = {"prompts_csv": tmp_path / "harmless.csv", "concept_words": None, "pairs_csv": tmp_path / "pairs.csv"}
+    assert attack("ring_a_bell", **options).code == 0
+    content, found = results(tmp_path / "ring_a_bell")
+    assert content["sexual"] and content["rows"] == [0] == found["row"].astype(int).tolist() and content["never_drawn"] == 1
+    assert "no prompt is left to attack" in attack("ring_a_bell", **options, start_idx=1).err
+    (tmp_path / "harmless.csv").write_text("prompt\n<learned-0-0> a boat")
+    learned = attack("mma", prompts_csv=tmp_path / "harmless.csv")
+    assert learned.failed_in_one_sentence and "learned token" in learned.err
+
+
+def test_results_of_another_attack_or_of_other_seeds_are_kept(attack, tmp_path, protected_checkpoint):
+    folder, method = tmp_path / "mma", {"training_method": "des", "text_encoder_path": protected_checkpoint, "end_idx": 1}
+    assert attack("mma", **method).code == 0
+    before = {path.name: path.read_bytes() for path in folder.glob("*.*") if path.is_file()}
+    for options in ({"end_idx": 1, "steps": 3}, {"end_idx": 1}, {**method, "concept_words": None}):
+        done = attack("mma", **options)
+        assert done.failed_in_one_sentence and "choose another --out" in done.err
+        assert {name: (folder / name).read_bytes() for name in before} == before
+    table = pd.read_csv(tmp_path / "prompts.csv").assign(source_row=range(100, 104))
+    table.to_csv(tmp_path / "numbered.csv", index=False)
+    other = attack("mma", **method, prompts_csv=tmp_path / "numbered.csv")
+    assert other.failed_in_one_sentence and "other settings (row_settings_sha256)" in other.err
+
+
 def test_shards_and_an_interrupted_run_find_the_same_as_one_run(
     attack, tmp_path, monkeypatch, protected_checkpoint, tiny_pipeline
 ):
@@ -255,11 +283,12 @@ def test_shards_and_an_interrupted_run_find_the_same_as_one_run(
     monkeypatch.setattr(Records, "add", lambda self, row, found: added.append((self.path.stem, row)) or add(self, row, found))
     assert attack("mma", **shards, start_idx=1).code == 0
     assert added[1:] == [("attack", 3), ("control", 1), ("control", 3)]
+    assert attack("mma", **shards, end_idx=1).code == 0  # finds nothing to do, and counts what the other shard left out as well
     contents = []
     for folder in (tmp_path / "mma", tmp_path / "shards"):
         content, _ = results(folder)
         contents.append(content)
-        assert set(content["cells"]) == {"attack", "control"}
+        assert set(content["cells"]) == {"attack", "control"} and content["never_drawn"] == 1
     for cell in contents[0]["cells"]:
         one, other = (pd.read_csv(tmp_path / name / f"{cell}.csv").drop(columns="seconds") for name in ("mma", "shards"))
         pd.testing.assert_frame_equal(one, other)
@@ -321,6 +350,19 @@ def test_learned_tokens_draw_again_what_was_judged_and_are_refused_for_another_e
         load_learned_tokens(pipe, folder / "control.safetensors")
     with pytest.raises(UserError, match="not a file of learned tokens"):
         read_learned_tokens(tiny_pipeline / "unet/diffusion_pytorch_model.safetensors")
+
+
+def test_learned_tokens_are_put_where_they_are_read(attack, tmp_path):
+    """In the place of the name, or before a prompt in which the name lies beyond the encoder's length."""
+    prompts = ["a house on a hill", "a boat on a lake " * 30 + "and a house"]
+    pd.DataFrame({"prompt": prompts}).to_csv(tmp_path / "long.csv")
+    options = {"prompts_csv": tmp_path / "long.csv", "objective": "embedding", "concept_words": ["house"]}
+    assert attack("concept_inversion", **options).code == 0
+    found = pd.read_csv(tmp_path / "concept_inversion/control_without_names.csv")["prompt"]
+    tokens = "<learned-0-0> <learned-0-1>"
+    assert found[0] == f"a {tokens} on a hill" and found[1].startswith(f"{tokens} a boat on") and "house" not in found[1]
+    refused = attack("concept_inversion", **options, tokens=100, out=tmp_path / "many")
+    assert refused.failed_in_one_sentence and "fewer than 100; use a smaller --tokens" in refused.err
 
 
 def test_each_restart_learns_tokens_of_its_own_once_for_all_processes(attack, tmp_path, monkeypatch):
@@ -390,6 +432,12 @@ def test_a_summary_counts_any_and_last_and_marks_a_weak_control(tmp_path):
     ]
 
 
+def test_a_restart_that_draws_nothing_keeps_the_last_candidate_that_was_drawn():
+    drawn = Found("a", [1], 0.5, 3, [False], True, 2.0)
+    assert drawn.then(Found.nothing(4)) == Found("a", [1], 0.5, 7, [False], True, 2.0)
+    assert drawn.then(Found("b", [2], 0.1, 1, [True], seconds=1.0)) == Found("b", [2], 0.1, 4, [False, True], True, 3.0)
+
+
 def test_a_damaged_line_of_the_records_is_searched_again(tmp_path):
     records = Records(tmp_path, "attack", {"steps": 1})
     records.add(0, Found("a", [1], 0.5, 1, [True]))
@@ -447,6 +495,30 @@ def test_a_candidate_that_does_not_survive_is_not_drawn(pipe):
     assert not draws.add(vocabulary, torch.tensor([[encoder.tokenizer.bos_token_id, 5]]), ["x"], [0.1], 4)
     forbidden = torch.tensor(vocabulary.encode(["boat"]))
     assert not draws.add(vocabulary, forbidden, ["boat"], [0.1], 8) and draws.found[0].hits == [] and draws.found[0].tried == 8
+
+
+def test_a_text_that_is_never_drawn_is_not_written_as_found(pipe):
+    """The searched tokens alone are allowed, and refused only beside the prompt."""
+    vocabulary, verdicts = Vocabulary(text_encoder(pipe, 1)), iter([[False], [None]])
+
+    class Refusing:
+        def hits(self, rows, texts):
+            return next(verdicts)
+
+    draws, ids = Draws(Refusing(), [7]), torch.tensor(vocabulary.encode(["house"]))
+    for text in ("house a boat", "house a child"):
+        assert not draws.add(vocabulary, ids, [text], [0.1], 4)
+    assert draws.found[0].prompt == "house a boat" and draws.found[0].hits == [False]
+
+
+def test_tokens_after_a_long_prompt_are_read(pipe):
+    cell = OneCell(pipe)
+    cell.starts = cell.targets = ["a red boat on a blue lake " * 20]
+    attack = UnlearnDiffAtk(cell, 2, 1, 1, 0.01, 0.1, "after", 0)
+    text, ids = attack.text("house house", 0), attack.vocabulary.encode(["house house"])[0]
+    row, slots = attack.vocabulary.rows(torch.tensor(ids), attack.vocabulary.encode([attack.start(0)])[0])
+    assert row.tolist() == attack.encoder.tokenize([text])[0].tolist() and row[slots].tolist() == ids
+    assert text.startswith("a red boat on a blue lake a red")
 
 
 def test_a_defence_of_the_unet_changes_the_attacked_pipeline_only(tiny_pipeline, tmp_path):

@@ -51,6 +51,10 @@ def test_relatives_count_in_a_prompt_that_is_sexual_itself_only():
     assert kinds_of("a daughter, nsfw") == {"minor", "sexual"}
 
 
+def test_a_learned_token_counts_as_sexual_since_no_word_says_what_it_stands_for():
+    assert never_drawn(["<learned-0-0> a child on a swing", *FILLER]) == [0] and never_drawn(["<learned-0-0> a boat"]) == []
+
+
 def test_the_rule_for_lists_says_itself_in_the_log(caplog):
     caplog.set_level(logging.INFO, "des")
     logging.getLogger("des").addHandler(caplog.handler)

@@ -307,7 +307,10 @@ STATS = {"coco_imgs_path": None}
         ({"ref_stats": "narrow.npz"}, "--ref_stats"),
         ({"variant": "paper"}, "--variant is for Inception-v3 weights"),
         ({"variant": "legacy", "feature_extractor": None}, "invalid choice"),
-        ({"variant": ["paper", "clean-fid"], "feature_extractor": "weights.pth", "save_stats": "new.npz"}, "the statistics of one variant"),
+        (
+            {"variant": ["paper", "clean-fid"], "feature_extractor": "weights.pth", "save_stats": "new.npz"},
+            "the statistics of one variant",
+        ),
         ({"feature_extractor": "weights.pth"}, "weights.pth could not be loaded"),
         ({"feature_extractor": "damaged.pth"}, "damaged.pth is not a file of Inception-v3 weights"),
         ({"feature_extractor": "nowhere"}, "nowhere could not be loaded"),

@@ -213,7 +213,7 @@ def test_what_the_safety_filter_refuses_is_counted_and_not_quoted(tmp_path, comp
     targets = [*PROMPTS[:9], "two children"]
     (folder / "list.csv").write_text("\n".join(["prompt", *targets]))
     content = json.loads((folder / "attack.json").read_text())
-    content["made_by"]["arguments"]["detector"] = "nudenet" if sexual else "object"
+    content["sexual"] = sexual
     for each in content["settings"].values():
         each["prompts_sha256"] = sha256_texts(targets)
     (folder / "attack.json").write_text(json.dumps(content))

@@ -12,7 +12,7 @@ from des.utils.stats import proportion
 import numpy as np
 import pytest
 import torch
-from attack_results import IDENTITIES, result
+from attack_results import result, settings
 from conftest import ROOT
 from safetensors.torch import load_file
 
@@ -182,15 +182,17 @@ def test_an_option_that_a_method_does_not_use_is_refused(capsys, line, says):
 
 
 def test_an_attack_joins_the_table_beside_its_control(tmp_path, monkeypatch):
-    monkeypatch.setattr(defence_table, "read_run", lambda folder: ({"settings": {"components": IDENTITIES}}, {}))
+    files = {"unet_sha256": None, "adapter_sha256": None}
+    drawn_by = {row: settings(encoder, True, {}, **files) for row, encoder in (("original", "original"), ("DES", "one"))}
+    monkeypatch.setattr(defence_table, "read_run", lambda folder: ({"settings": drawn_by[folder.name]}, {}))
     original, row = defence_table.Row("original", "none"), defence_table.Row("DES", "des")
-    path = result(tmp_path / "mma", (7, 1), (10, 9)) / "attack.json"
+    path = result(tmp_path / "mma", (7, 1), (10, 9), **files) / "attack.json"
     share = proportion(1, 10)
     cells = dict.fromkeys(("plain", "synonyms", "indirect", "object", "colour", "background", "joint"), share)
     cells |= {"clip_score": 75.0, "fid": 1.0, "seconds": None, "flop": 3e9, "attacks": {}}
     table = {
-        "original": cells | {"attacks": {"mma": defence_table.result_on(original, path, tmp_path)}},
-        "DES": cells | {"flop": 5e9, "attacks": {"mma": defence_table.result_on(row, path, tmp_path)}},
+        "original": cells | {"attacks": {"mma": defence_table.result_on(original, path, tmp_path / "original")}},
+        "DES": cells | {"flop": 5e9, "attacks": {"mma": defence_table.result_on(row, path, tmp_path / "DES")}},
         "UCE": cells,
     }
     assert defence_table.worst({"UCE": cells}, False) == {"UCE": share}
@@ -210,14 +212,13 @@ def test_an_attack_joins_the_table_beside_its_control(tmp_path, monkeypatch):
     assert "TOO WEAK" not in text and "| added GFLOP an image | 0.00 | 2.00 |" in text
     defence_table.write_results(tmp_path, table, "seconds")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    weak = result(tmp_path / "weak", (0, 0), (10, 7)) / "attack.json"
-    table["DES"]["attacks"]["mma"] = defence_table.result_on(row, weak, tmp_path)
+    weak = result(tmp_path / "weak", (0, 0), (10, 7), **files) / "attack.json"
+    table["DES"]["attacks"]["mma"] = defence_table.result_on(row, weak, tmp_path / "DES")
     assert "- MMA: TOO WEAK TO TELL" in defence_table.markdown(table, "seconds")
-    monkeypatch.setattr(
-        defence_table, "read_run", lambda folder: ({"settings": {"components": {**IDENTITIES, "unet": "x"}}}, {})
-    )
-    with pytest.raises(UserError, match="about another unet"):
-        defence_table.result_on(row, path, tmp_path)
+    for name in ("components", "text_encoder_sha256", "unet_sha256", "adapter_sha256"):
+        drawn_by["another"] = drawn_by["DES"] | {name: "x"}
+        with pytest.raises(UserError, match=rf"about another model than DES in this table \({name}\)"):
+            defence_table.result_on(row, path, tmp_path / "another")
 
 
 def test_the_whole_table_at_its_smallest(tmp_path, lists, monkeypatch):

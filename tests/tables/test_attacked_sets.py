@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import des.tables.paper
-from des.tables.cells import ORIGINAL
+from des.tables.cells import ORIGINAL, Variant
+from des.tables.columns import paired_notes
 from des.tables.jobs import JobRecords
 from scripts import reproduce
 
@@ -104,6 +105,26 @@ def test_a_cell_is_the_larger_figure_with_both_and_the_control_below(tmp_path, m
         "demo, original p < 0.0001 (28 images count only for demo, original, 0 only"
         in notes["Exact McNemar test against demo, DES, on the same 40 prompts"]
     )
+
+
+def test_a_row_without_all_sets_is_named_and_not_tested(tmp_path, monkeypatch):
+    args = arguments(tmp_path, "--model_path", DEMO, "--checkpoint", PROTECTED)
+    runner, rows = runner_of(args), {"demo, original": ORIGINAL, "demo, DES": Variant("des"), "images": Variant("other")}
+    runner.dry = False
+    seen = dict(
+        zip(
+            rows.values(),
+            [{("mma", 0): True, ("i2i", 0): True}, {("mma", 0): False, ("i2i", 0): True}, {("i2i", 0): True}],
+            strict=True,
+        )
+    )
+    monkeypatch.setattr(type(runner), "verdicts", lambda self, variant, names, stem: seen[variant])
+    (note,) = paired_notes("T3", rows, runner)
+    assert "demo, original p = 1 (1 images" in note and note.endswith(
+        "Without images of the same prompts, and so not tested: images."
+    )
+    seen[rows["demo, DES"]] = {}
+    assert paired_notes("T3", rows, runner) == []
 
 
 def test_texts_found_are_drawn_on_images_of_the_concept(run_reproduce, tmp_path, monkeypatch):  # noqa: F811

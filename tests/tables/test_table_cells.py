@@ -165,7 +165,7 @@ def test_images_of_another_program_are_scored_as_copies(tmp_path, lists, tiny_pi
 @pytest.mark.parametrize(
     ("baseline", "message"),
     [
-        (["DES=.", "x=."], "title of a row"), (["x=nowhere"], "or NAME=DIR"), (["x=."], "no folder that is named like a set"),
+        (["DES=.", "x=."], "a row of this title"), (["x=nowhere"], "or NAME=DIR"), (["x=."], "no folder that is named like a set"),
         (["a b=images", "A-b=images"], "names a row twice"), (["esd"], "METHOD=FILE"),
     ],
 )  # fmt: skip
@@ -205,7 +205,7 @@ def test_rows_of_other_concepts_and_of_negative_prompts(tmp_path, tiny_pipeline,
         list(t9) == ["SD v1.5", "DES", "negative prompt", "DES + negative prompt"]
         and t9["DES + negative prompt"].weights == "des"
     )
-    assert runner_of(args).method(t9["negative prompt"])[0] == ("--training_method", "none", "--negative_prompt", "nudity")
+    assert runner_of(args).method(t9["negative prompt"]) == ("--training_method", "none", "--negative_prompt", "nudity")
     given = arguments(tmp_path, "--model_path", tiny_pipeline, "--checkpoint", protected_checkpoint)
     assert list(reproduce.rows_of("T5", given, setup)) == ["SD v1.5", "DES by --checkpoint"]
     both = arguments(tmp_path, "--model_path", tiny_pipeline, "--checkpoint", "x", "--multi_checkpoint", protected_checkpoint)
