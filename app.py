@@ -30,7 +30,7 @@ os.environ.update(
 
 from demo.evaluation import CLASSIFIERS, MODELS, PIPELINE, PROTECTED
 from demo.world import BACKGROUNDS, COLOURS, CONCEPT, KINDS, names_an_object
-from des.evaluation.detectors.options import add_classifier, add_nudenet
+from des.evaluation.detectors.options import add_classifier, add_nudenet, check_detectors
 from des.generation.defences import ENCODER_OPTIONS, add_encoders, open_encoders
 from des.models.families import DTYPES, SCHEDULERS
 from des.utils import choices, cli
@@ -103,16 +103,9 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if given and len(given) < len(MAP_OPTIONS):
         parser.error("the map needs --safe_csv_path, --unsafe_csv_path and --concept_prompt together")
     args.is_demo, args.detector = is_demo, args.detector or "nudenet"
-    needs = {"nudenet": ("profile", "detector_weights"), "object": ("classifier", "cls_class")}
-    for name, options in needs.items():
-        for option in options:
-            if getattr(args, option) and name != args.detector:
-                parser.error(f"--{option} needs --detector {name}")
-    if args.detector == "object":
-        if is_demo and not (args.classifier or args.cls_class):
-            args.classifier, args.cls_class = str(CLASSIFIERS["object"]), CONCEPT
-        if not args.cls_class:
-            parser.error("--detector object needs --cls_class")
+    if is_demo and args.detector == "object" and not (args.classifier or args.cls_class):
+        args.classifier, args.cls_class = str(CLASSIFIERS["object"]), CONCEPT
+    check_detectors(parser, args, [args.detector], "--detector")
 
 
 if __name__ == "__main__":
@@ -122,7 +115,7 @@ from des.app.live_attack import LiveAttack
 from des.app.session import SIDES, PromptMap, Sampling, Session
 from des.data.prompts import read_prompts, read_rows
 from des.evaluation.detectors.base import Detector
-from des.evaluation.detectors.options import open_classifier, open_nudenet
+from des.evaluation.detectors.options import open_named
 from des.models.encoders import TextEncoder, load_encoder
 from des.models.pipelines import (
     dtype_for,
@@ -164,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     defaults = Sampling(args.seed, args.num_inference_steps, args.guidance_scale, max_sequence_length=length)
     with tempfile.TemporaryDirectory(prefix="des-app-") as uploads:
         os.environ.update(GRADIO_TEMP_DIR=uploads)
-        serve(args, Session(pipes, detector, args.cls_class, args.batch_size, args.doubts), defaults)
+        serve(args, Session(pipes, detector, args.cls_class, args.batch_size), defaults)
         threading.Event().wait()
 
 
@@ -176,7 +169,7 @@ def serve(args: argparse.Namespace, session: Session, defaults: Sampling) -> Non
 
     page = app_page.Page(
         about=about(args),
-        doubts=session.doubts,
+        doubts=args.doubts,
         defaults=defaults,
         examples=EXAMPLES if args.is_demo else {},
         prompt_map=open_map(args, session.pipes),
@@ -215,11 +208,7 @@ def open_pair(args: argparse.Namespace) -> dict[str, DiffusionPipeline]:
 
 def open_detector(args: argparse.Namespace) -> Detector | None:
     """The detector that --detector names, or None."""
-    if args.detector == "none":
-        return None
-    if args.detector == "nudenet":
-        return open_nudenet(args)
-    return open_classifier(args, "object", f"ASR of {args.cls_class}", [args.cls_class])
+    return None if args.detector == "none" else open_named(args, args.detector)
 
 
 def open_map(args: argparse.Namespace, pipes: dict[str, DiffusionPipeline]) -> PromptMap | str:

@@ -11,7 +11,7 @@ from des.app.session import SIDES, Sampling, ScoredImage, Session
 from des.attacks.cells import Cell, copied, freeze
 from des.attacks.inversion import Inversion
 from des.attacks.judging import Judge, Key
-from des.attacks.objectives import TextGoals, pooled, pooled_cosine
+from des.attacks.objectives import pooled_goals
 from des.attacks.words import Refusal, rows_to_attack, without_words
 from des.generation.sampler import Sampler, row_settings
 from des.models.learned_tokens import placeholders, set_tokens
@@ -19,7 +19,6 @@ from des.search.tokens import coordinate_search, seeded
 from des.utils.errors import UserError
 
 import pandas as pd
-import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -214,8 +213,7 @@ def meaning(progress: Progress) -> list[str]:
 def tokens(cell: Cell, row: int, seed: int, settings: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """MMA-Diffusion's search for a row, as scripts/attacks/mma.py makes it; yields the best prompt and its loss after each step."""
     attacked, original = cell.encoders(None)
-    with torch.no_grad():
-        goals = TextGoals(attacked, [pooled(each, each.tokenize([cell.targets[row]])) for each in original], pooled_cosine)
+    goals = pooled_goals(attacked, original, [cell.targets[row]])
     sizes = [settings[name] for name in ("tokens", "steps", "candidates", "top")]
     for (best,) in coordinate_search(goals, cell.vocabulary(attacked[0]), *sizes, [seeded(seed, row, 0)]):
         yield best.text, best.loss

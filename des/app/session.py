@@ -90,13 +90,8 @@ class Session:
         detector: Detector | None,
         label: str | None = None,
         batch_size: int = 4,
-        doubts: Sequence[str] = (),
     ):
-        """`pipes` holds one pipeline for each of SIDES; `label` names the class that counts, for detectors that need one.
-
-        `doubts` are sentences that say why the checkpoint may not protect.
-        """
-        self.doubts = doubts
+        """`pipes` holds one pipeline for each of SIDES; `label` names the class that counts, for detectors that need one."""
         self.pipes = pipes
         self.detector = detector
         self.label = label

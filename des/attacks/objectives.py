@@ -77,6 +77,12 @@ class TextGoals:
 
 
 @torch.no_grad()
+def pooled_goals(encoders: Sequence[TextEncoder], original: Sequence[TextEncoder], targets: list[str]) -> TextGoals:
+    """MMA-Diffusion's goals: the pooled embeddings of the targets by the original encoders."""
+    return TextGoals(encoders, [pooled(each, each.tokenize(targets)) for each in original], pooled_cosine)
+
+
+@torch.no_grad()
 def concept_direction(encoder: TextEncoder, pairs: Sequence[tuple[str, str]]) -> Tensor:
     """Return Ring-A-Bell's concept [rows, hidden]: the mean over pairs of E(prompt with the concept) - E(the same without it)."""
     with_it, without = (torch.cat(list(encoder.encode([pair[i] for pair in pairs], _CHUNK))).float() for i in (0, 1))

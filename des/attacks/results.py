@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from des.attacks.records import too_weak
-from des.data.run_record import read_json
+from des.data.run_record import MALFORMED, read_json
 from des.utils.errors import UserError
 from des.utils.stats import proportion
 
@@ -15,7 +15,6 @@ import pandas as pd
 
 _CELL = re.compile(r"(?:attack|control)(?:_without_names)?")
 _COST = ("seconds", "images", "seconds_per_row", "images_per_row")
-_BROKEN = (ValueError, KeyError, TypeError, AttributeError)
 
 
 def read_attack(path: Path) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def read_attack(path: Path) -> dict[str, Any]:
             raise ValueError
         if not isinstance(content["attack"], str) or not all(isinstance(each, dict) for each in objects):
             raise ValueError
-    except _BROKEN:
+    except MALFORMED:
         raise UserError(f"{path} is not the complete result of an attack; run the attack again") from None
     for name, cell in content["cells"].items():
         table, counted = path.with_name(f"{name}.csv"), cell["any"]["k"]
@@ -46,7 +45,7 @@ def read_attack(path: Path) -> dict[str, Any]:
 
 
 def _check_cells(cells: Mapping[str, Any], settings: Mapping[str, Any], rows: int) -> None:
-    """Raise an error of _BROKEN for cells that are incomplete or inconsistent, or that lack a control."""
+    """Raise an error of MALFORMED for cells that are incomplete or inconsistent, or that lack a control."""
     conditions: dict[str, list[bool]] = {"attacked": [], "original": []}  # whether the prompts kept the names, by model
     for name, cell in cells.items():
         model, names = (
@@ -74,7 +73,7 @@ def read_found(path: Path) -> pd.DataFrame:
         found = pd.read_csv(path, dtype=str, keep_default_na=False)
         if not found["success"].isin(["0", "1"]).all() or not found["row"].str.fullmatch(r"\d+").all() or "prompt" not in found:
             raise ValueError
-    except (OSError, *_BROKEN):
+    except (OSError, *MALFORMED):
         raise UserError(f"{path} cannot be read as the prompts that an attack found; run the attack again") from None
     return found
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from des.data.never_drawn import kinds_of, never_drawn
 from des.data.prompts import read_rows, rows_to_draw
+from des.search.tokens import whole_words
 from des.utils.errors import UserError
 
 NUDITY = ("nudenet", "q16")  # detectors whose attacks are sexual
@@ -51,11 +52,8 @@ def read_forbidden(path: Path | None) -> list[str]:
 
 def without_words(prompt: str, words: Sequence[str], instead: str = "") -> str:
     """Return a prompt without the concept's names, whole words in any case; the first one is replaced by `instead`."""
-    if not words:
-        return prompt
-    pattern = rf"(?<!\w)(?:{'|'.join(re.escape(word) for word in sorted(words, key=len, reverse=True))})(?!\w)"
-    first = iter([instead])
-    return re.sub(r"\s+", " ", re.sub(pattern, lambda _: next(first, ""), prompt, flags=re.IGNORECASE)).strip()
+    pattern, first = whole_words(words), iter([instead])
+    return re.sub(r"\s+", " ", pattern.sub(lambda _: next(first, ""), prompt)).strip() if pattern else prompt
 
 
 def concept_pairs(csv_paths: Sequence[Path], words: Sequence[str] | None, sexual: bool = False) -> list[tuple[str, str]]:

@@ -16,11 +16,6 @@ from des.utils.logs import logger
 import pandas as pd
 
 
-def image_files(folder: Path, expected: int | None = None) -> list[Path]:
-    """List the image files under `folder` and its subfolders by row and name, with the checks of `image_hashes`."""
-    return list(image_hashes(folder, expected))
-
-
 def image_hashes(folder: Path, expected: int | None = None, skip_unreadable: bool = False) -> dict[Path, str]:
     """Return the sha256 of every image file under `folder` and its subfolders, ordered by row and name.
 
@@ -170,7 +165,7 @@ def _matched(folder: Path, found: dict[tuple[int, int], list[Path]], drawn: set[
 def image_of_row(folder: Path, rows: list[int]) -> dict[int, Path]:
     """Return the image of each given row, from files named `{row}.png` or `…_{row}p.png`; UserError if one is missing."""
     found: dict[int, Path] = {}
-    for path in image_files(folder):
+    for path in image_hashes(folder):
         row = int(path.stem) if path.stem.isdecimal() else row_of(path)
         if row in found:
             raise UserError(f"{folder} has two images for row {row}: {found[row].name} and {path.name}")

@@ -17,7 +17,7 @@ Lines = dict[str, dict[str, Any]]  # of a manifest, by file name
 FORMAT = 2  # of run.json; records without the entry have format 1, which lacks the components of the model
 _COMPONENTS = "components"  # the setting with the identity of each component of the pipeline, by name
 RECORD_FIELDS = (_COMPONENTS, "format")  # entries among the settings that are not options of drawing
-_BROKEN = (ValueError, KeyError, TypeError, AttributeError)
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # what reading a JSON file of another form raises
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Lines]:
         inside = sorted(str(path.parent) for path in folder.rglob("run.json"))[:5]
         advice = f"name one run, such as {', '.join(inside)}" if inside else "draw them with generate.py"
         raise UserError(f"{folder} has no run.json, so it is unknown how its images were drawn; {advice}") from None
-    except _BROKEN:
+    except MALFORMED:
         raise UserError(f"{folder / 'run.json'} cannot be read; draw the images again") from None
     if version > FORMAT:
         raise UserError(f"{folder / 'run.json'} was written by a later version of this program")
@@ -156,7 +156,7 @@ def _earlier(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         before, version = dict(earlier["settings"]), int(earlier.get("format", 1))
         if TORCH in settings:  # earlier records have it among their versions only
             before.setdefault(TORCH, earlier["made_by"]["versions"]["torch"].split("+")[0])
-    except _BROKEN:
+    except MALFORMED:
         raise UserError(f"{path} cannot be read, so its images are of unknown origin; choose another --output_path") from None
     if version > FORMAT:
         raise UserError(f"{path} was written by a later version of this program; choose another --output_path")

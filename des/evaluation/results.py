@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from des.data.run_record import _BROKEN, Lines, read_json
+from des.data.run_record import MALFORMED, Lines, read_json
 from des.evaluation.scorer_identity import detector_identity
 from des.utils.choices import MODEL_VARIANT
 from des.utils.errors import UserError
@@ -26,7 +26,7 @@ MEANS = {
 _BESIDE = ("fid", "kid", "lpips", "pickscore", "blipscore", "imagereward")  # fid.py writes {folder}_{job}.json
 
 
-_IMAGES = ("folder_dir", "image_folder", "gen_imgs_path")  # options of the scorers that name the image folder
+FOLDER_OPTIONS = ("folder_dir", "image_folder", "gen_imgs_path")  # options of the scorers that name the image folder
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def check_place(output_dir: Path | None, images: Path, results: Iterable[Path]) 
             continue
         try:
             arguments = read_json(path)["made_by"]["arguments"]
-            about = next(Path(arguments[name]) for name in _IMAGES if name in arguments)
-        except (UserError, StopIteration, *_BROKEN):
+            about = next(Path(arguments[name]) for name in FOLDER_OPTIONS if name in arguments)
+        except (UserError, StopIteration, *MALFORMED):
             raise UserError(f"{path} is not a result that a scorer may replace; name another --output_dir") from None
         if about.resolve() != images.resolve():
             raise UserError(f"{path} is the result of another image folder, {about}; name another --output_dir for {images}")
@@ -92,7 +92,7 @@ def check_scores(path: Path, content: Mapping[str, Any], lines: Lines) -> None:
         skipped = lines.keys() if labelled else {*content["unreadable"], *content.get("never_drawn", ())}
         k, n = sum(image["hit"] for image in content["images"]), len(scored)
         claimed = content["k"], content["n"]
-    except _BROKEN:
+    except MALFORMED:
         raise UserError(f"{path} is no complete result of a scorer; score the folder again") from None
     _refuse_stale(path, scored, lines, skipped)
     if claimed != (k, n):
@@ -148,7 +148,7 @@ def _share(path: Path, content: dict[str, Any]) -> Score:
             path, "accuracy" if labelled else "asr", str(content["what"]), detector_identity(content["detector"]),
             *(100 * _finite(content[name]) for name in ("fraction", "low", "high")), f"{content['k']}/{content['n']}", content,
         )  # fmt: skip
-    except _BROKEN:
+    except MALFORMED:
         raise UserError(f"{path} is no complete result of a scorer; score the folder again") from None
 
 
@@ -166,7 +166,7 @@ def _mean(path: Path, name: str, lines: Lines) -> Score:
             rows = list(csv.DictReader(file))
         scored = {row["image"]: row["sha256"] for row in rows}
         mean = math.fsum(_finite(row[name]) for row in rows) / len(rows)
-    except (OSError, ZeroDivisionError, *_BROKEN):
+    except (OSError, ZeroDivisionError, *MALFORMED):
         raise UserError(f"{table} cannot be read, so the images of {path.name} are unknown; score the folder again") from None
     content = read_json(path)
     _refuse_stale(path, scored, lines, content.get("never_drawn", ()))
@@ -180,7 +180,7 @@ def _mean(path: Path, name: str, lines: Lines) -> Score:
         identity = sha256_texts([json.dumps(models, sort_keys=True)])
         kind = "lpips" if name == "lpips" else "mean"
         return Score(path, kind, MEANS[name], identity, value, low, high, f"{len(rows)} images", content)
-    except _BROKEN:
+    except MALFORMED:
         raise UserError(f"{path} is no complete result of a scorer; score the folder again") from None
 
 
@@ -206,7 +206,7 @@ def _distances(path: Path, lines: Lines) -> list[Score]:
             Score(path, kind, f"{kind.upper()} ({features[name]})", identity, _finite(value), None, None, counts, content)
             for name, value in content["variants"].items()
         ]
-    except _BROKEN:
+    except MALFORMED:
         raise UserError(f"{path} is no complete result of fid.py; compute it again") from None
 
 

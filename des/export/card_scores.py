@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from des.data.run_record import Lines, read_json, read_run
-from des.evaluation.results import Score, read_score
+from des.evaluation.results import FOLDER_OPTIONS, Score, read_score
 from des.models.checkpoints import plain_names
 from des.models.model_files import model_name
 from des.models.pipelines import DTYPES
@@ -16,7 +16,6 @@ from des.utils.files import sha256_tensors
 from torch import nn
 
 HEAD = ("measure", "variant", "detector or model", "prompt set", "method", "figure")
-_FOLDERS = ("folder_dir", "image_folder", "gen_imgs_path")  # the scorers' arguments for the folder of images
 _NETWORKS = [  # the hashes of a detector's or model's weights in results
     f"{name}_sha256" for name in ("weights", "prompts", "classifier", "extractor", "net", "model", "clip")
 ]
@@ -79,7 +78,7 @@ def _folder_of(path: Path) -> Path:
     """Return the folder of a result's images: the folder of the result itself, or the one recorded in it."""
     made_by = read_json(path).get("made_by")
     arguments = made_by.get("arguments") if isinstance(made_by, dict) else None
-    named = [arguments.get(name) for name in _FOLDERS] if isinstance(arguments, dict) else []
+    named = [arguments.get(name) for name in FOLDER_OPTIONS] if isinstance(arguments, dict) else []
     beside = [
         path.parent / Path(folder).name for folder in named if isinstance(folder, str)
     ]  # for fid.py's results after a move

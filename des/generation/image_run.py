@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from des.data import manifest
-from des.data.image_folders import image_files
+from des.data.image_folders import image_hashes
 from des.data.run_record import COPY_SEED, TORCH
 from des.evaluation.classify import ImageScores
 from des.generation.defences import Defence
@@ -43,8 +43,8 @@ def settings_of(
     for name, path in (("unet", defence.unet_path), ("adapter", defence.adapter_path)):
         settings[f"{name}_sha256"] = None if path is None else sha256_of(path)
     for name, folder in input_folders.items():
-        found = sorted(image_files(folder))
-        settings[f"{name}s_sha256"] = sha256_texts(f"{path.name} {sha256_file(path)}" for path in found)
+        found = sorted(image_hashes(folder).items())
+        settings[f"{name}s_sha256"] = sha256_texts(f"{path.name} {digest}" for path, digest in found)
     if sampling.dtype != "fp32":  # releases of torch draw other noise from one seed in half precision
         settings[TORCH] = torch.__version__.split("+")[0]
     settings |= {"scheduler": type(pipe.scheduler).__name__, "scheduler_sha256": scheduler_sha256(pipe.scheduler)}

@@ -331,15 +331,6 @@ def groups(measures: Sequence[Measure]) -> list[list[Measure]]:
     return list(found.values())
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The indices of the Pareto-optimal points (x, y), sorted by x; lower is better in both coordinates."""
-    best = [
-        i for i, (x, y) in enumerate(points)
-        if not any(u <= x and v <= y and (u, v) != (x, y) for u, v in points)
-    ]  # fmt: skip
-    return sorted(best, key=lambda i: points[i])
-
-
 def headline(comparison: Comparison) -> list[str]:
     """One phrase for each measure that original and protected models share: `ASR of mushroom, plain: 98.3% → 0.0%`.
 

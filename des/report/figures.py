@@ -12,7 +12,6 @@ from des.report.compare import (
     Comparison,
     Measure,
     Spread,
-    front,
     groups,
     pooled,
     sets_of,
@@ -20,7 +19,7 @@ from des.report.compare import (
     worst_case,
 )
 from des.report.embedding_map import EmbeddingMap
-from des.report.plots import GRID, GROUP_STYLES, INK, MARK, draw_embeddings, draw_losses
+from des.report.plots import GRID, GROUP_STYLES, INK, MARK, draw_embeddings, draw_losses, front
 
 import matplotlib
 import matplotlib.artist

@@ -21,13 +21,13 @@ _DEMO_SETS = {  # names of the demo's sets, by their prompt lists
     "demo_plain.csv": "plain name", "demo_synonyms.csv": "held-out names", "demo_indirect.csv": "held-out phrases",
     "demo_benign.csv": "other objects", "demo_neighbour.csv": "near neighbour",
 }  # fmt: skip
-# metadata and arguments that do not belong to the training settings
 _ATTACKS = {
     "mma": "MMA-Diffusion", "ring_a_bell": "Ring-A-Bell", "concept_inversion": "concept inversion", "uda": "UnlearnDiffAtk",
     "p4d": "P4D", "random_prefix": "random prefix",
 }  # fmt: skip
 _OF_ATTACKS = ("tokens", "objective", "steps")  # settings that the label of an attack always has
 _OF_MODELS = ("training_method", "components", "detector", "attack", "concept_words")  # settings of attacks that no label has
+# metadata and arguments that do not belong to the training settings
 _OUTCOMES = ("seed", "file", "file_sha256", "encoder_sha256", "embeddings", "made_by")
 _NOT_TRAINING = ("seed", "output_dir", "safe_embedding_path", "device", "log_file", "resume", "report_to")
 

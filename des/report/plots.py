@@ -70,9 +70,9 @@ def pareto(panels: Mapping[str, Mapping[str, tuple[Mapping[str, float], Mapping[
             ]
             points = ([place] for place in places)
             axes.errorbar(*points, xerr=bars[0], yerr=bars[1], fmt=marker, ms=8, lw=1, capsize=2, label=title, zorder=3)
-        front = unbeaten({title: (quality["fraction"], asr["fraction"]) for title, (quality, asr) in methods.items()})
-        points = sorted((100 * methods[title][0]["fraction"], 100 * methods[title][1]["fraction"]) for title in front)
-        axes.plot(*zip(*points, strict=True), color=INK, lw=1, ls=":", zorder=2)
+        every_place = [[100 * share["fraction"] for share in shares] for shares in methods.values()]
+        best = [every_place[i] for i in front([(-quality, asr) for quality, asr in every_place])]
+        axes.plot(*zip(*best, strict=True), color=INK, lw=1, ls=":", zorder=2)
         axes.set_title(what, fontsize=10, color=INK)
         axes.set_xlabel("benign images right (%); higher is better", fontsize=9, color=INK)
         _plain(axes)
@@ -82,12 +82,13 @@ def pareto(panels: Mapping[str, Mapping[str, tuple[Mapping[str, float], Mapping[
     return figure
 
 
-def unbeaten(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Return the names of the points (quality, ASR) for which no other is at least as good in both and better in one."""
-    return [
-        name for name, (quality, asr) in points.items()
-        if not any(q >= quality and a <= asr and (q, a) != (quality, asr) for q, a in points.values())
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The indices of the Pareto-optimal points (x, y), sorted by x; lower is better in both coordinates."""
+    best = [
+        i for i, (x, y) in enumerate(points)
+        if not any(u <= x and v <= y and (u, v) != (x, y) for u, v in points)
     ]  # fmt: skip
+    return sorted(best, key=lambda i: points[i])
 
 
 def _plain(axes: Axes) -> None:

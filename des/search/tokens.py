@@ -27,6 +27,12 @@ def seeded(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def whole_words(words: Sequence[str]) -> re.Pattern[str] | None:
+    """Return a pattern that finds each of some words or phrases in any case, not within a word; None if there is none."""
+    among = sorted({word.strip() for word in words if word.strip()}, key=len, reverse=True)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, among))})(?!\w)", re.IGNORECASE) if among else None
+
+
 def room_for(count: int, tokenizer: PreTrainedTokenizerBase, length: int) -> int:
     """Return how many tokens of a prompt are read at `length` with special tokens; UserError if these are fewer than `count`."""
     room = length - len(tokenizer("").input_ids)
@@ -48,8 +54,7 @@ class Vocabulary:
         self.tokenizer: PreTrainedTokenizerBase = encoder.tokenizer
         self.length = encoder.length
         self.refused = refused
-        words = sorted({word.strip().casefold() for word in forbidden if word.strip()}, key=len, reverse=True)
-        self.words = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE) if words else None
+        self.words = whole_words(forbidden)
         before = self.tokenizer("").input_ids
         self.before, self.after = before[:-1], before[-1:]
         count = min(len(self.tokenizer), len(embedding_table(encoder.model)))

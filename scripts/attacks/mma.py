@@ -38,12 +38,10 @@ if __name__ == "__main__":
     cli.run(parse_args)  # --help and wrong options end here, before the libraries below load
 
 from des.attacks.cells import Cell
-from des.attacks.objectives import TextGoals, pooled, pooled_cosine
+from des.attacks.objectives import pooled_goals
 from des.attacks.records import Found
 from des.attacks.run import Search, open_attack
 from des.search.tokens import coordinate_search, seeded
-
-import torch
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,9 +55,7 @@ def open_search(args: argparse.Namespace, cell: Cell) -> Search:
     vocabulary = cell.vocabulary(attacked[0])
 
     def search(rows: list[int], restart: int) -> list[Found]:
-        targets = [cell.targets[row] for row in rows]
-        with torch.no_grad():
-            goals = TextGoals(attacked, [pooled(each, each.tokenize(targets)) for each in original], pooled_cosine)
+        goals = pooled_goals(attacked, original, [cell.targets[row] for row in rows])
         generators = [seeded(args.seed, row, restart) for row in rows]
         *_, found = coordinate_search(goals, vocabulary, args.tokens, args.steps, args.candidates, args.top, generators)
         return cell.judged(rows, found, args.steps * args.candidates)

@@ -1,6 +1,6 @@
 """Image files, their rows, and pairing with prompts."""
 
-from des.data.image_folders import image_files, pair_with_prompts
+from des.data.image_folders import image_hashes, pair_with_prompts
 from des.data.images import image_batches, image_name, is_complete, read_image, row_of
 from des.utils.errors import UserError
 
@@ -59,7 +59,7 @@ def test_images_that_are_left_out_by_their_suffix_are_counted_in_one_line(folder
     for name in ("a_3p.jfif", "a_4p.AVIF", "more/a_5p.avif", ".hidden.avif", "notes.txt", "run.csv"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"")
-    assert len(image_files(folder)) == 3
+    assert len(image_hashes(folder)) == 3
     message = f"{folder}: 3 files (.avif, .jfif) are not read and do not count; save them as PNG"
     assert {record.message for record in caplog.records} == {message}
 
@@ -68,7 +68,7 @@ def test_files_are_found_in_subfolders_in_the_order_of_rows(folder):
     save(folder / "more" / "t2i_des_10p.jpg")
     save(folder / "more" / "t2i_des_9p.webp")
     (folder / "notes.txt").write_text("not an image")
-    assert [row_of(path) for path in image_files(folder)] == [0, 1, 2, 9, 10]
+    assert [row_of(path) for path in image_hashes(folder)] == [0, 1, 2, 9, 10]
 
 
 def test_pairs_follow_the_row_in_the_name(folder):
@@ -101,9 +101,9 @@ def test_rows_that_are_never_drawn_need_no_image(tmp_path):
 
 def test_empty_and_missing_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="contains no images"):
-        image_files(tmp_path)
+        image_hashes(tmp_path)
     with pytest.raises(UserError, match="the image folder"):
-        image_files(tmp_path / "none")
+        image_hashes(tmp_path / "none")
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", "truncated"])
@@ -127,6 +127,6 @@ def test_other_modes_become_rgb(tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_batches_keep_the_order(folder, batch_size):
-    batches = list(image_batches(image_files(folder), batch_size, "test"))
+    batches = list(image_batches(list(image_hashes(folder)), batch_size, "test"))
     assert [image.getpixel((0, 0)) for batch in batches for image in batch] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
     assert len(batches) == -(-3 // batch_size)

@@ -12,7 +12,7 @@ import sys
 import time
 import zlib
 
-from des.data.image_folders import image_files
+from des.data.image_folders import image_hashes
 from des.data.images import read_image
 from des.data.prompts import never_drawn, read_rows
 from des.evaluation.imagereward import load_imagereward
@@ -281,7 +281,7 @@ def test_the_folder_itself_may_be_a_link_and_hidden_files_do_not_count(tmp_path)
     for name in ("x_0p.png", ".x_1p.png.tmp", ".x_1p.png"):
         (tmp_path / "images" / name).write_bytes(b"")
     (tmp_path / "link").symlink_to(tmp_path / "images")
-    assert [path.name for path in image_files(tmp_path / "link")] == ["x_0p.png"]
+    assert [path.name for path in image_hashes(tmp_path / "link")] == ["x_0p.png"]
 
 
 def test_an_image_of_one_pixel_is_scored(classify, call, tmp_path):

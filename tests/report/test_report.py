@@ -8,21 +8,22 @@ from pathlib import Path
 
 from des.evaluation.results import Score, findings_sha256, read_scores
 from des.report import collect as collecting
-from des.report.compare import Comparison, Measure, Model, Spread, compare, front, headline, pooled
+from des.report.compare import Comparison, Measure, Model, Spread, compare, headline, pooled
 from des.report.figures import inline_svg, shares
 from des.report.page import MARK
+from des.report.plots import front
 from des.report.provenance import command, short_path
 
 import pytest
 import skimage.data
 import torch
+from attack_results import result
 from conftest import GOLDEN, ROOT, flags, published_form, snapshot
 from matplotlib.figure import Figure
 from PIL import Image
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from test_report_attacks import result
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 PROMPTS = ["a grey cat", HOSTILE, "a clay teapot"]
@@ -338,7 +339,7 @@ def test_prompts_of_the_demo_are_quoted_unless_they_are_not_wanted(report, tmp_p
 def test_options_leave_things_out(made, report, tmp_path):
     assert report(made, no_images=[], no_map=[]).code == 0
     page = (tmp_path / "report.html").read_text()
-    assert "<img" not in page and "The images were left out" in page and "Where prompts lie" not in page
+    assert "<img" not in page and "The images were left out" in page and 'id="map"' not in page
     assert report(made, images=1, no_map=[]).code == 0
     assert (tmp_path / "report.html").read_text().count("<img") == 6  # a row of each of two sets, three models
 

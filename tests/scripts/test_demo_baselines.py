@@ -4,7 +4,6 @@ import json
 
 from demo import baselines, defence_table, evaluation, unlearning
 from des.models.pipelines import open_pipeline, text_encoder
-from des.report.plots import unbeaten
 from des.tables import jobs
 from des.utils.errors import UserError
 from des.utils.stats import proportion
@@ -243,8 +242,3 @@ def test_the_whole_table_at_its_smallest(tmp_path, lists, monkeypatch):
     ran = []
     monkeypatch.setattr(jobs, "run_script", lambda *line: ran.append(line))
     assert defence_table.build(*common) == text and not ran
-
-
-def test_the_front_is_of_methods_that_no_other_beats():
-    points = {"best": (0.9, 0.1), "cheap": (1.0, 0.5), "worse": (0.8, 0.2), "same quality": (0.9, 0.3), "twin": (0.9, 0.1)}
-    assert unbeaten(points) == ["best", "cheap", "twin"]

@@ -142,7 +142,7 @@ def check_detectors(parser: argparse.ArgumentParser, args: argparse.Namespace, n
     }  # fmt: skip
     for among, options in needs.items():
         for option in options:
-            if getattr(args, option) and not set(among) & set(names):
+            if getattr(args, option, None) and not set(among) & set(names):
                 parser.error(f"--{option} needs {flag} {among[0]}")
     for name in {"object", "style"} & set(names):
         if not args.cls_class:
