@@ -346,7 +346,7 @@ def server(checkpoint, tmp_path_factory):
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(list(map(str, command)), cwd=folder, stderr=log, stdout=log, env=env)
     until = time.monotonic() + 120
-    while "is open" not in (folder / "log").read_text():
+    while "the app runs at" not in (folder / "log").read_text():
         assert process.poll() is None and time.monotonic() < until, (folder / "log").read_text()
         time.sleep(0.1)
     yield port, folder / "log"
