@@ -103,6 +103,7 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if given and len(given) < len(MAP_OPTIONS):
         parser.error("the map needs --safe_csv_path, --unsafe_csv_path and --concept_prompt together")
     args.is_demo, args.detector = is_demo, args.detector or "nudenet"
+    args.doubts = []  # filled in by `open_pair`
     if is_demo and args.detector == "object" and not (args.classifier or args.cls_class):
         args.classifier, args.cls_class = str(CLASSIFIERS["object"]), CONCEPT
     check_detectors(parser, args, [args.detector], "--detector")

@@ -152,7 +152,7 @@ def test_the_action_itself_is_missing_where_the_tab_is(session, monkeypatch, hos
     monkeypatch.setenv("GRADIO_SERVER_NAME", "127.0.0.1")  # must not matter
     monkeypatch.setattr(app_page, "launch", lambda blocks, *address: pages.append(blocks))
     args = parse(host=host)
-    args.text_encoder_path, args.doubts = PROTECTED, []
+    args.text_encoder_path = PROTECTED
     app.serve(args, session, QUICK)
     names = [each["api_name"] for each in pages[0].config["dependencies"]]
     titles = [block.label for block in pages[0].blocks.values() if block.get_block_name() == "tabitem"]
