@@ -193,5 +193,5 @@ def open_attack(args: argparse.Namespace, name: str, own: Sequence[str], aims: S
         "made_by": provenance(args),
     }
     floor = control_floor(name, args.detector == "nudenet" and family_of(models.base).name == "sd_v1")
-    never, span = [row for row, text in enumerate(targets) if refused(text)], (args.start_idx, args.end_idx or len(targets))
+    never, span = [row for row, text in enumerate(targets) if refused(text)], (args.start_idx, len(targets[: args.end_idx]))
     return Attack(name, args.out, cells, table, numbers, rows, never, span, args.batch_size, args.restarts, floor, facts)
