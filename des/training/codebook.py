@@ -229,10 +229,10 @@ class Codebook:
         changed = differing({name: self.hashes[name] for name in now.keys() & self.hashes.keys()}, now)
         for name, value in now.items():
             if name in changed:
-                how = f" ({self.hashes.get(name)}, now {value})" if len(value) < 64 else ""
+                how = f": {self.hashes.get(name)}, now {value}" if len(value) < 64 else ""
                 raise UserError(
-                    f"the codebook in {self.folder} was made with another {name}{how} ({self.facts['model']}, encoder "
-                    f"{self.facts['encoder']}); run save_codebook.py for {encoder.model_path}, encoder {encoder.index}"
+                    f"the codebook in {self.folder} was made with other inputs ({name}{how}), for {self.facts['model']}, encoder "
+                    f"{self.facts['encoder']}; run save_codebook.py for {encoder.model_path}, encoder {encoder.index}"
                 )
 
     def norms(self) -> Tensor:

@@ -37,4 +37,4 @@ def test_the_nearest_and_the_farthest_prompts(call, tmp_path):
         assert found["row"].tolist() == [str(row) for row in rows]
         assert found["source_row"].tolist() == [str(10 + row) for row in rows]
     refused = call("datasets/nearest_prompts.py", *options, "--share", 0.1)
-    assert refused.failed_in_one_sentence and "give a longer list" in refused.err
+    assert refused.failed_in_one_sentence and "or a longer list" in refused.err

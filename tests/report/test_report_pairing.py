@@ -174,7 +174,7 @@ def test_a_method_may_change_its_own_component_only(identity, paired):
 
 def test_a_run_that_fits_two_original_models_is_refused():
     known = [run("plain", asr(10), encoder=name, components=IDENTITIES | {"text_encoder": name}) for name in ("a", "b")]
-    with pytest.raises(UserError, match=r"can be of the original model of .* make a report of each"):
+    with pytest.raises(UserError, match=r"may have the original model of .* make a report of each"):
         compare([*known, des("plain", asr(0), components=IDENTITIES)])
     metadata = {"base_encoder_sha256": "b"}
     first, second = compare([*known, des("plain", asr(0), components=IDENTITIES, protection=metadata)])
@@ -201,7 +201,7 @@ def test_a_setting_that_only_one_record_holds_separates_no_runs():
     (comparison,) = compare([known, des("plain", asr(0), **new | {"scheduler_sha256": "other"})])
     assert [len(each.runs) for each in comparison.sets] == [1, 1] and headline(comparison) == []
     assert {each.name for each in comparison.sets} == {"plain (scheduler settings 1)", "plain (scheduler settings 2)"}
-    with pytest.raises(UserError, match=r"can be of the prompts and settings of .* make a report of each"):
+    with pytest.raises(UserError, match=r"may have the prompts and settings of .* make a report of each"):
         compare(
             [
                 known,

@@ -95,7 +95,7 @@ def test_targets_are_read_again_and_do_not_depend_on_the_batch_size(tmp_path, co
     stamp = (tmp_path / "a.pth").stat().st_mtime_ns
     assert find_targets(tmp_path / "a.pth", codebook, encoder, unsafe, batch_size=3).equal(first)
     assert (tmp_path / "a.pth").stat().st_mtime_ns == stamp
-    with pytest.raises(UserError, match="another prompts"):
+    with pytest.raises(UserError, match="have changed: prompts"):
         find_targets(tmp_path / "a.pth", codebook, encoder, unsafe[:-1], batch_size=3)
     assert (
         len(find_targets(tmp_path / "a.pth", codebook, encoder, unsafe[:-1], batch_size=3, recompute=True)) == len(unsafe) - 1
@@ -116,9 +116,9 @@ def test_targets_can_be_the_nearest_or_random_rows(tmp_path, codebook, encoder):
     assert choose("random").equal(choose("random", name="again.pth"))
     assert not choose("random").equal(choose("random", seed=2))
     assert choose("random").max() < len(codebook)
-    with pytest.raises(UserError, match="another choice of targets"):
+    with pytest.raises(UserError, match="have changed: choice of targets"):
         choose("lowest", name="highest1.pth")
-    with pytest.raises(UserError, match="another choice of targets"):
+    with pytest.raises(UserError, match="have changed: choice of targets"):
         choose("random", seed=2, name="random1.pth")
 
 
@@ -153,7 +153,7 @@ def test_a_damaged_codebook_is_refused(tmp_path, codebook):
     facts = json.loads((folder / "codebook.json").read_text())
     facts["prompts"][0] = "something else"
     (folder / "codebook.json").write_text(json.dumps(facts))
-    with pytest.raises(UserError, match="another prompts"):
+    with pytest.raises(UserError, match=r"other inputs \(prompts\)"):
         Codebook(folder).check(load_encoder(str(GOLDEN / "A/model")))
 
 
