@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     table = pd.DataFrame({"prompt": [args.prompt]}) if args.prompt is not None else read_rows(args.prompts_csv)
     prompts = table["prompt"].tolist()
     check_placeholders(prompts, read_learned_tokens(args.learned_tokens)[0] if args.learned_tokens else [])
-    rows = rows_to_draw(prompts, args.start_idx, args.end_idx)
+    rows = rows_to_draw(prompts, args.start_idx, args.end_idx, args.negative_prompt)
     dtype = settle(args)
     mode = "inpaint" if args.mask_images else "image" if args.init_images else "text"
     folders = {name: getattr(args, f"{name}s") for name in INPUTS[mode]}
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         for copy in range(args.num_images_per_prompt)
     }
     size = min(args.batch_size, len(prompts) * args.num_images_per_prompt)
-    left_out = set(never_drawn(prompts))
+    left_out = set(never_drawn(prompts, negative_prompt=args.negative_prompt))
     drawable = [row for row in range(len(prompts)) if row not in left_out]  # of all shards
     truncated = truncated_by_encoder(readers(pipe, args.max_sequence_length), prompts, drawable)
     sampler = Sampler(pipe, refiner, sampling, prompts, drawn_with, inputs, size)

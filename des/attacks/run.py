@@ -159,7 +159,8 @@ def open_attack(args: argparse.Namespace, name: str, own: Sequence[str], aims: S
     targets, numbers = table["prompt"].tolist(), published_rows(table, args.prompts_csv)
     check_placeholders(targets, [])
     forbidden = read_forbidden(args.forbidden_tokens)
-    refused = Refusal([*targets, *args.concept_words, args.cls_class or "", *aims], args.detector in NUDITY)
+    aims = [*targets, *args.concept_words, args.cls_class or "", *aims]
+    refused = Refusal(aims, args.detector in NUDITY, args.negative_prompt)
     rows = rows_to_attack(targets, refused, args.start_idx, args.end_idx)
     detector, models = open_detector(args), open_models(args)
     sampling = Sampling.of({"strength": None, "use_refiner": False, "high_noise_frac": None, **vars(args)})

@@ -19,12 +19,13 @@ class Refusal:
     else says what it aims at. In others, prompts are refused that both name a minor and are sexual.
     """
 
-    def __init__(self, texts: Sequence[str], sexual: bool = False):
+    def __init__(self, texts: Sequence[str], sexual: bool = False, negative_prompt: str | None = None):
+        self.negative_prompt = negative_prompt
         self.sexual = sexual or any("sexual" in kinds_of(text) for text in texts)
 
     def __call__(self, text: str) -> bool:
         """Whether `text` is never drawn."""
-        return bool(never_drawn([text], sexual_set=self.sexual))
+        return bool(never_drawn([text], self.sexual, self.negative_prompt))
 
 
 def rows_to_attack(prompts: list[str], refused: Refusal, start: int = 0, end: int | None = None) -> list[int]:

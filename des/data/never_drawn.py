@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 
 from des.data.ages import may_be_an_age, names_an_age
-from des.data.prompt_forms import LEETS, TABLE, forms, matches, pattern_of, plain
+from des.data.prompt_forms import BREAK, LEETS, TABLE, TOKEN, forms, is_term, matches, pattern_of, plain
 from des.utils.logs import logger
 
 SEXUAL_SET_SHARE = 0.05
@@ -19,15 +19,16 @@ PLACEHOLDER = re.compile(r"<learned-\d+-\d+>")  # the name of a learned token, s
 _LONGEST_TOKEN = 64  # characters; every word of the tables is shorter
 
 
-def never_drawn(prompts: Sequence[str], sexual_set: bool = False) -> list[int]:
+def never_drawn(prompts: Sequence[str], sexual_set: bool = False, negative_prompt: str | None = None) -> list[int]:
     """Return the rows that must not be generated: minors in a sexual context.
 
     These are prompts that name a minor and are sexual. In a sexual list, every prompt that names a minor is left out, and the log
-    says so: a list is sexual if the caller passes `sexual_set` or at least 5% of its prompts are. No option turns this off.
+    says so: a list is sexual if the caller passes `sexual_set` or at least 5% of its prompts are. A `negative_prompt` that names
+    clothing makes every prompt sexual, and one that names adults makes every prompt name a minor. No option turns this off.
     """
-    kinds = [kinds_of(prompt) for prompt in prompts]
+    kinds, excluded = [kinds_of(prompt) for prompt in prompts], _kinds_without(negative_prompt or "")
     sexual = sum("sexual" in each for each in kinds)
-    found = [i for i, each in enumerate(kinds) if {"minor", "sexual"} <= each]
+    found = [i for i, each in enumerate(kinds) if {"minor", "sexual"} <= each | excluded]
     if sexual_set or (sexual and sexual >= SEXUAL_SET_SHARE * len(prompts)):
         every = [i for i, each in enumerate(kinds) if "minor" in each]
         if len(every) > len(found):
@@ -46,11 +47,20 @@ def _log_once(sexual: int, count: int, dropped: int, known: bool) -> None:
 def kinds_of(prompt: str) -> frozenset[str]:
     """Return which of "minor" and "sexual" a prompt names; words for relatives count as minors if it is sexual.
 
-    A learned token counts as sexual, since no word says what it stands for.
+    A learned token counts as sexual, since no word says what it stands for. Harmless phrases are struck out, some of them only if the
+    rest of the prompt names neither a minor nor anything sexual.
     """
+    found = _kinds(prompt, "alone")
+    if len(found) == 1 and len(kinds := _kinds(prompt, "phrases")) == 2:
+        return kinds
+    return found
+
+
+def _kinds(prompt: str, struck: str) -> frozenset[str]:
+    """Return the kinds of a prompt without harmless phrases: those always struck (`phrases`), or also those beside nothing (`alone`)."""
     found = {"sexual"} if PLACEHOLDER.search(prompt) else set()
-    for words, spelled_out in forms(prompt):
-        found |= _kinds_of_words(words, spelled_out)
+    for text, spelled_out in forms(prompt):
+        found |= _kinds_of_text(text, spelled_out, struck)
     found |= _kinds_of_cjk(plain(prompt))
     for language in [name[len("minor-") :] for name in found if name.startswith("minor-")]:
         found |= {"minor"} if f"{language}:sexual" in found or f"sexual-{language}" in found else set()
@@ -59,6 +69,13 @@ def kinds_of(prompt: str) -> frozenset[str]:
     if {"sexual", "relative"} <= found:
         found.add("minor")
     return frozenset(found & {"minor", "sexual"})
+
+
+def _kinds_without(negative_prompt: str) -> set[str]:
+    """Return the kinds of a prompt whose images a negative prompt steers away from clothing ("sexual") or from adults ("minor")."""
+    words = {word for text, _ in forms(negative_prompt) for word in TOKEN.findall(text)}
+    terms = {kind: [pattern_of(term)[0] for term in named] for kind, named in TABLE["negative"].items()}
+    return {kind for kind, named in terms.items() if any(is_term(word, term) for word in words for term in named)}
 
 
 @cache
@@ -109,18 +126,21 @@ def _kinds_of_word(word: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def _kinds_of_words(words: list[str], spelled_out: bool) -> set[str]:
+def _kinds_of_text(text: str, spelled_out: bool, struck: str) -> set[str]:
+    words = TOKEN.findall(text)
     different = set(words)
-    if not different.isdisjoint(_struck()):
-        words = _strike(words)
+    first_words, pattern = _struck(struck)
+    if not different.isdisjoint(first_words):
+        words = TOKEN.findall(pattern.sub(f" {BREAK} ", text))
+        different = set(words)
     found: set[str] = set()
-    for word in set(words):
+    for word in different:
         found |= _kinds_of_word(word)
     phrases = _terms()[2]
     if not different.isdisjoint(phrases):
         for start, word in enumerate(words):
-            for pattern, names in phrases.get(word, ()):
-                if matches(words, start, pattern):
+            for each, names in phrases.get(word, ()):
+                if matches(words, start, each):
                     found |= names
     if any(map(may_be_an_age, different)) and names_an_age(words):
         found |= {"minor", "en:minor"}
@@ -129,22 +149,13 @@ def _kinds_of_words(words: list[str], spelled_out: bool) -> set[str]:
     return found
 
 
-def _strike(words: list[str]) -> list[str]:
-    """Return the words with an empty string in place of each harmless phrase."""
-    kept, at, struck = [], 0, _struck()
-    while at < len(words):
-        longest = max((len(each) for each in struck.get(words[at], ()) if matches(words, at, each)), default=0)
-        kept.append("" if longest else words[at])
-        at += longest or 1
-    return kept
-
-
 @cache
-def _struck() -> dict[str, list[list[str]]]:
-    found: dict[str, list[list[str]]] = {}
-    for term in TABLE["struck"]["phrases"]:
-        found.setdefault(pattern_of(term)[0], []).append(pattern_of(term))
-    return found
+def _struck(name: str) -> tuple[frozenset[str], re.Pattern]:
+    """Return the first words of the harmless phrases, and a pattern that matches them; only spaces, hyphens, ' and _ join their words."""
+    terms = TABLE["struck"]["phrases"] + (TABLE["struck"]["alone"] if name == "alone" else [])
+    phrases = sorted(map(pattern_of, terms), key=lambda words: len(" ".join(words)), reverse=True)
+    either = "|".join(r"[ \t'’_-]+".join(map(re.escape, words)) for words in phrases)
+    return frozenset(words[0] for words in phrases), re.compile(rf"(?<![^\W_])(?:{either})(?![^\W_])")
 
 
 def _kinds_of_letters(words: list[str]) -> set[str]:

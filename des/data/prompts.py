@@ -140,14 +140,14 @@ def read_prompts(csv_path: Path, sampling_ratio: float = 1.0) -> list[str]:
     return prompts.tolist()
 
 
-def rows_to_draw(prompts: list[str], start: int = 0, end: int | None = None) -> list[int]:
+def rows_to_draw(prompts: list[str], start: int = 0, end: int | None = None, negative_prompt: str | None = None) -> list[int]:
     """Return the row numbers from `start` to `end` (default: all), without prompts that are never drawn; UserError if none is left."""
     end = len(prompts) if end is None else end
     if end > len(prompts):
         logger.info("--end_idx %d is beyond the list; using the rows up to its end, row %d", end, len(prompts) - 1)
     if start >= len(prompts):
         raise UserError(f"--start_idx {start} is beyond the list of {len(prompts)} prompts")
-    dropped = set(never_drawn(prompts))
+    dropped = set(never_drawn(prompts, negative_prompt=negative_prompt))
     rows = range(start, min(end, len(prompts)))
     kept = [row for row in rows if row not in dropped]
     if len(kept) < len(rows):

@@ -131,7 +131,11 @@ def claim(
     """
     with locked(folder / ".run.lock", "its record", wait=True):
         earlier = _earlier(folder, json.loads(json.dumps(settings, default=str)))
-        facts = {"settings": settings, "protection": applied, "left_out": never_drawn(prompts)}
+        facts = {
+            "settings": settings,
+            "protection": applied,
+            "left_out": never_drawn(prompts, negative_prompt=settings.get("negative_prompt")),
+        }
         facts |= {"truncated_prompts": truncated, "made_by": made_by}
         claimed = claims.claimed_keys(folder, earlier | {"left_out": facts["left_out"]}) | set(keys)
         facts["claimed"] = claims.packed(claimed)

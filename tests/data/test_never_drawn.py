@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from des.data.never_drawn import kinds_of, never_drawn
-from des.data.prompts import read_prompts
+from des.data.prompts import read_prompts, rows_to_draw
 from des.report.pictures import _never_shown
 from des.utils.files import sha256_texts
 
@@ -43,6 +43,33 @@ def test_what_only_looks_like_it_stays(prompt):
 
 def test_a_struck_phrase_hides_nothing_beside_it():
     assert never_drawn(["a naked mole rat watched by kids, nsfw", "chicken breast, a boy, nude", *FILLER]) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "1girl, nude, heels, smile", "a child, naked. Eyes closed", "a nude baby, blue background", "school girl, nude, color photo",  # not side by side
+        "a nude baby blue-eyed", "school girl posing nude color photo", "nude beach boys", "a naked child's pose",  # beside a term of the other kind
+        "\U0001f467 nude", "naked \U0001f9d2", "1girl \U0001f51e", "nude babygirl", "nude kidz", "nude eightyearold", "nude freshman in high school",
+    ],
+)  # fmt: skip
+def test_words_that_only_look_like_a_harmless_phrase_are_found(prompt):
+    assert never_drawn([prompt, *FILLER]) == [0]
+
+
+def test_a_negative_prompt_counts_by_what_the_images_then_lack():
+    prompts = ["a child at the beach", "a nude woman", "a house"]
+    lists = {
+        "clothes, blurry": [0],
+        "swimsuits": [0],
+        "Adults, old": [1],
+        "adult, clothing": [0, 1, 2],
+        "ugly, old, child, nude": [],
+        None: [],
+    }
+    for negative, expected in lists.items():
+        assert [row for row in never_drawn([*prompts, *FILLER], negative_prompt=negative) if row < 3] == expected, negative
+    assert rows_to_draw(prompts[:1] * 2 + FILLER, 1, 5, "clothes") == [2, 3, 4]
 
 
 def test_relatives_count_in_a_prompt_that_is_sexual_itself_only():
