@@ -144,6 +144,10 @@ def test_prompts_that_are_never_drawn_keep_their_numbers(generate, tmp_path, pro
     done = generate()
     assert done.code == 0 and "1 of 3 prompts are left out" in done.err
     assert sorted(pixels(tmp_path)) == ["t2i_none_0p.png", "t2i_none_2p.png"]
+    prompts_csv.write_text("prompt\na house\na kid at the beach\na tree\n")
+    done = generate(output_path="without", negative_prompt="clothes")
+    assert done.code == 0 and "1 of 3 prompts are left out" in done.err
+    assert json.loads((tmp_path / "results/none/tiny-sd/without/run.json").read_text())["left_out"] == [1]
 
 
 def test_a_list_that_lost_rows_is_seeded_by_its_published_numbers(generate, tmp_path, prompts_csv):
