@@ -81,9 +81,10 @@ from demo.tables import demo_setup
 from des.generation.defences import METHODS
 from des.tables.build import Cell, Table, paper_figures
 from des.tables.cells import LEFT_OUT, ORIGINAL, Setup, Variant, ablations, trained
-from des.tables.columns import ABLATIONS, COUNTED_AS, attack_notes, columns_of, count_of, paired_notes, sets_of
+from des.tables.columns import ABLATIONS, COUNTED_AS, columns_of, count_of, sets_of
 from des.tables.inputs import check_inputs, record_inputs
 from des.tables.jobs import Job
+from des.tables.notes import attack_notes, given_notes, paired_notes, protection_notes
 from des.tables.paper import paper_setup
 from des.tables.runner import TableRunner
 from des.utils import cli, logs
@@ -241,7 +242,8 @@ def build(name: str, args: argparse.Namespace, runner: TableRunner) -> Table:
     if name == "T4":
         starts = {column: runner.input_images(each) for column, each in setup.columns[name].items()}
         table.ours["input image"] = starts | {"avg": Cell.mean(list(starts.values()))}
-    table.notes = notes(name, args, runner) + attack_notes(name, rows, runner) + paired_notes(name, rows, runner)
+    table.notes = [] if runner.dry else protection_notes(rows, runner)
+    table.notes += notes(name, args, runner) + attack_notes(name, rows, runner) + paired_notes(name, rows, runner)
     return table
 
 
@@ -304,9 +306,11 @@ def notes(name: str, args: argparse.Namespace, runner: TableRunner) -> list[str]
             f"The quarter of the benign prompts whose embeddings by the original text encoder 1 are {which} the concept's, by cosine "
             "similarity. FID is against all reference images; the paper does not say against which. The FID of few images is biased upwards."
         )
-    if name in ("T3", "T4"):
+    listed = [setup.sets[each] for each in sets_of(name, setup)]
+    if any(each.attack or each.found_by for each in listed):
         found.append(setup.attack_note)
-    if name == "T4":
+    found += given_notes(name, setup)
+    if any(each.found_by for each in listed):
         found.append(
             "The texts are those that MMA found: black box on the original model, white box on the row's own. MMA's perturbation of the "
             "image, which is against a safety checker, is left out."

@@ -40,6 +40,7 @@ class TableRunner:
     variant: str | None = None
     planned: list[Job] = field(default_factory=list)
     _rows: dict[str, pd.DataFrame] = field(default_factory=dict)  # rows by list, as read
+    protections: dict[Variant, Path] = field(default_factory=dict)  # a file that records how a variant is protected
     _copied: set[Path] = field(default_factory=set)  # lists that are already written or checked
 
     @cached_property
@@ -138,6 +139,7 @@ class TableRunner:
         folder = self.jobs.image_folder(self.out / "images" / variant.name, method, name)
         scores = [folder / f"{stem}.json" for stem in self._scoring(name)]
         self.need(self.jobs.drawing(f"{name} with {variant.name}", csv, folder, argv, (), scores, len(self._rows[listed])))
+        self.protections[variant] = folder / "run.json"
         return folder
 
     def _no_list(self, name: str) -> str | None:
@@ -217,6 +219,7 @@ class TableRunner:
             job = self.jobs.attack(what, chosen.attack, csv, out, options, control, rows)
             self.need(job)
             control = out
+        self.protections.setdefault(variant, job.outputs[0])
         return job
 
     def _aligned(self, variant: Variant, name: str, csv: Path, init: tuple[str | Path, ...]) -> tuple[str | Path, ...]:

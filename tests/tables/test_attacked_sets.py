@@ -1,18 +1,19 @@
 """T3 and T4: the attacks that fill their cells, with which budgets, beside which control, and the texts that they found on images."""
 
+import json
 from pathlib import Path
 
 import des.tables.paper
 from des.tables.cells import ORIGINAL, Variant
-from des.tables.columns import paired_notes
 from des.tables.jobs import JobRecords
+from des.tables.notes import paired_notes, protection_notes
 from scripts import reproduce
 
 import pytest
 from attack_results import result
 from conftest import ROOT
 from test_reproduce import reproduce as run_reproduce  # noqa: F401
-from test_table_cells import arguments, runner_of
+from test_table_cells import arguments, lists, runner_of  # noqa: F401
 
 DEMO = ROOT / "demo/models/pipeline"
 PROTECTED = ROOT / "demo/models/protected/checkpoint-20.safetensors"
@@ -82,6 +83,61 @@ def test_what_a_model_or_a_missing_list_does_not_allow_stays_empty(tmp_path, pub
     assert str(runner_of(arguments(tmp_path, "--model_path", family("sdxl"))).asr(ORIGINAL, "cce")).startswith(
         "not run: no unlearn"
     )
+
+
+def test_prompts_that_are_given_are_not_called_white_box_for_every_row(tmp_path, lists, public_lists, family):  # noqa: F811
+    model = ["--model_path", family("sd_v1")]
+
+    def notes(table, *more):
+        args = arguments(tmp_path, *model, *more)
+        return reproduce.build(table, args, runner_of(args)).notes
+
+    found = notes("T3", *lists)
+    assert not any("against the model of its row" in note for note in found)
+    assert [note for note in found if "only for the model that they were found on" in note] == [
+        f"{column}: the prompts of {name}.csv, the same for every row; they are white box only for the model that they were found on."
+        for column, name in {"MMA": "mma_whitebox", "UDA": "uda_whitebox", "RAB": "rab_whitebox", "CCE": "cce"}.items()
+    ]
+    columns = [note.split(":")[0] for note in notes("T4", *lists) if "that they were found on" in note]
+    assert columns == ["text, white box", "text + image, white box"] and not any(
+        "MMA found" in note for note in notes("T4", *lists)
+    )
+    found = notes("T3", *public_lists, f"cce={tmp_path / 'uda.csv'}")
+    assert any("against the model of its row" in note for note in found)
+    assert [note.split(":")[0] for note in found if "that they were found on" in note] == ["CCE"]
+
+
+def test_texts_of_t4_are_not_those_of_given_prompts(tmp_path, public_lists, family):
+    """Where MMA's prompts for T3 are given, no attack runs that T4 could draw the texts of."""
+    args = arguments(tmp_path, "--model_path", family("sd_v1"), *public_lists, f"mma_whitebox={tmp_path / 'uda.csv'}")
+    cells = reproduce.build("T4", args, runner_of(args)).ours["DES"]
+    assert str(cells["text, white box"]).startswith("not run: no i2i_text_white.csv")
+
+
+def test_a_row_says_why_its_model_may_not_be_protected(tmp_path, public_lists, family, monkeypatch):
+    """By the records of its images and of its attacks; a row of another defence and the original one have nothing to say."""
+    monkeypatch.setattr(JobRecords, "run", lambda self, job: None)
+    runner = runner_of(arguments(tmp_path, "--model_path", family("sd_v3"), *public_lists))
+    runner.dry = False
+    drawn, attacked = Variant("des_given", "des"), Variant("des_given_negative", "des")
+    for variant, loaded in {
+        ORIGINAL: {},
+        drawn: {"1": {"doubt": "it hardly moved"}, "2": {"doubt": None}},
+        Variant("esd", "esd"): {"file": "x"},
+    }.items():
+        folder = Path(runner.drawn(variant, "uda"))
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"protection": loaded}))
+    runner.attack(attacked, "mma_whitebox")
+    record = tmp_path / "out/attacks/des_given_negative/mma_whitebox/attack.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"protection": {"1": {}}}))
+    rows = {"SD3": ORIGINAL, "DES-v3": drawn, "negated": attacked, "ESD": Variant("esd", "esd"), "not drawn": Variant("other")}
+    assert protection_notes(rows, runner) == [
+        "DES-v3: text encoder 1: it hardly moved.",
+        "DES-v3: text encoder 3 is the original one, which is not protected.",
+        "negated: text encoders 2 and 3 are the original ones, which are not protected.",
+    ]
 
 
 def test_a_cell_is_the_larger_figure_with_both_and_the_control_below(tmp_path, monkeypatch):
