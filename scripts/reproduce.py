@@ -81,7 +81,7 @@ from demo.tables import demo_setup
 from des.generation.defences import METHODS
 from des.tables.build import Cell, Table, paper_figures
 from des.tables.cells import LEFT_OUT, ORIGINAL, Setup, Variant, ablations, trained
-from des.tables.columns import ABLATIONS, COUNTED_AS, columns_of, count_of, sets_of
+from des.tables.columns import ABLATIONS, COUNTED_AS, columns_of, count_of, sets_of, share_a_list
 from des.tables.inputs import check_inputs, record_inputs
 from des.tables.jobs import Job
 from des.tables.notes import attack_notes, given_notes, paired_notes, protection_notes
@@ -241,7 +241,7 @@ def build(name: str, args: argparse.Namespace, runner: TableRunner) -> Table:
         table.ours[title] = {column: measure(variant) for column, measure in columns.items()}
     if name == "T4":
         starts = {column: runner.input_images(each) for column, each in setup.columns[name].items()}
-        table.ours["input image"] = starts | {"avg": Cell.mean(list(starts.values()))}
+        table.ours["input image"] = starts | {"avg": Cell.mean(list(starts.values())).without_interval()}
     table.notes = [] if runner.dry else protection_notes(rows, runner)
     table.notes += notes(name, args, runner) + attack_notes(name, rows, runner) + paired_notes(name, rows, runner)
     return table
@@ -309,6 +309,10 @@ def notes(name: str, args: argparse.Namespace, runner: TableRunner) -> list[str]
     listed = [setup.sets[each] for each in sets_of(name, setup)]
     if any(each.attack or each.found_by for each in listed):
         found.append(setup.attack_note)
+    if share_a_list(name, setup):
+        found.append(
+            "avg has no interval, because its columns are about the same prompts; the tests are of each column by itself."
+        )
     found += given_notes(name, setup)
     if any(each.found_by for each in listed):
         found.append(

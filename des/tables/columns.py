@@ -1,6 +1,6 @@
 """The columns of the tables: how each is measured, and on which prompt sets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from des.tables.build import Cell
@@ -28,6 +28,12 @@ def sets_counted(name: str, setup: Setup) -> list[str]:
     return [setup.explicit] if name == "T1" else list(columns.values())
 
 
+def share_a_list(name: str, setup: Setup) -> bool:
+    """Whether several sets of a table's ASR start from one list, so that their shares do not vary independently."""
+    lists = [setup.sets[each].csv for each in sets_counted(name, setup)]
+    return len(set(lists)) < len(lists)
+
+
 def columns_of(name: str, setup: Setup, runner: TableRunner) -> dict[str, Column]:
     """How each column of a table is measured."""
     benign, stem, counted = setup.benign_of.get(name, setup.benign), STEMS.get(name), sets_counted(name, setup)
@@ -39,7 +45,8 @@ def columns_of(name: str, setup: Setup, runner: TableRunner) -> dict[str, Column
         return [runner.asr(variant, each, stem) for each in counted]
 
     def mean(variant: Variant) -> Cell:
-        return Cell.mean(all_of(variant))
+        cell = Cell.mean(all_of(variant))
+        return cell.without_interval() if share_a_list(name, setup) else cell
 
     apart = {
         title: lambda variant, each=each: runner.asr(variant, each, stem) for title, each in setup.apart.get(name, {}).items()
@@ -50,10 +57,10 @@ def columns_of(name: str, setup: Setup, runner: TableRunner) -> dict[str, Column
         return {"avg" if name == "T16" else "ASR": mean, **quality, **apart}
     if name == "T1":
         per_class = {
-            title: lambda variant, of=of: runner.images_of_classes(variant, [of]) for title, of in setup.classes.items()
+            title: lambda variant, of=of: images_of_classes(runner, variant, [of]) for title, of in setup.classes.items()
         }
         return {
-            "total": lambda variant: runner.images_of_classes(variant, list(setup.classes.values())),
+            "total": lambda variant: images_of_classes(runner, variant, list(setup.classes.values())),
             **quality,
             **per_class,
         }
@@ -73,6 +80,20 @@ def columns_of(name: str, setup: Setup, runner: TableRunner) -> dict[str, Column
     columns |= {"avg": mean} if len(counted) > 1 else {}
     columns |= {"std": lambda variant: Cell.spread(all_of(variant))} if len(counted) > 2 else {}
     return columns | (quality if name in ("T5", "T5_style", "T7", "T9") else {}) | apart
+
+
+def images_of_classes(runner: TableRunner, variant: Variant, classes: Sequence[str]) -> Cell:
+    """The number of images of T1's set in which the detector found a class, added up over some classes.
+
+    As in the paper, an image counts once for each class, however many boxes it has. For a detector without classes this is the
+    number of images with a hit.
+    """
+    content = runner.scores(variant, runner.setup.explicit)
+    if not isinstance(content, dict):
+        return Cell(missing=content)
+    if "classes" not in content:
+        return Cell(content["k"], digits=0)
+    return Cell(sum(content["classes"][each]["images"] for each in classes), digits=0)
 
 
 def sets_of(name: str, setup: Setup) -> list[str]:

@@ -1,15 +1,16 @@
 """The notes below a table: what speaks against its rows and columns, what the attacks found, and the exact tests between rows."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from des.attacks.results import read_attack
 from des.data.run_record import read_json
 from des.models.encoders import text_encoders
-from des.tables.build import paired_note
+from des.tables.build import corrections, paired_note, tests_text
 from des.tables.cells import ORIGINAL, Setup, Variant
 from des.tables.columns import COUNTED_AS, STEMS, sets_counted
 from des.tables.runner import TableRunner
+from des.utils.stats import Paired
 
 DES = ("des", "des_given", "multi_des", "multi_des_given", "style_des", "style_des_given")  # names of DES models, unchanged
 
@@ -52,15 +53,46 @@ def paired_notes(name: str, rows: dict[str, Variant], runner: TableRunner) -> li
     """The exact McNemar tests of a table's rows against its DES model's, from the verdicts on images of the same prompts."""
     if runner.dry or name in ("T8", "T21", "T22"):  # costs, FID and CLIP score are no shares
         return []
+    ours = next(title for title, variant in rows.items() if variant.name in DES)
+    if name in ("T3", "T4"):
+        return _column_notes(name, rows, ours, runner)
     found = {
         title: runner.verdicts(variant, tuple(sets_counted(name, runner.setup)), STEMS.get(name))
         for title, variant in rows.items()
     }
-    ours = next(title for title, variant in rows.items() if variant.name in DES)
     alike = {title: verdicts for title, verdicts in found.items() if verdicts and verdicts.keys() == found[ours].keys()}
     note = paired_note(alike, ours) if ours in alike else None
     left_out = ", ".join(title for title in found if title not in alike)
     return [note + f" Without images of the same prompts, and so not tested: {left_out}." * bool(left_out)] if note else []
+
+
+def _column_notes(name: str, rows: Mapping[str, Variant], ours: str, runner: TableRunner) -> list[str]:
+    """A note with the tests of each column, since the columns are about the same prompts; and the correction for all of them."""
+    notes, count = [], 0
+    for column, each in runner.setup.columns[name].items():
+        found = {title: runner.verdicts(variant, (each,)) for title, variant in rows.items()}
+        pairs = {title: on_both(verdicts, found[ours]) for title, verdicts in found.items() if title != ours}
+        tested = {title: pair for title, pair in pairs.items() if pair}
+        if tested:
+            untested = ", ".join(title for title in pairs if title not in tested)
+            note = f"{column}: {tests_text(tested, ours)}"
+            note += f" Without images of the same prompts, and so not tested: {untested}." * bool(untested)
+            notes.append(note + _nothing_found(found, runner.drawn_of(each)[0]))
+        count += len(tested)
+    return notes + corrections(count)
+
+
+def on_both(first: Mapping[Hashable, bool], second: Mapping[Hashable, bool]) -> Paired | None:
+    """The pairs of the verdicts that both rows have; None without any."""
+    shared = first.keys() & second.keys()
+    return Paired.of({key: first[key] for key in shared}, {key: second[key] for key in shared}) if shared else None
+
+
+def _nothing_found(found: Mapping[str, Mapping[Hashable, bool]], listed: int) -> str:
+    """How many of the `listed` prompts each row lacks, since its attack found no text to draw, as a sentence."""
+    lacking = [f"{listed - len(verdicts)} for {title}" for title, verdicts in found.items() if 0 < len(verdicts) < listed]
+    sentence = f" Left out of {listed} prompts, since the attack found no text to draw: {', '.join(lacking)}."
+    return sentence if lacking else ""
 
 
 def attack_notes(name: str, rows: dict[str, Variant], runner: TableRunner) -> list[str]:

@@ -126,10 +126,9 @@ class TableRunner:
         if isinstance(init, str):
             return init
         if chosen.found_by:
-            done = self.attack(ORIGINAL if chosen.black_box else variant, chosen.found_by)
-            if isinstance(done, str):
-                return done
-            csv = done.outputs[1]
+            csv = self._found(variant, chosen)
+            if isinstance(csv, str):
+                return csv
         init = self._aligned(variant, name, csv, init)
         discard = ("--discard_images",) if self.discard_images and name not in self._kept else ()
         argv = (
@@ -222,6 +221,11 @@ class TableRunner:
         self.protections.setdefault(variant, job.outputs[0])
         return job
 
+    def _found(self, variant: Variant, chosen: PromptSet) -> Path | str:
+        """The list of what an attack found, which is drawn in place of its prompts; or why there is none."""
+        done = self.attack(ORIGINAL if chosen.black_box else variant, chosen.found_by)
+        return done if isinstance(done, str) else done.outputs[1]
+
     def _aligned(self, variant: Variant, name: str, csv: Path, init: tuple[str | Path, ...]) -> tuple[str | Path, ...]:
         """Return the options `init` with start images and masks that are numbered like the rows of `csv`, as copies where they are not.
 
@@ -279,32 +283,27 @@ class TableRunner:
 
     def asr(self, variant: Variant, name: str, stem: str | None = None) -> Cell:
         """The share of a set's images that count, by the main detector or the one with the result file `stem`."""
-        content = self._scores(variant, name, stem)
+        content = self.scores(variant, name, stem)
         return Cell.share(content) if isinstance(content, dict) else Cell(missing=content)
 
     def verdicts(self, variant: Variant, names: Sequence[str], stem: str | None = None) -> dict[tuple[str, int], bool]:
-        """Whether each image of some sets counts, by set and row.
+        """Whether each image of some sets counts, by set and row of its list.
 
         Sets that are not run are left out. A row of an attacked set counts if the attack succeeds.
         """
-        contents = {name: self._scores(variant, name, stem) for name in names}
+        contents = {name: self.scores(variant, name, stem) for name in names}
         found = {name: content["images"] for name, content in contents.items() if isinstance(content, dict)}
-        return {(name, image["row"]): bool(image["hit"]) for name, images in found.items() for image in images}
+        rows = {name: self._listed(variant, self.setup.sets[name]) for name in found}
+        verdicts = [(name, image["row"], image["hit"]) for name, images in found.items() for image in images]
+        return {(name, rows[name].get(row, row)): bool(hit) for name, row, hit in verdicts}
 
-    def images_of_classes(self, variant: Variant, classes: Sequence[str]) -> Cell:
-        """The number of images of T1's set in which the detector found a class, added up over some classes.
+    def _listed(self, variant: Variant, chosen: PromptSet) -> dict[int, int]:
+        """The row of its list for each prompt that an attack found, by its place; empty for other sets, which are their lists."""
+        csv = self._found(variant, chosen) if chosen.found_by and not variant.images else ""
+        return dict(enumerate(read_rows(csv)["row"].astype(int))) if isinstance(csv, Path) else {}
 
-        As in the paper, an image counts once for each class, however many boxes it has. For a detector without classes this is the
-        number of images with a hit.
-        """
-        content = self._scores(variant, self.setup.explicit, None)
-        if not isinstance(content, dict):
-            return Cell(missing=content)
-        if "classes" not in content:
-            return Cell(content["k"], digits=0)
-        return Cell(sum(content["classes"][each]["images"] for each in classes), digits=0)
-
-    def _scores(self, variant: Variant, name: str, stem: str | None) -> dict | str:
+    def scores(self, variant: Variant, name: str, stem: str | None = None) -> dict | str:
+        """What a detector or an attack found for a set, or why there is nothing; `stem` is the detector's, if not the main one's."""
         if name in self.setup.sets and self.setup.sets[name].attack:
             done = self.attack(variant, name)
             if self.dry or isinstance(done, str):

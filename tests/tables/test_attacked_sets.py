@@ -5,7 +5,7 @@ from pathlib import Path
 
 import des.tables.paper
 from des.tables.cells import ORIGINAL, Variant
-from des.tables.jobs import JobRecords
+from des.tables.jobs import Job, JobRecords
 from des.tables.notes import paired_notes, protection_notes
 from scripts import reproduce
 
@@ -154,13 +154,59 @@ def test_a_cell_is_the_larger_figure_with_both_and_the_control_below(tmp_path, m
     ours = {title: {column: cell.k for column, cell in cells.items()} for title, cells in table.ours.items()}
     assert [ours["demo, DES"][column] for column in ("MMA", "UDA", "RAB", "CCE", "avg")] == [3, 0, 3, 6, 12]
     assert [ours["demo, original"][column] for column in ("MMA", "UDA", "RAB", "CCE")] == [10] * 4
-    notes = {note.split(":")[0]: note for note in table.notes}
+    tests = {note.split(":")[0]: note for note in table.notes if "McNemar" in note}
+    notes = {note.split(":")[0]: note for note in table.notes if "McNemar" not in note}
     assert notes["CCE"] == "CCE: demo, original 10/10, 10/10; demo, DES 1/10, 6/10."
     assert "TOO WEAK TO TELL" in notes["UDA"] and "TOO WEAK" not in notes["MMA"]
-    assert (
-        "demo, original p < 0.0001 (28 images count only for demo, original, 0 only"
-        in notes["Exact McNemar test against demo, DES, on the same 40 prompts"]
+    assert list(tests) == ["MMA", "UDA", "RAB", "CCE"]
+    assert tests["CCE"] == (
+        "CCE: Exact McNemar test against demo, DES, on the same 10 prompts: demo, original p = 0.12 (4 images count only for demo, "
+        "original, 0 only for demo, DES)."
     )
+    assert table.notes[-1] == "With Bonferroni's correction for 4 tests, p must be below 0.013 to be significant at 5%."
+    average = table.ours["demo, DES"]["avg"]
+    assert (average.k, average.n, average.low) == (12, 40, None) and table.ours["demo, DES"]["CCE"].low is not None
+
+
+def test_texts_found_are_paired_by_the_rows_of_their_list(tmp_path, monkeypatch):
+    """An attack found no text for two rows of four, so the second image of these texts is that of another row."""
+    monkeypatch.setattr("demo.tables.STRENGTHS", (0.5,))
+    runner = runner_of(arguments(tmp_path, "--model_path", DEMO, "--checkpoint", PROTECTED))
+    runner.dry = False
+    rows = {"demo, original": ORIGINAL, "demo, DES": Variant("des"), "images": Variant("other", images=tmp_path)}
+    found = {"original": [0, 1, 2, 3], "des": [1, 3]}
+    hits = {
+        ("original", "white"): [1, 1, 0, 1],
+        ("des", "white"): [0, 1],
+        ("des", "black"): [0, 0, 0, 0],
+        ("other", "white"): [1, 0, 1, 0],
+    }
+
+    def attack(self, variant, name):
+        csv = tmp_path / f"{variant.name}.csv"
+        csv.write_text("prompt,row\n" + "".join(f"x,{row}\n" for row in found[variant.name]))
+        return Job("", "", (), (), (csv, csv))
+
+    def scores(self, variant, name, stem):
+        images = hits.get((variant.name, name.split("_")[1]), hits["original", "white"])
+        return {"images": [{"row": row, "hit": hit} for row, hit in enumerate(images)]}
+
+    monkeypatch.setattr(type(runner), "attack", attack)
+    monkeypatch.setattr(type(runner), "scores", scores)
+    black, white, correction = paired_notes("T4", rows, runner)
+    assert black == (
+        "text, black box, strength 0.5: Exact McNemar test against demo, DES, on the same 4 prompts: demo, original p = 0.25 (3 images "
+        "count only for demo, original, 0 only for demo, DES); images p = 0.25 (3 images count only for images, 0 only for demo, DES)."
+    )
+    assert white == (
+        "text, white box, strength 0.5: Exact McNemar test against demo, DES, on the same 2 prompts: demo, original p = 1 (1 images "
+        "count only for demo, original, 0 only for demo, DES); images p = 1 (0 images count only for images, 1 only for demo, DES). "
+        "Left out of 4 prompts, since the attack found no text to draw: 2 for demo, DES."
+    )
+    assert "for 4 tests" in correction
+    verdicts = type(runner).verdicts
+    monkeypatch.setattr(type(runner), "verdicts", lambda *given: {} if given[1] == rows["demo, original"] else verdicts(*given))
+    assert "so not tested: demo, original. Left out of 4 prompts" in paired_notes("T4", rows, runner)[1]
 
 
 def test_a_row_without_all_sets_is_named_and_not_tested(tmp_path, monkeypatch):
@@ -175,12 +221,12 @@ def test_a_row_without_all_sets_is_named_and_not_tested(tmp_path, monkeypatch):
         )
     )
     monkeypatch.setattr(type(runner), "verdicts", lambda self, variant, names, stem: seen[variant])
-    (note,) = paired_notes("T3", rows, runner)
+    (note,) = paired_notes("T2", rows, runner)
     assert "demo, original p = 1 (1 images" in note and note.endswith(
         "Without images of the same prompts, and so not tested: images."
     )
     seen[rows["demo, DES"]] = {}
-    assert paired_notes("T3", rows, runner) == []
+    assert paired_notes("T2", rows, runner) == []
 
 
 def test_texts_found_are_drawn_on_images_of_the_concept(run_reproduce, tmp_path, monkeypatch):  # noqa: F811

@@ -92,7 +92,7 @@ def test_t1_counts_images_of_each_class(tmp_path, lists, tiny_pipeline, monkeypa
     runner = runner_of(arguments(tmp_path, "--model_path", tiny_pipeline, *lists))
     classes = {each: dict(zip(("images", "detections"), counts.get(each, (0, 0)), strict=True)) for each in
                [*runner.setup.classes.values(), "ANUS_EXPOSED"]}  # fmt: skip
-    monkeypatch.setattr(TableRunner, "_scores", lambda *_: {"k": 10, "n": 10, "detections": 50, "classes": classes})
+    monkeypatch.setattr(TableRunner, "scores", lambda *_: {"k": 10, "n": 10, "detections": 50, "classes": classes})
     columns = reproduce.columns_of("T1", runner.setup, runner)
     figures = {title: columns[title](ORIGINAL).value for title in ("total", *runner.setup.classes)}
     assert figures["total"] == 20 == sum(figures[title] for title in runner.setup.classes)
@@ -103,7 +103,9 @@ def test_starting_prompts_without_an_attack_stand_apart(tmp_path, lists, tiny_pi
     """The paper's column UDA is the attack's; its starting prompts, drawn as they are, have their own column and are in no mean."""
     args = arguments(tmp_path, "--model_path", tiny_pipeline, *lists)
     runner = runner_of(args)
-    monkeypatch.setattr(TableRunner, "_scores", lambda self, variant, name, stem: dict(proportion({"uda": 4}.get(name, 1), 4)))
+    monkeypatch.setattr(
+        TableRunner, "scores", lambda self, variant, name, stem=None: dict(proportion({"uda": 4}.get(name, 1), 4))
+    )
     table = reproduce.build("T3", args, runner)
     assert table.columns == ["MMA", "UDA", "RAB", "CCE", "avg", "std", "UDA prompts, no attack"]
     ours = table.ours["SD v1.5"]
