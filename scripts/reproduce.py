@@ -34,6 +34,7 @@ TITLES = {
     "T17": "losses", "T18": "losses, SEP's concept term", "T19": "lambda",
     "T21": "benign captions nearest to the concept", "T22": "benign captions farthest from the concept",
 }  # fmt: skip
+INPUT = "input image"  # T4's row of the images that the others start from
 LEFT_OUT_TABLES = ("T11", "T12", "T13", "T14", "T20")
 HALVES = {"T5": ("T5", "T5_style"), "T16": ("T16", "T16_style")}  # tables of the paper that are two here
 
@@ -84,7 +85,7 @@ from des.tables.cells import LEFT_OUT, ORIGINAL, Setup, Variant, ablations, trai
 from des.tables.columns import ABLATIONS, COUNTED_AS, columns_of, count_of, sets_of, share_a_list
 from des.tables.inputs import check_inputs, record_inputs
 from des.tables.jobs import Job
-from des.tables.notes import attack_notes, given_notes, paired_notes, protection_notes
+from des.tables.notes import attack_notes, fid_notes, given_notes, paired_notes, protection_notes
 from des.tables.paper import paper_setup
 from des.tables.runner import TableRunner
 from des.utils import cli, logs
@@ -207,7 +208,9 @@ def baselines(args: argparse.Namespace, setup: Setup) -> dict[str, Variant]:
 
 def images_of(title: str, folder: Path, setup: Setup) -> Variant:
     """A row of images that another program drew."""
-    if title in (setup.original, setup.protected, *setup.original_of.values()) or title.startswith(f"{setup.protected} "):
+    negated = "negative prompt", f"{setup.original} + negative prompt"
+    ours = (setup.original, setup.protected, *setup.original_of.values(), *negated, INPUT)
+    if title in ours or title.startswith(f"{setup.protected} "):
         raise UserError(f"--baseline {title}: the table already has a row of this title; choose another name")
     if not any((folder / name).is_dir() for name in setup.sets):
         raise UserError(
@@ -241,9 +244,10 @@ def build(name: str, args: argparse.Namespace, runner: TableRunner) -> Table:
         table.ours[title] = {column: measure(variant) for column, measure in columns.items()}
     if name == "T4":
         starts = {column: runner.input_images(each) for column, each in setup.columns[name].items()}
-        table.ours["input image"] = starts | {"avg": Cell.mean(list(starts.values())).without_interval()}
+        table.ours[INPUT] = starts | {"avg": Cell.mean(list(starts.values())).without_interval()}
     table.notes = [] if runner.dry else protection_notes(rows, runner)
     table.notes += notes(name, args, runner) + attack_notes(name, rows, runner) + paired_notes(name, rows, runner)
+    table.notes += fid_notes(name, rows, runner) if "FID" in columns and not runner.dry else []
     return table
 
 

@@ -38,7 +38,7 @@ def columns_of(name: str, setup: Setup, runner: TableRunner) -> dict[str, Column
     """How each column of a table is measured."""
     benign, stem, counted = setup.benign_of.get(name, setup.benign), STEMS.get(name), sets_counted(name, setup)
     quality: dict[str, Column] = {
-        "FID": lambda variant: runner.fid(variant, benign), "CLIP": lambda variant: runner.clip(variant, benign),
+        "FID": partial(fid, runner, benign), "CLIP": lambda variant: runner.clip(variant, benign),
     }  # fmt: skip
 
     def all_of(variant: Variant) -> list[Cell]:
@@ -80,6 +80,12 @@ def columns_of(name: str, setup: Setup, runner: TableRunner) -> dict[str, Column
     columns |= {"avg": mean} if len(counted) > 1 else {}
     columns |= {"std": lambda variant: Cell.spread(all_of(variant))} if len(counted) > 2 else {}
     return columns | (quality if name in ("T5", "T5_style", "T7", "T9") else {}) | apart
+
+
+def fid(runner: TableRunner, name: str, variant: Variant) -> Cell:
+    """FID of the images of a set."""
+    content = runner.fid(variant, name)
+    return Cell(content["fid"]) if isinstance(content, dict) else Cell(missing=content)
 
 
 def images_of_classes(runner: TableRunner, variant: Variant, classes: Sequence[str]) -> Cell:

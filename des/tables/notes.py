@@ -95,6 +95,18 @@ def _nothing_found(found: Mapping[str, Mapping[Hashable, bool]], listed: int) ->
     return sentence if lacking else ""
 
 
+def fid_notes(name: str, rows: Mapping[str, Variant], runner: TableRunner) -> list[str]:
+    """Between how many images each row's FID is, and what `fid.py` says against it; one note for rows that are alike."""
+    benign, titles = runner.setup.benign_of.get(name, runner.setup.benign), {}
+    for title, variant in rows.items():
+        content = runner.fid(variant, benign)
+        if isinstance(content, dict):
+            caution = f" {content['caution']}." if "caution" in content else ""
+            text = f"FID of {content['generated']:,} against {content['reference']:,} images.{caution}"
+            titles.setdefault(text, []).append(title)
+    return list(titles) if len(titles) == 1 else [f"{', '.join(alike)}: {text}" for text, alike in titles.items()]
+
+
 def attack_notes(name: str, rows: dict[str, Variant], runner: TableRunner) -> list[str]:
     """What each attack of a table found on each row's model, with the concept's names and without them, beside its control."""
     notes = []

@@ -232,13 +232,17 @@ class TableRunner:
         A given folder is numbered like the whole list, of which `csv` may lack rows: prompts that are never drawn, and those for which
         an attack found nothing.
         """
-        chosen, folder = self.setup.sets[name], self.out / "starts" / variant.name / name
-        listed = self._rows[chosen.found_by or name].index.tolist()
-        numbers = listed if isinstance(chosen.init, Path) else list(range(len(listed)))
-        if not init or (not chosen.found_by and numbers == list(range(len(listed)))):
+        chosen, folder, numbers = self.setup.sets[name], self.out / "starts" / variant.name / name, self._start_numbers(name)
+        if not init or (not chosen.found_by and numbers == list(range(len(numbers)))):
             return init
-        found = read_rows(csv)["row"].astype(int) if chosen.found_by and not self.dry else range(len(listed))
+        found = read_rows(csv)["row"].astype(int) if chosen.found_by and not self.dry else range(len(numbers))
         return copied_inputs(init, [numbers[row] for row in found], folder, self.dry)
+
+    def _start_numbers(self, name: str) -> list[int]:
+        """The number of the start image of each row of a set's list: in a given folder, the row's number in the whole list."""
+        chosen = self.setup.sets[name]
+        listed = self._rows[chosen.found_by or name].index.tolist()
+        return listed if isinstance(chosen.init, Path) else list(range(len(listed)))
 
     def _scoring(self, name: str) -> Mapping[str, tuple[str | Path, ...]]:
         own = self.setup.sets[name].scoring
@@ -317,17 +321,16 @@ class TableRunner:
             return folder
         return "planned" if self.dry else read_json(folder / f"{stem}.json")
 
-    def fid(self, variant: Variant, name: str = "") -> Cell:
-        """FID of the benign images, or of those of the set `name`."""
+    def fid(self, variant: Variant, name: str = "") -> dict | str:
+        """FID of the benign images, or of those of the set `name`, with the numbers of images; or why there is none."""
         reference = self.setup.sets[name or self.setup.benign].reference or self.setup.reference
         if not self.setup.prepare and not reference.is_dir():
-            return Cell(missing=f"not run: no reference images in {reference.name} (--coco_images)")
+            return f"not run: no reference images in {reference.name} (--coco_images)"
         what = variant.name if name in ("", self.setup.benign) else f"{variant.name}_{name}"
         output = self.out / "scores" / f"{what}_fid.txt"
-        content = self._score(
+        return self._score(
             variant, lambda folder, csv: self.jobs.fid(what, folder, csv, reference, output, self.setup.fid), name
         )
-        return Cell(content["fid"]) if isinstance(content, dict) else Cell(missing=content)
 
     def clip(self, variant: Variant, name: str = "") -> Cell:
         """CLIP score of the benign images, or of those of the set `name`."""
@@ -371,7 +374,7 @@ class TableRunner:
             return Cell(missing=source)
         if not isinstance(chosen.init, str) and not source.is_dir():
             return Cell(missing="not run: no --i2i_images")
-        folder = self._scored_copies("input", source, range(len(self._rows[listed])), listed)
+        folder = self._scored_copies("input", source, self._start_numbers(name), listed)
         return Cell(missing="planned") if self.dry else Cell.share(read_json(folder / f"{self.setup.asr}.json"))
 
     # What was drawn

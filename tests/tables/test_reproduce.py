@@ -125,6 +125,7 @@ def test_an_ablation_trains_its_own_models(reproduce, tmp_path):
         assert row["paper"] == paper and 0 <= float(row["ours"]) <= 100
     note = "against all three, on the same 12 prompts: all three without SEP's second term p = "
     assert note in (out / "T18.md").read_text()
+    assert "- FID of 11 against 40 images. 11 images are fewer than the" in (out / "T18.md").read_text()
 
     reference, figures = out / "inputs/reference", (out / "T18.csv").read_text()
     before = snapshot(reference)
