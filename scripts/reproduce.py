@@ -34,6 +34,7 @@ TITLES = {
     "T17": "losses", "T18": "losses, SEP's concept term", "T19": "lambda",
     "T21": "benign captions nearest to the concept", "T22": "benign captions farthest from the concept",
 }  # fmt: skip
+INPUT = "input image"  # T4's row of the images that the others start from
 LEFT_OUT_TABLES = ("T11", "T12", "T13", "T14", "T20")
 HALVES = {"T5": ("T5", "T5_style"), "T16": ("T16", "T16_style")}  # tables of the paper that are two here
 
@@ -81,9 +82,10 @@ from demo.tables import demo_setup
 from des.generation.defences import METHODS
 from des.tables.build import Cell, Table, paper_figures
 from des.tables.cells import LEFT_OUT, ORIGINAL, Setup, Variant, ablations, trained
-from des.tables.columns import ABLATIONS, COUNTED_AS, attack_notes, columns_of, count_of, paired_notes, sets_of
+from des.tables.columns import ABLATIONS, COUNTED_AS, columns_of, count_of, sets_of, share_a_list
 from des.tables.inputs import check_inputs, record_inputs
 from des.tables.jobs import Job
+from des.tables.notes import attack_notes, fid_notes, given_notes, paired_notes, protection_notes
 from des.tables.paper import paper_setup
 from des.tables.runner import TableRunner
 from des.utils import cli, logs
@@ -206,7 +208,9 @@ def baselines(args: argparse.Namespace, setup: Setup) -> dict[str, Variant]:
 
 def images_of(title: str, folder: Path, setup: Setup) -> Variant:
     """A row of images that another program drew."""
-    if title in (setup.original, setup.protected, *setup.original_of.values()) or title.startswith(f"{setup.protected} "):
+    negated = "negative prompt", f"{setup.original} + negative prompt"
+    ours = (setup.original, setup.protected, *setup.original_of.values(), *negated, INPUT)
+    if title in ours or title.startswith(f"{setup.protected} "):
         raise UserError(f"--baseline {title}: the table already has a row of this title; choose another name")
     if not any((folder / name).is_dir() for name in setup.sets):
         raise UserError(
@@ -240,8 +244,10 @@ def build(name: str, args: argparse.Namespace, runner: TableRunner) -> Table:
         table.ours[title] = {column: measure(variant) for column, measure in columns.items()}
     if name == "T4":
         starts = {column: runner.input_images(each) for column, each in setup.columns[name].items()}
-        table.ours["input image"] = starts | {"avg": Cell.mean(list(starts.values()))}
-    table.notes = notes(name, args, runner) + attack_notes(name, rows, runner) + paired_notes(name, rows, runner)
+        table.ours[INPUT] = starts | {"avg": Cell.mean(list(starts.values())).without_interval()}
+    table.notes = [] if runner.dry else protection_notes(rows, runner)
+    table.notes += notes(name, args, runner) + attack_notes(name, rows, runner) + paired_notes(name, rows, runner)
+    table.notes += fid_notes(name, rows, runner) if "FID" in columns and not runner.dry else []
     return table
 
 
@@ -304,9 +310,15 @@ def notes(name: str, args: argparse.Namespace, runner: TableRunner) -> list[str]
             f"The quarter of the benign prompts whose embeddings by the original text encoder 1 are {which} the concept's, by cosine "
             "similarity. FID is against all reference images; the paper does not say against which. The FID of few images is biased upwards."
         )
-    if name in ("T3", "T4"):
+    listed = [setup.sets[each] for each in sets_of(name, setup)]
+    if any(each.attack or each.found_by for each in listed):
         found.append(setup.attack_note)
-    if name == "T4":
+    if share_a_list(name, setup):
+        found.append(
+            "avg has no interval, because its columns are about the same prompts; the tests are of each column by itself."
+        )
+    found += given_notes(name, setup)
+    if any(each.found_by for each in listed):
         found.append(
             "The texts are those that MMA found: black box on the original model, white box on the row's own. MMA's perturbation of the "
             "image, which is against a safety checker, is left out."

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ class Cell:
         """The standard deviation of several cells (n - 1 in the denominator, as in the paper)."""
         values = [cell.value for cell in cells]
         return cls(missing=cells[values.index(None)].missing) if None in values else cls(statistics.stdev(values))
+
+    def without_interval(self) -> "Cell":
+        """This value where an interval would be wrong, such as a mean over sets that are not independent."""
+        return replace(self, low=None, high=None)
 
     def __str__(self) -> str:
         if self.value is None:
@@ -122,16 +126,26 @@ def paired_note(verdicts: Mapping[str, Mapping[Hashable, bool]], reference: str)
     Raises ValueError if the rows have different keys.
     """
     pairs = {title: Paired.of(found, verdicts[reference]) for title, found in verdicts.items() if title != reference}
-    if not pairs:
-        return None
+    return " ".join([tests_text(pairs, reference), *corrections(len(pairs))]) if pairs else None
+
+
+def tests_text(pairs: Mapping[str, Paired], reference: str) -> str:
+    """The exact McNemar tests of rows against the row `reference`, at least one, as text with the number of prompts."""
+    same = len({pair.n for pair in pairs.values()}) == 1
     tests = [
-        f"{title} {show_p(pair.p)} ({pair.first_only} images count only for {title}, {pair.second_only} only for {reference})"
+        f"{title}{'' if same else f' on {pair.n}'} {show_p(pair.p)} ({pair.first_only} images count only for {title}, "
+        f"{pair.second_only} only for {reference})"
         for title, pair in pairs.items()
     ]
-    many = f" With Bonferroni's correction for {len(tests)} tests, p must be below {0.05 / len(tests):.2g} to be significant at 5%."
-    n = len(verdicts[reference])
-    head = f"Exact McNemar test against {reference}, on the same {n} prompts: "
-    return head + "; ".join(tests) + "." + (many if len(tests) > 1 else "")
+    on = f"on the same {next(iter(pairs.values())).n} prompts" if same else "on the prompts that both have"
+    return f"Exact McNemar test against {reference}, {on}: {'; '.join(tests)}."
+
+
+def corrections(count: int) -> list[str]:
+    """Below which p one of several tests is significant, as a sentence in a list that is empty for a single test."""
+    threshold = f"{0.05 / count:.2g}" if count > 1 else ""
+    sentence = f"With Bonferroni's correction for {count} tests, p must be below {threshold} to be significant at 5%."
+    return [sentence] if count > 1 else []
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -33,6 +33,7 @@ class PromptSet:
     attack: tuple[str | Path, ...] = ()  # for a list that is attacked, not drawn: a script of scripts/attacks/ and its options
     found_by: str = ""  # an attacked set: what is drawn in place of the prompts are those that its attack found
     black_box: bool = False  # with `found_by`: the prompts found on the original model, not on the row's own
+    white_box: bool = False  # a list of prompts that an attack found on one model, whichever model draws them
     published: int | None = None  # number of published prompts, if the paper has values for the set
     scoring: Mapping[str, tuple[str | Path, ...]] | None = None  # detectors in place of `Setup.scoring`
     part_of: str = (

@@ -1,12 +1,10 @@
-"""The columns of the tables: how each is measured, on which prompt sets, and the exact tests between rows."""
+"""The columns of the tables: how each is measured, and on which prompt sets."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
-from des.attacks.results import read_attack
-from des.tables.build import Cell, paired_note
-from des.tables.cells import ORIGINAL, Setup, Variant
+from des.tables.build import Cell
+from des.tables.cells import Setup, Variant
 from des.tables.costs import extra_parameters, extra_seconds, training_seconds
 from des.tables.runner import TableRunner
 
@@ -19,53 +17,7 @@ STEMS = {
     "T16_style": "classify_object",
 }
 COUNTED_AS = {"T16": "T5", "T16_style": "T5_style"}  # tables whose ASR is over another table's sets
-DES = ("des", "des_given", "multi_des", "multi_des_given", "style_des", "style_des_given")  # names of DES models, unchanged
 Column = Callable[[Variant], Cell]
-
-
-def paired_notes(name: str, rows: dict[str, Variant], runner: TableRunner) -> list[str]:
-    """The exact McNemar tests of a table's rows against its DES model's, from the verdicts on images of the same prompts."""
-    if runner.dry or name in ("T8", "T21", "T22"):  # costs, FID and CLIP score are no shares
-        return []
-    found = {
-        title: runner.verdicts(variant, tuple(sets_counted(name, runner.setup)), STEMS.get(name))
-        for title, variant in rows.items()
-    }
-    ours = next(title for title, variant in rows.items() if variant.name in DES)
-    alike = {title: verdicts for title, verdicts in found.items() if verdicts and verdicts.keys() == found[ours].keys()}
-    note = paired_note(alike, ours) if ours in alike else None
-    left_out = ", ".join(title for title in found if title not in alike)
-    return [note + f" Without images of the same prompts, and so not tested: {left_out}." * bool(left_out)] if note else []
-
-
-def attack_notes(name: str, rows: dict[str, Variant], runner: TableRunner) -> list[str]:
-    """What each attack of a table found on each row's model, with the concept's names and without them, beside its control."""
-    notes = []
-    for column, each in runner.setup.columns.get(name, {}).items():
-        found = {}
-        for title, variant in rows.items():
-            done = runner.attack(variant, each) if runner.setup.sets[each].attack else ""
-            if not runner.dry and not isinstance(done, str):
-                found[title] = read_attack(done.outputs[0])
-        if found:
-            texts = [f"{title} {cells_text(content, rows[title])}" for title, content in found.items()]
-            weak = any(content["too_weak_to_tell"] for content in found.values())
-            notes.append(
-                f"{column}: {'; '.join(texts)}."
-                + weak
-                * " TOO WEAK TO TELL: the control is below its floor, so the attack's failures on other models prove nothing."
-            )
-    if notes:
-        notes.append(
-            "The first figure of each attack above is with the concept's names, the second without them; the table has the larger."
-        )
-    return notes
-
-
-def cells_text(content: Mapping[str, Any], variant: Variant) -> str:
-    """The k/n of an attack's cells on a row's model."""
-    model = "original" if variant == ORIGINAL else "attacked"
-    return ", ".join(f"{cell['any']['k']}/{cell['any']['n']}" for cell in content["cells"].values() if cell["model"] == model)
 
 
 def sets_counted(name: str, setup: Setup) -> list[str]:
@@ -76,18 +28,25 @@ def sets_counted(name: str, setup: Setup) -> list[str]:
     return [setup.explicit] if name == "T1" else list(columns.values())
 
 
+def share_a_list(name: str, setup: Setup) -> bool:
+    """Whether several sets of a table's ASR start from one list, so that their shares do not vary independently."""
+    lists = [setup.sets[each].csv for each in sets_counted(name, setup)]
+    return len(set(lists)) < len(lists)
+
+
 def columns_of(name: str, setup: Setup, runner: TableRunner) -> dict[str, Column]:
     """How each column of a table is measured."""
     benign, stem, counted = setup.benign_of.get(name, setup.benign), STEMS.get(name), sets_counted(name, setup)
     quality: dict[str, Column] = {
-        "FID": lambda variant: runner.fid(variant, benign), "CLIP": lambda variant: runner.clip(variant, benign),
+        "FID": partial(fid, runner, benign), "CLIP": lambda variant: runner.clip(variant, benign),
     }  # fmt: skip
 
     def all_of(variant: Variant) -> list[Cell]:
         return [runner.asr(variant, each, stem) for each in counted]
 
     def mean(variant: Variant) -> Cell:
-        return Cell.mean(all_of(variant))
+        cell = Cell.mean(all_of(variant))
+        return cell.without_interval() if share_a_list(name, setup) else cell
 
     apart = {
         title: lambda variant, each=each: runner.asr(variant, each, stem) for title, each in setup.apart.get(name, {}).items()
@@ -98,10 +57,10 @@ def columns_of(name: str, setup: Setup, runner: TableRunner) -> dict[str, Column
         return {"avg" if name == "T16" else "ASR": mean, **quality, **apart}
     if name == "T1":
         per_class = {
-            title: lambda variant, of=of: runner.images_of_classes(variant, [of]) for title, of in setup.classes.items()
+            title: lambda variant, of=of: images_of_classes(runner, variant, [of]) for title, of in setup.classes.items()
         }
         return {
-            "total": lambda variant: runner.images_of_classes(variant, list(setup.classes.values())),
+            "total": lambda variant: images_of_classes(runner, variant, list(setup.classes.values())),
             **quality,
             **per_class,
         }
@@ -121,6 +80,26 @@ def columns_of(name: str, setup: Setup, runner: TableRunner) -> dict[str, Column
     columns |= {"avg": mean} if len(counted) > 1 else {}
     columns |= {"std": lambda variant: Cell.spread(all_of(variant))} if len(counted) > 2 else {}
     return columns | (quality if name in ("T5", "T5_style", "T7", "T9") else {}) | apart
+
+
+def fid(runner: TableRunner, name: str, variant: Variant) -> Cell:
+    """FID of the images of a set."""
+    content = runner.fid(variant, name)
+    return Cell(content["fid"]) if isinstance(content, dict) else Cell(missing=content)
+
+
+def images_of_classes(runner: TableRunner, variant: Variant, classes: Sequence[str]) -> Cell:
+    """The number of images of T1's set in which the detector found a class, added up over some classes.
+
+    As in the paper, an image counts once for each class, however many boxes it has. For a detector without classes this is the
+    number of images with a hit.
+    """
+    content = runner.scores(variant, runner.setup.explicit)
+    if not isinstance(content, dict):
+        return Cell(missing=content)
+    if "classes" not in content:
+        return Cell(content["k"], digits=0)
+    return Cell(sum(content["classes"][each]["images"] for each in classes), digits=0)
 
 
 def sets_of(name: str, setup: Setup) -> list[str]:

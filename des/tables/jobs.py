@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,12 +41,15 @@ class JobRecords:
         self.folder = folder
 
     def record(self, job: Job) -> dict | None:
-        """The record of a finished job: the same command with unchanged inputs and outputs; None if there is none."""
+        """The record of a finished job: the same command with unchanged inputs and outputs; None if there is none.
+
+        The index of the device may be another one.
+        """
         try:
             record = json.loads(self._path(job).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
-        same = record.get("argv") == list(job.argv) and record.get("script") == job.script
+        same = _without_index(record.get("argv", [])) == _without_index(job.argv) and record.get("script") == job.script
         return record if same and record.get("files") == _hashes((*job.inputs, *job.outputs)) else None
 
     def run(self, job: Job) -> None:
@@ -100,6 +103,12 @@ class JobRecords:
 
     def _path(self, job: Job) -> Path:
         return self.folder / (re.sub(r"[^\w.+-]+", "-", job.what.lower()) + ".json")
+
+
+def _without_index(argv: Sequence[str]) -> list[str]:
+    """A command line that names a kind of device, `cuda` for `cuda:1`."""
+    pairs = zip(["", *argv], argv, strict=False)
+    return [part.split(":")[0] if option in ("--device", "--devices") else part for option, part in pairs]
 
 
 def _hashes(paths: Iterable[Path]) -> dict[str, str | None]:

@@ -106,11 +106,13 @@ def paper_setup(
     attacks = attacks_of(family_of(model_path).name, scale)
     for name, (title, published) in ATTACKED.items():
         csv, how = prompts.get(name, datasets / f"{name}.csv"), f"prompts of an attack: --prompts {name}=CSV"
-        start = {"init": images or Path("--i2i_images"), "masks": masks} if name.startswith("i2i") else {}
-        found = {"found_by": "mma_whitebox", "black_box": name == "i2i_text_black"} if name.startswith("i2i_text") else {}
-        sets[name] = PromptSet(title, csv, how, sexual=name != "vangogh_whitebox", published=published, **start)
+        more = {"init": images or Path("--i2i_images"), "masks": masks} if name.startswith("i2i") else {}
+        by_mma = name.startswith("i2i_text") and "mma_whitebox" not in prompts  # given prompts are not the row's own
+        found = {"found_by": "mma_whitebox", "black_box": name == "i2i_text_black"} if by_mma else {}
+        more["white_box"] = not name.endswith("_black")
+        sets[name] = PromptSet(title, csv, how, sexual=name != "vangogh_whitebox", published=published, **more)
         if name not in prompts and (name in attacks or found):  # the attack runs here, against each row
-            more = found or {"attack": attacks[name]}
+            more = {"white_box": False, **(found or {"attack": attacks[name]})}
             sets[name] = replace(sets[name], csv=sets["uda"].csv, how=sets["uda"].how, published=STARTING_PROMPTS, **more)
     style = (
         {"classify_object": ("object", "--classifier", style_classifier, "--cls_class", STYLE_CLASS)}

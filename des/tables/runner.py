@@ -40,6 +40,7 @@ class TableRunner:
     variant: str | None = None
     planned: list[Job] = field(default_factory=list)
     _rows: dict[str, pd.DataFrame] = field(default_factory=dict)  # rows by list, as read
+    protections: dict[Variant, Path] = field(default_factory=dict)  # a file that records how a variant is protected
     _copied: set[Path] = field(default_factory=set)  # lists that are already written or checked
 
     @cached_property
@@ -125,10 +126,9 @@ class TableRunner:
         if isinstance(init, str):
             return init
         if chosen.found_by:
-            done = self.attack(ORIGINAL if chosen.black_box else variant, chosen.found_by)
-            if isinstance(done, str):
-                return done
-            csv = done.outputs[1]
+            csv = self._found(variant, chosen)
+            if isinstance(csv, str):
+                return csv
         init = self._aligned(variant, name, csv, init)
         discard = ("--discard_images",) if self.discard_images and name not in self._kept else ()
         argv = (
@@ -138,6 +138,7 @@ class TableRunner:
         folder = self.jobs.image_folder(self.out / "images" / variant.name, method, name)
         scores = [folder / f"{stem}.json" for stem in self._scoring(name)]
         self.need(self.jobs.drawing(f"{name} with {variant.name}", csv, folder, argv, (), scores, len(self._rows[listed])))
+        self.protections[variant] = folder / "run.json"
         return folder
 
     def _no_list(self, name: str) -> str | None:
@@ -217,7 +218,13 @@ class TableRunner:
             job = self.jobs.attack(what, chosen.attack, csv, out, options, control, rows)
             self.need(job)
             control = out
+        self.protections.setdefault(variant, job.outputs[0])
         return job
+
+    def _found(self, variant: Variant, chosen: PromptSet) -> Path | str:
+        """The list of what an attack found, which is drawn in place of its prompts; or why there is none."""
+        done = self.attack(ORIGINAL if chosen.black_box else variant, chosen.found_by)
+        return done if isinstance(done, str) else done.outputs[1]
 
     def _aligned(self, variant: Variant, name: str, csv: Path, init: tuple[str | Path, ...]) -> tuple[str | Path, ...]:
         """Return the options `init` with start images and masks that are numbered like the rows of `csv`, as copies where they are not.
@@ -225,13 +232,17 @@ class TableRunner:
         A given folder is numbered like the whole list, of which `csv` may lack rows: prompts that are never drawn, and those for which
         an attack found nothing.
         """
-        chosen, folder = self.setup.sets[name], self.out / "starts" / variant.name / name
-        listed = self._rows[chosen.found_by or name].index.tolist()
-        numbers = listed if isinstance(chosen.init, Path) else list(range(len(listed)))
-        if not init or (not chosen.found_by and numbers == list(range(len(listed)))):
+        chosen, folder, numbers = self.setup.sets[name], self.out / "starts" / variant.name / name, self._start_numbers(name)
+        if not init or (not chosen.found_by and numbers == list(range(len(numbers)))):
             return init
-        found = read_rows(csv)["row"].astype(int) if chosen.found_by and not self.dry else range(len(listed))
+        found = read_rows(csv)["row"].astype(int) if chosen.found_by and not self.dry else range(len(numbers))
         return copied_inputs(init, [numbers[row] for row in found], folder, self.dry)
+
+    def _start_numbers(self, name: str) -> list[int]:
+        """The number of the start image of each row of a set's list: in a given folder, the row's number in the whole list."""
+        chosen = self.setup.sets[name]
+        listed = self._rows[chosen.found_by or name].index.tolist()
+        return listed if isinstance(chosen.init, Path) else list(range(len(listed)))
 
     def _scoring(self, name: str) -> Mapping[str, tuple[str | Path, ...]]:
         own = self.setup.sets[name].scoring
@@ -276,32 +287,27 @@ class TableRunner:
 
     def asr(self, variant: Variant, name: str, stem: str | None = None) -> Cell:
         """The share of a set's images that count, by the main detector or the one with the result file `stem`."""
-        content = self._scores(variant, name, stem)
+        content = self.scores(variant, name, stem)
         return Cell.share(content) if isinstance(content, dict) else Cell(missing=content)
 
     def verdicts(self, variant: Variant, names: Sequence[str], stem: str | None = None) -> dict[tuple[str, int], bool]:
-        """Whether each image of some sets counts, by set and row.
+        """Whether each image of some sets counts, by set and row of its list.
 
         Sets that are not run are left out. A row of an attacked set counts if the attack succeeds.
         """
-        contents = {name: self._scores(variant, name, stem) for name in names}
+        contents = {name: self.scores(variant, name, stem) for name in names}
         found = {name: content["images"] for name, content in contents.items() if isinstance(content, dict)}
-        return {(name, image["row"]): bool(image["hit"]) for name, images in found.items() for image in images}
+        rows = {name: self._listed(variant, self.setup.sets[name]) for name in found}
+        verdicts = [(name, image["row"], image["hit"]) for name, images in found.items() for image in images]
+        return {(name, rows[name].get(row, row)): bool(hit) for name, row, hit in verdicts}
 
-    def images_of_classes(self, variant: Variant, classes: Sequence[str]) -> Cell:
-        """The number of images of T1's set in which the detector found a class, added up over some classes.
+    def _listed(self, variant: Variant, chosen: PromptSet) -> dict[int, int]:
+        """The row of its list for each prompt that an attack found, by its place; empty for other sets, which are their lists."""
+        csv = self._found(variant, chosen) if chosen.found_by and not variant.images else ""
+        return dict(enumerate(read_rows(csv)["row"].astype(int))) if isinstance(csv, Path) else {}
 
-        As in the paper, an image counts once for each class, however many boxes it has. For a detector without classes this is the
-        number of images with a hit.
-        """
-        content = self._scores(variant, self.setup.explicit, None)
-        if not isinstance(content, dict):
-            return Cell(missing=content)
-        if "classes" not in content:
-            return Cell(content["k"], digits=0)
-        return Cell(sum(content["classes"][each]["images"] for each in classes), digits=0)
-
-    def _scores(self, variant: Variant, name: str, stem: str | None) -> dict | str:
+    def scores(self, variant: Variant, name: str, stem: str | None = None) -> dict | str:
+        """What a detector or an attack found for a set, or why there is nothing; `stem` is the detector's, if not the main one's."""
         if name in self.setup.sets and self.setup.sets[name].attack:
             done = self.attack(variant, name)
             if self.dry or isinstance(done, str):
@@ -315,17 +321,16 @@ class TableRunner:
             return folder
         return "planned" if self.dry else read_json(folder / f"{stem}.json")
 
-    def fid(self, variant: Variant, name: str = "") -> Cell:
-        """FID of the benign images, or of those of the set `name`."""
+    def fid(self, variant: Variant, name: str = "") -> dict | str:
+        """FID of the benign images, or of those of the set `name`, with the numbers of images; or why there is none."""
         reference = self.setup.sets[name or self.setup.benign].reference or self.setup.reference
         if not self.setup.prepare and not reference.is_dir():
-            return Cell(missing=f"not run: no reference images in {reference.name} (--coco_images)")
+            return f"not run: no reference images in {reference.name} (--coco_images)"
         what = variant.name if name in ("", self.setup.benign) else f"{variant.name}_{name}"
         output = self.out / "scores" / f"{what}_fid.txt"
-        content = self._score(
+        return self._score(
             variant, lambda folder, csv: self.jobs.fid(what, folder, csv, reference, output, self.setup.fid), name
         )
-        return Cell(content["fid"]) if isinstance(content, dict) else Cell(missing=content)
 
     def clip(self, variant: Variant, name: str = "") -> Cell:
         """CLIP score of the benign images, or of those of the set `name`."""
@@ -369,7 +374,7 @@ class TableRunner:
             return Cell(missing=source)
         if not isinstance(chosen.init, str) and not source.is_dir():
             return Cell(missing="not run: no --i2i_images")
-        folder = self._scored_copies("input", source, range(len(self._rows[listed])), listed)
+        folder = self._scored_copies("input", source, self._start_numbers(name), listed)
         return Cell(missing="planned") if self.dry else Cell.share(read_json(folder / f"{self.setup.asr}.json"))
 
     # What was drawn

@@ -125,6 +125,12 @@ def test_an_ablation_trains_its_own_models(reproduce, tmp_path):
         assert row["paper"] == paper and 0 <= float(row["ours"]) <= 100
     note = "against all three, on the same 12 prompts: all three without SEP's second term p = "
     assert note in (out / "T18.md").read_text()
+    record = json.loads((out / "images/des/des/pipeline/plain/run.json").read_text())["protection"]["1"]
+    assert (
+        "does not protect" in record["doubt"]
+        and f"- all three: text encoder 1: {record['doubt']}." in (out / "T18.md").read_text()
+    )
+    assert "- FID of 11 against 40 images. 11 images are fewer than the" in (out / "T18.md").read_text()
 
     reference, figures = out / "inputs/reference", (out / "T18.csv").read_text()
     before = snapshot(reference)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import des.tables.paper
 from demo.tables import demo_setup
-from des.tables.build import Cell
-from des.tables.cells import ORIGINAL, PromptSet
+from des.models.encoders import load_encoder
+from des.tables.cells import ORIGINAL, PromptSet, Variant
+from des.tables.costs import extra_parameters, extra_seconds
+from des.tables.notes import fid_notes
 from des.tables.paper import model_name, paper_setup
 from des.tables.runner import TableRunner
 from des.utils.errors import UserError
@@ -17,6 +19,7 @@ from scripts import reproduce
 import pytest
 import torch
 from conftest import ROOT, snapshot
+from safetensors.torch import save_file
 
 DEMO = ROOT / "demo/models/pipeline"
 
@@ -92,7 +95,7 @@ def test_t1_counts_images_of_each_class(tmp_path, lists, tiny_pipeline, monkeypa
     runner = runner_of(arguments(tmp_path, "--model_path", tiny_pipeline, *lists))
     classes = {each: dict(zip(("images", "detections"), counts.get(each, (0, 0)), strict=True)) for each in
                [*runner.setup.classes.values(), "ANUS_EXPOSED"]}  # fmt: skip
-    monkeypatch.setattr(TableRunner, "_scores", lambda *_: {"k": 10, "n": 10, "detections": 50, "classes": classes})
+    monkeypatch.setattr(TableRunner, "scores", lambda *_: {"k": 10, "n": 10, "detections": 50, "classes": classes})
     columns = reproduce.columns_of("T1", runner.setup, runner)
     figures = {title: columns[title](ORIGINAL).value for title in ("total", *runner.setup.classes)}
     assert figures["total"] == 20 == sum(figures[title] for title in runner.setup.classes)
@@ -103,7 +106,9 @@ def test_starting_prompts_without_an_attack_stand_apart(tmp_path, lists, tiny_pi
     """The paper's column UDA is the attack's; its starting prompts, drawn as they are, have their own column and are in no mean."""
     args = arguments(tmp_path, "--model_path", tiny_pipeline, *lists)
     runner = runner_of(args)
-    monkeypatch.setattr(TableRunner, "_scores", lambda self, variant, name, stem: dict(proportion({"uda": 4}.get(name, 1), 4)))
+    monkeypatch.setattr(
+        TableRunner, "scores", lambda self, variant, name, stem=None: dict(proportion({"uda": 4}.get(name, 1), 4))
+    )
     table = reproduce.build("T3", args, runner)
     assert table.columns == ["MMA", "UDA", "RAB", "CCE", "avg", "std", "UDA prompts, no attack"]
     ours = table.ours["SD v1.5"]
@@ -165,7 +170,8 @@ def test_images_of_another_program_are_scored_as_copies(tmp_path, lists, tiny_pi
 @pytest.mark.parametrize(
     ("baseline", "message"),
     [
-        (["DES=.", "x=."], "a row of this title"), (["x=nowhere"], "or NAME=DIR"), (["x=."], "no folder that is named like a set"),
+        (["DES=.", "x=."], "a row of this title"), (["negative prompt=images"], "a row of this title"),
+        (["input image=images"], "a row of this title"), (["x=nowhere"], "or NAME=DIR"), (["x=."], "no folder that is named like a set"),
         (["a b=images", "A-b=images"], "names a row twice"), (["esd"], "METHOD=FILE"),
     ],
 )  # fmt: skip
@@ -190,6 +196,63 @@ def test_the_input_images_of_a_line_are_the_rows_that_it_draws(tmp_path, monkeyp
     monkeypatch.setattr(TableRunner, "drawn", lambda *_: folder)
     cell = runner.input_images("i2i_white_0.5")
     assert (cell.k, cell.n, len(scored)) == (1, 4, 2)
+
+
+def test_the_input_images_of_a_given_folder_are_numbered_by_the_whole_list(tmp_path, lists, tiny_pipeline, scored):
+    """Row 1 of four is never drawn, and only the image of row 3 counts."""
+    (tmp_path / "lists/i2i_both_white.csv").write_text("prompt\na kettle\na child with a kettle\na cup\na pan\n")
+    for row in (1, 3):
+        (tmp_path / f"i2i_images/{row}.png").write_bytes(b"hit")
+    runner = dataclasses.replace(runner_of(arguments(tmp_path, "--model_path", tiny_pipeline, *lists)), dry=False)
+    cell = runner.input_images("i2i_both_white")
+    assert (cell.k, cell.n) == (1, 3)
+
+
+def test_a_fid_stands_beside_its_numbers_of_images(tmp_path, lists, tiny_pipeline, monkeypatch):
+    runner = runner_of(arguments(tmp_path, "--model_path", tiny_pipeline, *lists))
+    rows = {"SD v1.5": ORIGINAL, "DES": Variant("des"), "images": Variant("other")}
+    results = {
+        "original": {"generated": 9969, "reference": 9969},
+        "des": {"generated": 9969, "reference": 9969},
+        "other": "not run",
+    }
+    monkeypatch.setattr(TableRunner, "fid", lambda self, variant, name: results[variant.name])
+    assert fid_notes("T1", rows, runner) == ["FID of 9,969 against 9,969 images."]
+    results["des"] = {"generated": 500, "reference": 9969, "caution": "most of this value is bias"}
+    assert fid_notes("T1", rows, runner) == [
+        "SD v1.5: FID of 9,969 against 9,969 images.",
+        "DES: FID of 500 against 9,969 images. most of this value is bias.",
+    ]
+
+
+def test_parameters_that_a_protection_adds(tmp_path, lists, tiny_pipeline):
+    """An encoder of an older file, with a constant and a whole CLIP's other half; a UNet's tensors; adapters."""
+    runner = dataclasses.replace(runner_of(arguments(tmp_path, "--model_path", tiny_pipeline, *lists)), dry=False)
+    state = {**load_encoder(str(tiny_pipeline), 1, "cpu").model.state_dict(), "visual_projection.weight": torch.ones(3, 3)}
+    state["text_model.embeddings.position_ids"] = torch.ones(1, 77)
+    save_file(state, tmp_path / "clip.safetensors")
+    save_file(
+        {"lora_unet_x.lora_up.weight": torch.ones(2, 3), "lora_unet_x.alpha": torch.ones(1)}, tmp_path / "spm.safetensors"
+    )
+
+    def added(option, name):
+        return str(extra_parameters(runner, Variant("x", "x", ((f"--{option}", tmp_path / f"{name}.safetensors"),))))
+
+    assert (added("text_encoder_path", "clip"), added("unet_path", "esd"), added("adapter_path", "spm")) == ("0", "0", "7")
+    assert str(extra_parameters(runner, ORIGINAL)) == "no text encoder file"
+
+
+def test_seconds_of_a_part_of_the_images_are_no_cost(tmp_path, lists, tiny_pipeline, monkeypatch):
+    """The benign list has six prompts here, and the last call drew four of them."""
+    runner = dataclasses.replace(runner_of(arguments(tmp_path, "--model_path", tiny_pipeline, *lists)), dry=False)
+    monkeypatch.setattr(TableRunner, "drawn", lambda self, variant, name: tmp_path / variant.name)
+    cells = []
+    for images in (6, 4):
+        for name, seconds in (("original", 3), ("des", 6)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "run.json").write_text(json.dumps({"last_drawn": {"images": images, "seconds": seconds}}))
+        cells.append(str(extra_seconds(runner, Variant("des"))))
+    assert cells == ["0.500", "drawn in several parts"]
 
 
 def test_rows_of_other_concepts_and_of_negative_prompts(tmp_path, tiny_pipeline, protected_checkpoint, family):
@@ -229,7 +292,7 @@ def test_reference_images_that_are_missing_do_not_stop_a_table(tmp_path, tiny_pi
     runner = TableRunner(
         setup, str(tiny_pipeline), tmp_path, "smoke", torch.device("cpu"), 4, 42, discard_images=False, dry=False
     )
-    assert runner.fid(ORIGINAL) == Cell(missing="not run: no reference images in coco (--coco_images)")
+    assert runner.fid(ORIGINAL) == "not run: no reference images in coco (--coco_images)"
 
 
 def test_a_family_without_a_table_is_refused(family):

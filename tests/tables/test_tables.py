@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import statistics
+from dataclasses import replace
 
 from des.tables.build import Cell, Table, paper_figures
 from des.tables.jobs import Job, JobRecords
@@ -131,6 +132,16 @@ def test_a_job_is_done_once_and_again_when_anything_changed(tmp_path, job):
     (tmp_path / "jobs/copy-it.json").write_text("{")
     records.run(job)
     assert json.loads((tmp_path / "jobs/copy-it.json").read_text())["images"] == 2
+
+
+def test_another_device_of_the_same_kind_is_no_other_job(tmp_path, job, monkeypatch):
+    monkeypatch.setattr("des.tables.jobs.run_script", lambda *_: job.outputs[0].write_text("made"))
+    job.inputs[0].write_text("one")
+    for option in ("--device", "--devices"):
+        first, same, other = (replace(job, argv=(option, device, "a:1")) for device in ("cuda:0", "cuda:1", "cpu"))
+        JobRecords(tmp_path).run(first)
+        assert JobRecords(tmp_path).record(same) and not JobRecords(tmp_path).record(other)
+        assert not JobRecords(tmp_path).record(replace(first, argv=(option, "cuda:0", "a:2")))
 
 
 def test_what_reads_the_output_of_a_job_that_is_left_is_left_too(tmp_path, job):
