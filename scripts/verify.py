@@ -65,8 +65,8 @@ from des.evaluation.detectors.options import add_scoring
 from des.evaluation.results import MEANS, Score, read_scores
 from des.evaluation.scored_images import mean_and_interval
 from des.models.checkpoints import read_metadata
-from des.models.encoders import load_encoder
-from des.models.shift import concepts_of, describe, embedding_of, measure
+from des.models.encoders import family_if_any, load_encoder
+from des.models.shift import concepts_of, describe, embedding_of, measure, shifts_of
 from des.utils import cli, logs
 from des.utils.errors import UserError
 from des.utils.scripts import run_script
@@ -104,8 +104,9 @@ def check_checkpoint(args: argparse.Namespace) -> None:
     encoder = load_encoder(
         args.model_path, args.text_encoder_idx, args.device, embedding_of(args.checkpoint), variant=args.variant
     )
-    metadata = measure(encoder, args.checkpoint, args.concept_prompt)
-    print(describe(metadata["shift"]))
+    metadata = measure(encoder, args.checkpoint, family_if_any(args.model_path), args.concept_prompt)
+    for reader, shift in shifts_of(metadata).items():
+        print(f"{reader}{describe(shift)}")
     if metadata["doubt"]:
         raise UserError(f"{args.checkpoint}: {metadata['doubt']}")
     if metadata["shift"]["concept"] is None:

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from des.models.checkpoints import PROJECTION, fingerprint, plain_names, published_names, save_published
-from des.models.encoders import TextEncoder, components_of, family_of, load_encoder, read_index, subfolder_of, text_encoders
+from des.models.encoders import (
+    TextEncoder,
+    components_of,
+    family_if_any,
+    family_of,
+    load_encoder,
+    read_index,
+    subfolder_of,
+    text_encoders,
+)
 from des.models.families import COMFYUI, FAMILIES, exports_to
 from des.models.loading import dtype_option, load_model, loading
 from des.models.model_files import INDEX, WEIGHT_SUFFIXES, copy_weights, fetch, read_json, weight_files
@@ -112,7 +121,8 @@ def load_protected(
         i: load_encoder(model_path, i, embedding=embedding_of(path), variant=variant) for i, path in checkpoints.items()
     }
     originals = {i: {"original_sha256": encoder.base_sha256} for i, encoder in encoders.items()}  # before the weights change
-    loaded = {i: originals[i] | load_measured(encoders[i], path) for i, path in checkpoints.items()}
+    family = family_if_any(model_path)
+    loaded = {i: originals[i] | load_measured(encoders[i], path, family) for i, path in checkpoints.items()}
     for i, measured in loaded.items():
         if is_unprotected(measured):
             raise UserError(f"{checkpoints[i]} is not exported as protected: {measured['doubt']}")

@@ -211,10 +211,13 @@ def text_encoder(pipe: DiffusionPipeline, index: int, embedding: str = "last_hid
     """Return text encoder `index` (1-based) of an opened pipeline with its tokenizer, like `load_encoder`."""
     name = _encoder_name(index)
     model, tokenizer = getattr(pipe, name), getattr(pipe, tokenizer_name(name))
-    family = find_family(re.sub("Img2Img|Inpaint", "", type(pipe).__name__), lambda component: _config(pipe, component))
-    reading = reading_for(family, index, type(model).__name__, embedding, model.config)
+    reading = reading_for(_family(pipe), index, type(model).__name__, embedding, model.config)
     length = reading.length or tokenizer.model_max_length
     return TextEncoder(pipe.name_or_path, index, name, model, tokenizer, embedding, reading, length)
+
+
+def _family(pipe: DiffusionPipeline) -> Family | None:
+    return find_family(re.sub("Img2Img|Inpaint", "", type(pipe).__name__), lambda component: _config(pipe, component))
 
 
 def _config(pipe: DiffusionPipeline, component: str) -> dict[str, Any] | None:
@@ -240,7 +243,8 @@ def protect(pipe: DiffusionPipeline, checkpoints: dict[int, Path]) -> dict[int, 
     if lacking:
         has = ", ".join(map(str, encoders))
         raise UserError(f"a checkpoint is given for text encoder {lacking[0]}, but the pipeline has only {has}")
-    loaded = {i: load_measured(text_encoder(pipe, i, embedding_of(path)), path) for i, path in checkpoints.items()}
+    family = _family(pipe)
+    loaded = {i: load_measured(text_encoder(pipe, i, embedding_of(path)), path, family) for i, path in checkpoints.items()}
     rest = [str(i) for i in encoders if i not in checkpoints]
     if rest:
         logger.warning("text encoder %s of the pipeline is the original, NOT protected", " and ".join(rest))

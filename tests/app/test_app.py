@@ -308,7 +308,7 @@ def test_a_verdict_names_what_decided_it(finding, says):
 
 def test_the_page_shows_why_a_checkpoint_may_not_protect(monkeypatch, checkpoint):
     doubt = "the concept's embedding <b>hardly moved"
-    monkeypatch.setattr("des.models.pipelines.load_measured", lambda encoder, path: {"doubt": doubt})
+    monkeypatch.setattr("des.models.pipelines.load_measured", lambda *_: {"doubt": doubt})
     args = parse(text_encoder_path=checkpoint, detector="none")
     pipes = app.open_pair(args)
     assert args.doubts == [f"{checkpoint.name}: {doubt}"]
