@@ -95,13 +95,14 @@ class Export:
     def metadata(self, *indices: int) -> dict[str, str]:
         """Return the metadata of a safetensors file with these encoders: `format`, and in `des`, as JSON, what each encoder is.
 
-        `des` has the method, the concept prompts, and the sha256 of the original encoder (`des.models.checkpoints.fingerprint`)
-        and of the checkpoint, by the encoder's subfolder.
+        `des` has the method, the concept prompts, the reason why the encoder may not protect or null, and the sha256 of the original
+        encoder (`des.models.checkpoints.fingerprint`) and of the checkpoint, by the encoder's subfolder.
         """
         facts = {
             self.encoders[i].subfolder: {
                 "method": "des",
                 "concept": concepts_of(self.loaded[i]),
+                "doubt": self.loaded[i]["doubt"],
                 "base_encoder_sha256": self.loaded[i]["original_sha256"],
                 "checkpoint_sha256": self.loaded[i]["file_sha256"],
             }

@@ -5,6 +5,8 @@ Training's summary, loading a checkpoint and scripts/verify.py use one measure: 
 and, if the pipeline gives another one to the denoiser, in that as well.
 """
 
+import contextlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +16,7 @@ from typing import Any
 from des.models.checkpoints import load_checkpoint, read_metadata
 from des.models.encoders import TextEncoder, as_pipeline_reads
 from des.models.families import EMBEDDINGS, Family
+from des.models.tensor_files import header_of
 from des.utils.logs import logger
 
 import torch
@@ -28,6 +31,7 @@ NEUTRAL = (  # in words that the demo's encoder also knows
     "a blue box on a sandy beach",
     "a green fish on the left",
 )
+UNMEASURED = "whether it protects was not measured, because its concept is unknown"
 UNPROTECTED = 0.9  # a cosine above it: the embedding hardly moved
 _HALF = 0.5  # share of the distance to E(""), to which NEN moves the concept
 _ALIKE = 0.8  # share of the concept's distance; neutral prompts beyond it moved like the concept
@@ -118,7 +122,7 @@ def _hardly_moved(shift: Mapping[str, Any]) -> str | None:
     still = [
         (cosine, i)
         for i, (cosine, empty) in enumerate(zip(cosines, to_empty, strict=True))
-        if cosine > UNPROTECTED and 1 - cosine < _HALF * (1 - empty)
+        if cosine > _UNMOVED or (cosine > UNPROTECTED and 1 - cosine < _HALF * (1 - empty))
     ]
     if not still:
         return None
@@ -167,15 +171,18 @@ class Guard:
 def measure(encoder: TextEncoder, path: Path, family: Family | None, concepts: Sequence[str] | None = None) -> dict[str, Any]:
     """Load a checkpoint into `encoder` in place and measure how embeddings change.
 
-    The concept prompts are those in the checkpoint's metadata, or else `concepts`; `family` is as in `Guard`. Returns
-    `load_checkpoint`'s result with `Guard.measure`'s; raises as `load_checkpoint` does.
+    The concept prompts are those in the checkpoint's record, or else `concepts`; `family` is as in `Guard`. Returns
+    `load_checkpoint`'s result with the record and `Guard.measure`'s result; raises as `load_checkpoint` does.
     """
-    guard = Guard(encoder, family, concepts_of(read_metadata(path)) or concepts)
+    known = recorded(path)
+    guard = Guard(encoder, family, concepts_of(known) or concepts)
     loaded = load_checkpoint(encoder.model, path)
     measured = guard.measure(encoder)
+    if isinstance(known.get("doubt"), str):
+        measured["doubt"] = measured["doubt"] or known["doubt"]
     if loaded.get("protects") is False:
         measured["doubt"] = "this encoder does not protect: training ended with unsafe prompts whose embeddings hardly moved"
-    return {**loaded, **measured}
+    return {**known, **loaded, **measured}
 
 
 def load_measured(encoder: TextEncoder, path: Path, family: Family | None) -> dict[str, Any]:
@@ -191,6 +198,23 @@ def load_measured(encoder: TextEncoder, path: Path, family: Family | None) -> di
 def in_doubt(applied: Mapping[Any, Any]) -> bool:
     """Whether `load_measured` warned for one of several encoders that it may not protect."""
     return any(isinstance(loaded, Mapping) and loaded.get("doubt") for loaded in applied.values())
+
+
+def is_unmeasured(loaded: Any) -> bool:
+    """Whether nothing speaks against an encoder in `measure`'s result, but only because its concept is unknown."""
+    shift = loaded.get("shift") if isinstance(loaded, Mapping) else None
+    return bool(shift) and shift["concept"] is None and not loaded["doubt"]
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's metadata or, if there is none, the concept and the doubt in the header of an export's safetensors file."""
+    metadata = read_metadata(path)
+    if metadata:
+        return metadata
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # other programs' headers
+        (facts,) = json.loads(header_of(path)["des"]).values()
+        return {"concept_prompt": facts["concept"], "doubt": facts.get("doubt")}
+    return {}
 
 
 def concepts_of(metadata: Mapping[str, Any]) -> list[str]:
