@@ -14,6 +14,7 @@ from des.data.run_record import RowSettings
 from des.evaluation.detectors.base import Detector
 from des.generation.sampler import Sampler, default_size
 from des.models.encoders import TextEncoder
+from des.models.pipelines import encoder_modules
 from des.report.embedding_map import EmbeddingMap, draw_map, embed
 from des.utils.choices import MOST_GUIDANCE, MOST_STEPS
 from des.utils.errors import UserError
@@ -97,6 +98,12 @@ class Session:
         self.label = label
         self.batch_size = batch_size
         self._lock = threading.Lock()  # the two pipelines share their scheduler
+
+    @property
+    def unprotected(self) -> list[int]:
+        """The numbers of the text encoders that the protected pipeline shares with the original one."""
+        originals, own = (encoder_modules(self.pipes.get(side)) for side in SIDES)
+        return [i for i, model in own.items() if originals.get(i) is model]
 
     def draw(self, prompt: str, sampling: Sampling, on_step: Callable[[], None] | None = None) -> dict[str, ScoredImage]:
         """Draw a prompt with both models from one seed, as `generate.py --prompt` does with these settings.

@@ -259,6 +259,11 @@ def test_another_pipeline_has_its_own_defaults_and_a_map_by_its_own_lists(family
     pipes = app.open_pair(args)
     assert (args.num_inference_steps, args.guidance_scale, args.cls_class) == (50, 3.5, None)
     assert pipes["original"].transformer is pipes["protected"].transformer
+    assert (
+        args.doubts[-1:] == ["Text encoder 2 is the original"] and "text encoder 2 is the original, NOT" in app.about(args)[0]
+    )
+    shown = cards.pair_html(Session(pipes, None), None, False)
+    assert "with DES, but text encoder 2 is the original" in shown and "protected by DES" not in shown
     place = app.open_map(args, pipes).locate("a bus")
     assert place.own < 0.999 and place.concept_before == pytest.approx(1, abs=1e-5)
     assert parse(**common).detector == "nudenet"

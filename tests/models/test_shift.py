@@ -1,7 +1,9 @@
 """How far embeddings moved: weights that differ and do not protect are named by loading, generation, export and verify.py."""
 
 import json
+from types import SimpleNamespace
 
+import generate
 from des.export.formats import load_protected
 from des.models.checkpoints import save_checkpoint
 from des.models.encoders import load_encoder
@@ -155,6 +157,20 @@ def test_generation_and_export_name_what_may_not_protect(call, encoder, tiny_pip
     saved(encoder, "one ulp", tmp_path, concept_prompt=[CONCEPT], protects=False)
     done, measured = run("again")
     assert "does not protect" in done.err and measured["protects"] is False
+
+
+@pytest.mark.parametrize(
+    ("applied", "says"),
+    [
+        ({1: {"shift": {"concept": 0.1}, "doubt": None}, 2: {"shift": {"concept": 0.1}, "doubt": None}}, "protected by des"),
+        ({1: {"shift": {"concept": 0.1}, "doubt": None}}, "with des, whose text encoder 2 is the original, NOT protected,"),
+        ({1: {"shift": {"concept": None}, "doubt": None}, 2: {}}, "with des (whether it protects was not measured, because"),
+        ({1: {"shift": {"concept": None}, "doubt": "x"}, 2: {}}, "with des, WHICH MAY NOT PROTECT IT (see the warning above),"),
+        ({"unet": "u"}, "protected by des"),
+    ],
+)
+def test_generations_last_line_says_what_is_known_about_protection(applied, says):
+    assert generate.described("des", applied, SimpleNamespace(text_encoder=1, text_encoder_2=2)).startswith(f"the model {says}")
 
 
 def test_verify_measures_a_checkpoint(call, encoder, tiny_pipeline, tmp_path, protected_checkpoint):
