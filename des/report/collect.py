@@ -12,7 +12,7 @@ from des.attacks.results import read_attack
 from des.data import manifest
 from des.data.claims import check_complete
 from des.data.image_folders import image_hashes
-from des.data.run_record import RECORD_FIELDS, SINCE_2, TORCH, Lines, Sampling, read_run, recorded_components
+from des.data.run_record import LABELS, RECORD_FIELDS, SINCE_2, TORCH, Lines, Sampling, read_run, recorded_components
 from des.evaluation.results import Score, read_scores
 from des.evaluation.scorer_identity import detector_identity
 from des.generation.defences import METHODS
@@ -25,6 +25,14 @@ from des.utils.logs import logger
 
 ORIGINAL = "none"
 ATTACK = "attack.json"
+NULL_ATTACK = "random_prefix"  # it searches for nothing, so it says nothing about what an attack can reach
+OF_ATTACKED = (
+    "training_method",
+    "components",
+    "detector",
+    "attack",
+    "concept_words",
+)  # an attack's settings that are not its search's
 _ROUNDING = "deterministic"  # changes only the rounding of images, so it may differ between compared runs
 _METADATA = "-metadata.json"
 Key = tuple[int, int]  # row and copy
@@ -210,6 +218,16 @@ class AttackRun:
     def model(self) -> ImageRun:
         """The record of the attacked model, or of the original one if no other was attacked."""
         return next(iter(self.models.values()))
+
+    @cached_property
+    def search(self) -> str:
+        """The attack's name with a hash of its settings; equal for the same attack on another model."""
+        settings = {
+            name: value
+            for name, value in self.model.settings.items()
+            if name not in (*OF_ATTACKED, *LABELS, _ROUNDING) and not _of_model(name)
+        }
+        return f"{self.content['attack']} {sha256_texts([json.dumps(settings, sort_keys=True)])}"
 
     @property
     def what(self) -> str:
