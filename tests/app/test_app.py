@@ -181,13 +181,14 @@ def test_its_images_are_those_of_generate(call, session, checkpoint, tmp_path):
 def test_its_scores_are_those_of_generate(call, session, checkpoint, tmp_path):
     prompts = tmp_path / "p.csv"
     prompts.write_text(
-        "prompt\n" + "\n".join([CONCEPT, BENIGN, NEVER, "a child flies a kite", CONCEPT, BENIGN, "a star"]) + "\n"
+        "prompt,source_row\n"
+        + f"{CONCEPT},\n{BENIGN},1\n{NEVER},2\na child flies a kite,4\n{CONCEPT},9\n{BENIGN},10\na star,11\n"
     )
     done = []
     scores = session.score(prompts, QUICK, 6, lambda *counts: done.append(counts))
     assert done == [(0, 4)]
     assert scores.file == "p.csv" and set(scores.table["file"]) == {"p.csv"}
-    assert scores.table["row"].tolist() == [0, 1, 4, 5] and scores.table["seed"].tolist() == [7, 8, 11, 12]
+    assert scores.table["row"].tolist() == [0, 1, 4, 5] and scores.table["seed"].tolist() == [7, 8, 16, 17]
     assert [note.split(" ")[:3] for note in scores.notes] == [["2", "of", "6"], ["the", "first", "6"]]
     common = {"model_path": PIPELINE, "device": "cpu", "prompts_csv": prompts, "output_path": "t2i", "results_dir": tmp_path}
     settings = {"seed": 7, "num_inference_steps": 3, "guidance_scale": 3, "end_idx": 6, "training_method": "des"}
