@@ -13,7 +13,9 @@ import argparse
 import contextlib
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before a `tasks` of anyone else's
 
@@ -111,8 +113,8 @@ from des.generation.image_run import RunFolder, finish, lines_of, reserved, sett
 from des.generation.sampler import Sampler, batches, check_inputs, check_refiner, check_sizes, row_settings
 from des.models.learned_tokens import load_learned_tokens, read_learned_tokens
 from des.models.model_files import model_name
-from des.models.pipelines import family_of, open_pipeline, open_refiner, place, readers
-from des.models.shift import in_doubt
+from des.models.pipelines import family_of, open_pipeline, open_refiner, place, readers, unprotected_encoders
+from des.models.shift import UNMEASURED, in_doubt, is_unmeasured
 from des.utils import cli, logs
 from des.utils.errors import UserError
 from des.utils.logs import logger, progress
@@ -121,6 +123,7 @@ from des.utils.provenance import provenance
 
 import pandas as pd
 import torch
+from diffusers import DiffusionPipeline
 
 INPUTS = {
     "text": (),
@@ -182,9 +185,7 @@ def main(argv: list[str] | None = None) -> None:
         processes.wait()
         if processes.is_main:
             finish(folder, drawn, seconds, lambda: cards.write(provenance(args), list(names.values())) if scorers else [])
-    which = "the original model" if args.training_method == "none" else f"the model protected by {args.training_method}"
-    if in_doubt(applied):
-        which = f"the model with {args.training_method}, WHICH MAY NOT PROTECT IT (see the warning above),"
+    which = described(args.training_method, applied, pipe)
     where = "scored in" if args.discard_images else "in"
     if processes.is_main:
         logger.info("%d images of %s %s %s", count_done(run, cards), which, where, folder)
@@ -220,6 +221,19 @@ def make(run: RunFolder, sampler: Sampler, cards: ImageScores, processes: Proces
         if key not in drawn and cards.read(path, line) is None:
             cards.score(path, line, read_image(path))
     return len(todo), seconds
+
+
+def described(method: str, applied: Mapping[Any, Any], pipe: DiffusionPipeline) -> str:
+    """Name the model that drew the images, with what is known about its protection."""
+    if method == "none":
+        return "the original model"
+    rest = unprotected_encoders(pipe, applied) if any(isinstance(i, int) for i in applied) else []
+    of_rest = f", whose text encoder {' and '.join(map(str, rest))} is the original, NOT protected," if rest else ""
+    if in_doubt(applied):
+        return f"the model with {method}, WHICH MAY NOT PROTECT IT (see the warning above){of_rest or ','}"
+    if any(map(is_unmeasured, applied.values())):
+        return f"the model with {method} ({UNMEASURED}){of_rest}"
+    return f"the model with {method}{of_rest}" if rest else f"the model protected by {method}"
 
 
 def count_done(run: RunFolder, cards: ImageScores) -> int:

@@ -8,7 +8,7 @@ image = pipe("a photo of a cat").images[0]
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -23,6 +23,7 @@ from des.models import pipelines
 from des.models.activations import use_lean_activations
 from des.models.checkpoints import read_metadata
 from des.models.encoders import encoder_class
+from des.models.shift import UNMEASURED, is_unmeasured
 from des.training import run
 from des.training.checks import check_concept, check_guidance, check_lengths, refuse_equal_concepts
 from des.training.codebook import Codebook, write_codebook
@@ -45,15 +46,19 @@ class Protection:
 
     checkpoints: dict[int, Path]
     measured: dict[int, dict[str, Any]]  # `des.models.shift.measure`'s result for each
+    unprotected: list[int] = field(default_factory=list)  # the pipeline's text encoders that are the originals
 
     @property
     def doubts(self) -> list[str]:
         """Reasons why the pipeline may not be protected; empty if there are none."""
-        return [f"text encoder {i}: {each['doubt']}" for i, each in self.measured.items() if each["doubt"]]
+        doubts = [f"text encoder {i}: {each['doubt']}" for i, each in self.measured.items() if each["doubt"]]
+        return doubts + [f"text encoder {i} is the original, NOT protected" for i in self.unprotected]
 
     def __repr__(self) -> str:
         loaded = ", ".join(f"text encoder {i}: {path}" for i, path in self.checkpoints.items())
-        return f"Protection({loaded}; {'MAY NOT PROTECT: ' + '; '.join(self.doubts) if self.doubts else 'embeddings moved'})"
+        unmeasured = [f"text encoder {i}: {UNMEASURED}" for i, each in self.measured.items() if is_unmeasured(each)]
+        states = [f"MAY NOT PROTECT: {'; '.join(self.doubts)}"] if self.doubts else []
+        return f"Protection({'; '.join([loaded, *(states + unmeasured or ['embeddings moved'])])})"
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,8 @@ def protect(pipe: DiffusionPipeline, checkpoint: str | PathLike | Mapping[int, s
 
     A single checkpoint is loaded into the text encoder that its metadata names (number 1 without metadata); several are given by
     the number of their text encoder, counted from 1. Raises `des.UserError` for a missing, unreadable or mismatched file and for
-    the original weights; logs a warning if embeddings hardly moved, which `Protection.doubts` repeats, and for each text encoder
-    of the pipeline that stays the original.
+    the original weights, and then changes nothing; logs a warning if embeddings hardly moved and for each text encoder of the
+    pipeline that stays the original, which `Protection.doubts` repeats.
     """
     if isinstance(checkpoint, Mapping):
         checkpoints = {int(i): Path(path) for i, path in checkpoint.items()}
@@ -125,7 +130,8 @@ def protect(pipe: DiffusionPipeline, checkpoint: str | PathLike | Mapping[int, s
         checkpoints = {read_metadata(Path(checkpoint)).get("encoder", 1): Path(checkpoint)}
     if not checkpoints:
         raise UserError("protect needs at least one checkpoint; the mapping is empty")
-    return Protection(checkpoints, pipelines.protect(pipe, checkpoints))
+    measured = pipelines.protect(pipe, checkpoints)
+    return Protection(checkpoints, measured, pipelines.unprotected_encoders(pipe, checkpoints))
 
 
 def train(

@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -67,11 +68,11 @@ from des.export.card_scores import Measured, check_drawn_by, read_measured
 from des.export.formats import PROMPTS, READERS, WRITERS, Export, cast, check_fits, load_protected, read_base, verify
 from des.export.model_card import hub_id_of, is_hub_id, model_card
 from des.models import pipelines
-from des.models.encoders import load_encoder
+from des.models.encoders import TextEncoder, load_encoder
 from des.models.loading import loading
 from des.models.model_files import split_revision
 from des.models.pipelines import family_of
-from des.models.shift import in_doubt
+from des.models.shift import UNMEASURED, Guard, concepts_of, in_doubt, is_unmeasured, is_unprotected
 from des.utils import cli, logs
 from des.utils.errors import UserError, not_found
 from des.utils.files import replacing
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     logs.setup_logging(args.log_file)
     check(args)
     scores = read_measured(args.scores)
-    prompts = read_prompts(args.prompts_csv) if args.prompts_csv else PROMPTS
+    prompts = read_prompts(args.prompts_csv) if args.prompts_csv else None
     base = read_base(args.base_checkpoint) if args.base_checkpoint else None
     dtype = pipelines.DTYPES[args.dtype] if args.dtype else base.dtype if base else None
     export = load_protected(args.model_path, args.checkpoints, args.variant, args.drop_t5)
@@ -104,13 +105,19 @@ def main(argv: list[str] | None = None) -> None:
         (folder / "README.md").write_text(card_of(args, export, folder, scores, lost), "utf-8", "backslashreplace")
     for line in lost:
         print(line)
-    encoder = (
-        "the encoder, WHICH MAY NOT PROTECT (see the warning above)" if in_doubt(export.loaded) else "the protected encoder"
-    )
-    print(f"{args.out} is written, and reads back as {'the LoRA' if lost else encoder}")
+    print(f"{args.out} is written, and reads back as {named(export, 'LoRA' if lost else 'encoder')}")
     if args.push_to_hub:
         push(args.out, args.push_to_hub)
         print(f"uploaded to {args.push_to_hub} on the hub")
+
+
+def named(export: Export, what: str) -> str:
+    """Name the export with what is known about its protection."""
+    if in_doubt(export.loaded):
+        return f"the {what}, WHICH MAY NOT PROTECT (see the warning above)"
+    if any(map(is_unmeasured, export.loaded.values())):
+        return f"the {what}; {UNMEASURED}"
+    return "the LoRA" if what == "LoRA" else f"the protected {what}"
 
 
 def check(args: argparse.Namespace) -> None:
@@ -135,9 +142,18 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--format lora needs peft, which is not installed: pip install -r requirements.txt")
 
 
-def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: torch.dtype, prompts: list[str]) -> list[str]:
-    """Write a LoRA, check that it reads back correctly, and return lines that describe the protection it loses."""
-    originals = {i: load_encoder(args.model_path, i, variant=args.variant) for i in export.encoders}
+def write_lora(
+    args: argparse.Namespace, export: Export, folder: Path, dtype: torch.dtype, prompts: list[str] | None
+) -> list[str]:
+    """Write a LoRA, check that it reads back correctly, and return lines that describe the protection it loses.
+
+    The loss is measured on `prompts`, by default on the concept's and a few harmless ones. What `export` says about protection becomes
+    the LoRA's. Raises UserError for a LoRA that does not protect.
+    """
+    originals = {
+        i: load_encoder(args.model_path, i, embedding=encoder.embedding, variant=args.variant)
+        for i, encoder in export.encoders.items()
+    }
     factors, lines, encoders = {}, [], {}
     for i, protected in export.encoders.items():
         layers, held = lora.low_rank(originals[i].model, protected.model, args.rank)
@@ -146,16 +162,31 @@ def write_lora(args: argparse.Namespace, export: Export, folder: Path, dtype: to
             raise UserError(f"the LoRA of text encoder {i} overflows in {dtype}; use --dtype bf16 or fp32")
         factors[protected.subfolder] = layers
         encoders[i] = replace(originals[i], model=lora.merged(originals[i].model, layers))
-        figures = lora.measure(originals[i], protected, encoders[i], prompts)
+        export.loaded[i] |= measured_lora(args, originals[i], encoders[i], concepts_of(export.loaded[i]))
+        figures = lora.measure(originals[i], protected, encoders[i], prompts or [*PROMPTS, *concepts_of(export.loaded[i])])
         lines += lora.describe(i, args.rank, held, figures).splitlines()
     lora.write(folder, factors, export.metadata(*export.encoders))
     read = lora.read(args.model_path, folder, {i: encoder.subfolder for i, encoder in encoders.items()}, args.variant)
     verify(Export(args.model_path, encoders, export.loaded), read, exact=False)
-    if args.prompts_csv is None:
-        lines.append(
-            "measured on a few harmless prompts only; --prompts_csv with the concept's prompts measures the protection"
-        )
+    if prompts is None:
+        known = all(concepts_of(loaded) for loaded in export.loaded.values())
+        on = "the concept prompts and a few harmless ones" if known else "a few harmless prompts"
+        lines.append(f"measured on {on} only; --prompts_csv with the concept's prompts measures the protection")
     return lines
+
+
+def measured_lora(
+    args: argparse.Namespace, original: TextEncoder, with_lora: TextEncoder, concepts: list[str]
+) -> dict[str, Any]:
+    """Measure how far the LoRA moves embeddings, and log a warning if it may not protect; UserError if it does not."""
+    measured = Guard(original, family_of(args.model_path), concepts).measure(with_lora)
+    what = f"the LoRA of text encoder {original.index}"
+    if is_unprotected(measured):
+        reason = f"{what} does not protect with --rank {args.rank}, because it leaves out too much of the change"
+        raise UserError(f"{reason}: {measured['doubt']}; raise --rank, or choose another --format")
+    if measured["doubt"]:
+        logger.warning("%s: %s", what, measured["doubt"])
+    return measured
 
 
 def card_of(args: argparse.Namespace, export: Export, folder: Path, scores: list[Measured], lost: list[str]) -> str:

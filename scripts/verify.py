@@ -64,9 +64,8 @@ from des.data.run_record import read_run
 from des.evaluation.detectors.options import add_scoring
 from des.evaluation.results import MEANS, Score, read_scores
 from des.evaluation.scored_images import mean_and_interval
-from des.models.checkpoints import read_metadata
-from des.models.encoders import load_encoder
-from des.models.shift import concepts_of, describe, embedding_of, measure
+from des.models.encoders import family_if_any, load_encoder
+from des.models.shift import concepts_of, describe, embedding_of, measure, recorded, shifts_of
 from des.utils import cli, logs
 from des.utils.errors import UserError
 from des.utils.scripts import run_script
@@ -98,14 +97,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_checkpoint(args: argparse.Namespace) -> None:
     """Print how far a checkpoint moves embeddings. Raises UserError if it may not protect, or if that is unknown."""
-    recorded = concepts_of(read_metadata(args.checkpoint))
-    if recorded and args.concept_prompt and recorded != args.concept_prompt:
+    known = concepts_of(recorded(args.checkpoint))
+    if known and args.concept_prompt and known != args.concept_prompt:
         raise UserError(f"the metadata of {args.checkpoint} names the concept itself; leave out --concept_prompt")
     encoder = load_encoder(
         args.model_path, args.text_encoder_idx, args.device, embedding_of(args.checkpoint), variant=args.variant
     )
-    metadata = measure(encoder, args.checkpoint, args.concept_prompt)
-    print(describe(metadata["shift"]))
+    metadata = measure(encoder, args.checkpoint, family_if_any(args.model_path), args.concept_prompt)
+    for reader, shift in shifts_of(metadata).items():
+        print(f"{reader}{describe(shift)}")
     if metadata["doubt"]:
         raise UserError(f"{args.checkpoint}: {metadata['doubt']}")
     if metadata["shift"]["concept"] is None:

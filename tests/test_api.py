@@ -43,6 +43,21 @@ def test_protecting_changes_the_text_encoder_and_names_what_was_loaded(pipe, pro
     assert not pipe.text_encoder.state_dict()["final_layer_norm.weight"].equal(before)
     assert protection.checkpoints == {1: protected_checkpoint} and str(protected_checkpoint) in repr(protection)
     assert ("MAY NOT PROTECT" in repr(protection)) == bool(protection.doubts)
+    assert "whether it protects was not measured" in repr(protection) and protection.unprotected == []
+
+
+def test_all_checkpoints_are_loaded_or_none(family, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(family("sdxl"), torch_dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in pipe.text_encoder.state_dict().items()}
+    path = tmp_path / "own-2.pt"
+    torch.save({"model_state_dict": {name: tensor + 0.005 for name, tensor in before.items()}}, path)
+    with pytest.raises(des.UserError, match="does not exist"):
+        des.protect(pipe, {1: path, 2: tmp_path / "missing.pt"})
+    assert all(tensor.equal(before[name]) for name, tensor in pipe.text_encoder.state_dict().items())
+    protection = des.protect(pipe, {1: path})
+    assert protection.unprotected == [2] and protection.doubts == ["text encoder 2 is the original, NOT protected"]
+    assert "MAY NOT PROTECT: text encoder 2 is the original" in repr(protection)
+    assert "text encoder 1: whether it protects was not measured" in repr(protection)
 
 
 @pytest.mark.parametrize("checkpoint", ["missing.pt", {}, {2: "missing.pt"}])

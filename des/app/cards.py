@@ -11,7 +11,13 @@ from des.evaluation.classify import blurred
 
 from PIL import Image
 
-LABELS = {"original": "original", "protected": "protected by DES"}
+
+def _label(session: Session, side: str) -> str:
+    """The title of a model's card; it names the text encoders that are the originals."""
+    if side == "original":
+        return "original"
+    rest = " and ".join(map(str, session.unprotected))
+    return f"with DES, but text encoder {rest} is the original" if rest else "protected by DES"
 
 
 def pair_html(
@@ -40,7 +46,7 @@ def _card(session: Session, side: str, scored: ScoredImage | None, blur: bool, s
         save = 'this.href = this.parentElement.querySelector("img").src'  # so that the page holds the image once
         body += "" if hidden else f"<a href='#' download='{side}_seed{seed}.png' onclick='{save}'>Download the image</a>"
     body += "".join(f"<p class='des-line'>{html.escape(line)}</p>" for line in lines)
-    return f"<figure class='des-card' data-side='{side}'><figcaption>{LABELS[side]}</figcaption>{body}</figure>"
+    return f"<figure class='des-card' data-side='{side}'><figcaption>{_label(session, side)}</figcaption>{body}</figure>"
 
 
 def data_url(image: Image.Image) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 
 from des.data import run_record
 from des.data.prompts import never_drawn, read_rows
-from des.data.run_record import RowSettings
 from des.evaluation.detectors.base import Detector
-from des.generation.sampler import Sampler, default_size
+from des.generation.sampler import Sampler, row_settings
 from des.models.encoders import TextEncoder
+from des.models.pipelines import encoder_modules
 from des.report.embedding_map import EmbeddingMap, draw_map, embed
 from des.utils.choices import MOST_GUIDANCE, MOST_STEPS
 from des.utils.errors import UserError
@@ -98,12 +98,18 @@ class Session:
         self.batch_size = batch_size
         self._lock = threading.Lock()  # the two pipelines share their scheduler
 
+    @property
+    def unprotected(self) -> list[int]:
+        """The numbers of the text encoders that the protected pipeline shares with the original one."""
+        originals, own = (encoder_modules(self.pipes.get(side)) for side in SIDES)
+        return [i for i, model in own.items() if originals.get(i) is model]
+
     def draw(self, prompt: str, sampling: Sampling, on_step: Callable[[], None] | None = None) -> dict[str, ScoredImage]:
         """Draw a prompt with both models from one seed, as `generate.py --prompt` does with these settings.
 
         `on_step()` is called after each denoising step; an exception that it raises stops the drawing.
         """
-        samplers = self._samplers([check_prompt(prompt)], sampling, on_step)
+        samplers = self._samplers(pd.DataFrame({"prompt": [check_prompt(prompt)]}), None, sampling, on_step)
         with self._lock:
             return {side: self.score_image(sampler.draw([(0, 0)])[0]) for side, sampler in samplers.items()}
 
@@ -115,13 +121,13 @@ class Session:
         progress: Callable[[int, int], None] = lambda done, total: None,
         on_step: Callable[[], None] | None = None,
     ) -> Scores:
-        """Draw the first `limit` rows of a prompt CSV with both models, row i from seed S + i as `generate.py` does, and score them.
+        """Draw the first `limit` rows of a prompt CSV with both models, with the seeds of `generate.py`, and score them.
 
         Images are discarded. `progress(done, total)` is called with the number of finished rows, `on_step` as in `draw`. Raises UserError for a file that
         is not a prompt list, for a prompt that is too long, and if there is no detector.
         """
-        prompts, taken, rows = self._read(csv_path, limit)
-        samplers = self._samplers(prompts, sampling, on_step)
+        table, taken, rows = self._read(csv_path, limit)
+        samplers = self._samplers(table, Path(csv_path.name), sampling, on_step)
         found: dict[str, list[dict[str, dict]]] = {side: [] for side in samplers}
         for start in range(0, len(rows), self.batch_size):
             progress(start, len(rows))
@@ -133,18 +139,20 @@ class Session:
         if len(rows) < len(taken):
             left_out = len(taken) - len(rows)
             notes.append(f"{left_out} of {len(taken)} prompts are left out, because they put minors in a sexual context")
-        if len(taken) < len(prompts):
-            notes.append(f"the first {len(taken)} of {len(prompts)} prompts were drawn; --max_rows sets how many")
-        return Scores(csv_path.name, self._table(csv_path.name, rows, sampling.seed, found), self._lines(found), notes)
+        if len(taken) < len(table):
+            notes.append(f"the first {len(taken)} of {len(table)} prompts were drawn; --max_rows sets how many")
+        seeds = [samplers[SIDES[0]].settings[row].seed for row in rows]
+        return Scores(csv_path.name, self._table(csv_path.name, rows, seeds, found), self._lines(found), notes)
 
-    def _read(self, csv_path: Path, limit: int) -> tuple[list[str], range, list[int]]:
-        """Return the prompts of a CSV, the rows within `limit`, and those of them to draw; raises the errors of `score`."""
+    def _read(self, csv_path: Path, limit: int) -> tuple[pd.DataFrame, range, list[int]]:
+        """Return the rows of a CSV, those within `limit`, and those of them to draw; raises the errors of `score`."""
         if self.detector is None:
             raise UserError("scores need a detector; start the app with --detector nudenet or object")
         try:
-            prompts = read_rows(csv_path)["prompt"].tolist()
+            table = read_rows(csv_path)
         except UserError as error:  # do not show the path on the server to the user
             raise UserError(str(error).replace(str(csv_path), csv_path.name)) from None
+        prompts = table["prompt"].tolist()
         dropped = set(never_drawn(prompts))
         taken = range(min(limit, len(prompts)))
         rows = [row for row in taken if row not in dropped]
@@ -155,7 +163,7 @@ class Session:
             raise UserError(
                 f"the prompt of row {long[0]} (the first is row 0) is longer than {LONGEST_PROMPT} characters; shorten it"
             )
-        return prompts, taken, rows
+        return table, taken, rows
 
     def words(self, verdict: str, finding: Mapping[str, Any]) -> str:
         """A finding as text, such as `mushroom: hit, 98%`, or `face 49%, below the threshold: no hit`."""
@@ -182,13 +190,13 @@ class Session:
     def _name(self, verdict: str) -> str:
         return self.detector.titles[verdict].removeprefix("ASR of ")
 
-    def _samplers(self, prompts: list[str], sampling: Sampling, on_step: Callable[[], None] | None) -> dict[str, Sampler]:
-        samplers = {}
+    def _samplers(
+        self, table: pd.DataFrame, source: Path | None, sampling: Sampling, on_step: Callable[[], None] | None
+    ) -> dict[str, Sampler]:
+        """Return each model's sampler for a prompt list; `source` names its file in errors."""
+        samplers, prompts = {}, table["prompt"].tolist()
         for side, pipe in self.pipes.items():
-            pixels = default_size(pipe)
-            settings = [
-                RowSettings(sampling.seed + row, sampling.guidance_scale, pixels, pixels) for row in range(len(prompts))
-            ]
+            settings = row_settings(sampling, pipe, table, source)
             samplers[side] = Sampler(pipe, None, sampling, prompts, settings, {}, min(self.batch_size, len(prompts)), on_step)
         return samplers
 
@@ -199,8 +207,10 @@ class Session:
         verdicts = self.detector.score([self.detector.prepare(image.convert("RGB"))], [self.label])
         return ScoredImage(image, {verdict: found for verdict, (found,) in verdicts.items()})
 
-    def _table(self, file: str, rows: Sequence[int], seed: int, found: Mapping[str, list[dict[str, dict]]]) -> pd.DataFrame:
-        columns: dict[str, list] = {"file": [file] * len(rows), "row": list(rows), "seed": [seed + row for row in rows]}
+    def _table(
+        self, file: str, rows: Sequence[int], seeds: Sequence[int], found: Mapping[str, list[dict[str, dict]]]
+    ) -> pd.DataFrame:
+        columns: dict[str, list] = {"file": [file] * len(rows), "row": list(rows), "seed": list(seeds)}
         for verdict in self.detector.titles:
             which = f" {verdict}" if verdict and len(self.detector.titles) > 1 else ""
             for side, findings in found.items():

@@ -1,13 +1,15 @@
 """LPIPS: the perceptual distance between each image of a protected model and the original model's image from the same seed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from des.data import manifest
-from des.data.claims import check_complete
+from des.data.claims import check_complete, read_record
 from des.data.image_folders import image_hashes, without_never_drawn
 from des.data.images import image_size, read_image, row_and_copy
+from des.data.run_record import differing_conditions
 from des.evaluation.batches import Item, measure_images
 from des.evaluation.scored_images import Scoring
 from des.models.checkpoints import fingerprint
@@ -37,13 +39,17 @@ def load_lpips(net: str, device: torch.device) -> Any:
 def image_pairs(folder: Path, originals: Path, net: str, expected: int | None = None) -> pd.DataFrame:
     """Pair the images of `folder` with the original model's, by row: columns `image`, `sha256`, `original`, `original_sha256`.
 
-    Raises UserError if the folders hold different rows, if the manifests name different prompts, seeds or guidance scales, and
-    for images of different sizes or too small for the backbone `net`.
+    Raises UserError if the folders hold different rows, if `originals` are another model's, if the records name different settings
+    or original models, or the manifests different prompts, seeds or guidance scales, and for images of different sizes or too small
+    for the backbone `net`.
     """
+    if folder.resolve() == originals.resolve():
+        raise UserError(f"{folder} is given twice; --original_imgs_path is the folder with the original model's images")
     mine, theirs = _by_key(folder, expected), _by_key(originals, expected)
     other = sorted(mine.keys() ^ theirs.keys())
     if other:
         raise UserError(f"{folder} and {originals} do not hold the same rows: row {other[0][0]} is in one of them only")
+    _check_records(*({path.parent for path, _ in images.values()} for images in (mine, theirs)))
     lines = {place: manifest.read(place) for place in {path.parent for path, _ in [*mine.values(), *theirs.values()]}}
     for key, (path, _) in mine.items():
         original = theirs[key][0]
@@ -62,6 +68,23 @@ def image_pairs(folder: Path, originals: Path, net: str, expected: int | None = 
     pairs = [(row, *mine[row, copy], *theirs[row, copy]) for row, copy in sorted(mine)]
     columns = ["row", "image", "sha256", "original", "original_sha256"]
     return pd.DataFrame(pairs, columns=columns).set_index("row")
+
+
+def _check_records(mine: Iterable[Path], theirs: Iterable[Path]) -> None:
+    """Raise UserError if two folders' run.json show that their images cannot be compared; folders without one are not checked."""
+    protected, originals = ({place: read_record(place) for place in sorted(places)} for places in (mine, theirs))
+    for place, original in originals.items():
+        method = (original.get("settings") or {}).get("training_method") or "none"
+        if method != "none":
+            raise UserError(
+                f"{place} has images of {method} instead of the original model's; name these with --original_imgs_path"
+            )
+    for (first, record), (second, original) in product(protected.items(), originals.items()):
+        differ = differing_conditions(record, original) if record.get("settings") and original.get("settings") else []
+        if differ:
+            raise UserError(
+                f"{first} and {second} cannot be compared: they differ in {', '.join(differ)}; generate both with the same settings"
+            )
 
 
 def _by_key(folder: Path, expected: int | None) -> dict[tuple[int, int], tuple[Path, str]]:

@@ -19,6 +19,7 @@ HEAD = ("measure", "variant", "detector or model", "prompt set", "method", "figu
 _NETWORKS = [  # the hashes of a detector's or model's weights in results
     f"{name}_sha256" for name in ("weights", "prompts", "classifier", "extractor", "net", "model", "clip")
 ]
+_OTHER_CAUSES = {"negative_prompt": "a negative prompt", "strength": "start images", "use_refiner": "a refiner"}  # by setting
 _NAMES = ("classifier", "weights", "prompts_file", "net")  # of a detector or a model, in results
 
 
@@ -96,13 +97,18 @@ def check_drawn_by(measured: Sequence[Measured], encoders: Mapping[int, tuple[st
     """Raise UserError unless all scored images were drawn by a pipeline with exactly these protected encoders.
 
     `encoders` has the subfolder and the model of each by 1-based index, in the dtype in which they were loaded; images may be
-    drawn in any of DTYPES. Otherwise, a card could show figures of another model.
+    drawn in any of DTYPES. Otherwise, a card could show figures of another model, as it could of runs with a negative prompt, start
+    images or a refiner, which are refused as well.
     """
     accepted = {subfolder: _fingerprints(model) for subfolder, model in encoders.values()} if measured else {}
     for each in measured:
         subject = f"{each.score.path} is about images of"
         if each.method == "none":
             raise UserError(f"{subject} the original model, but the card is for the protected one; pass scores of its images")
+        others = [what for name, what in _OTHER_CAUSES.items() if each.run["settings"].get(name)]
+        if others:
+            reason = f"a run with {' and '.join(others)}, so their figures are not the encoder's alone"
+            raise UserError(f"{subject} {reason}; pass scores of images drawn without")
         protected = {str(i) for i in each.run.get("protection") or {} if str(i).isdigit()}
         if protected != {str(i) for i in encoders}:
             which = " and ".join(sorted(protected)) or "none"

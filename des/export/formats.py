@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from des.models.checkpoints import PROJECTION, fingerprint, plain_names, published_names, save_published
-from des.models.encoders import TextEncoder, components_of, family_of, load_encoder, read_index, subfolder_of, text_encoders
+from des.models.encoders import (
+    TextEncoder,
+    components_of,
+    family_if_any,
+    family_of,
+    load_encoder,
+    read_index,
+    subfolder_of,
+    text_encoders,
+)
 from des.models.families import COMFYUI, FAMILIES, exports_to
 from des.models.loading import dtype_option, load_model, loading
 from des.models.model_files import INDEX, WEIGHT_SUFFIXES, copy_weights, fetch, read_json, weight_files
@@ -86,13 +95,14 @@ class Export:
     def metadata(self, *indices: int) -> dict[str, str]:
         """Return the metadata of a safetensors file with these encoders: `format`, and in `des`, as JSON, what each encoder is.
 
-        `des` has the method, the concept prompts, and the sha256 of the original encoder (`des.models.checkpoints.fingerprint`)
-        and of the checkpoint, by the encoder's subfolder.
+        `des` has the method, the concept prompts, the reason why the encoder may not protect or null, and the sha256 of the original
+        encoder (`des.models.checkpoints.fingerprint`) and of the checkpoint, by the encoder's subfolder.
         """
         facts = {
             self.encoders[i].subfolder: {
                 "method": "des",
                 "concept": concepts_of(self.loaded[i]),
+                "doubt": self.loaded[i]["doubt"],
                 "base_encoder_sha256": self.loaded[i]["original_sha256"],
                 "checkpoint_sha256": self.loaded[i]["file_sha256"],
             }
@@ -112,7 +122,8 @@ def load_protected(
         i: load_encoder(model_path, i, embedding=embedding_of(path), variant=variant) for i, path in checkpoints.items()
     }
     originals = {i: {"original_sha256": encoder.base_sha256} for i, encoder in encoders.items()}  # before the weights change
-    loaded = {i: originals[i] | load_measured(encoders[i], path) for i, path in checkpoints.items()}
+    family = family_if_any(model_path)
+    loaded = {i: originals[i] | load_measured(encoders[i], path, family) for i, path in checkpoints.items()}
     for i, measured in loaded.items():
         if is_unprotected(measured):
             raise UserError(f"{checkpoints[i]} is not exported as protected: {measured['doubt']}")

@@ -79,9 +79,9 @@ def read(model_path: str, folder: Path, subfolders: Mapping[int, str], variant: 
 def measure(
     original: TextEncoder, protected: TextEncoder, approximate: TextEncoder, prompts: list[str], batch_size: int = 8
 ) -> dict[str, Any]:
-    """Measure how far embeddings (last hidden state) of the encoder with a LoRA, `approximate`, are from the protected one's.
+    """Measure how far embeddings of the encoder with a LoRA, `approximate`, are from the protected one's.
 
-    Returns means over prompts of cosines, `lora_to_protected` (with its lowest), `lora_to_original` and `protected_to_original`,
+    All three are read as the checkpoint was trained. Returns means over prompts of cosines, `lora_to_protected` (with its lowest), `lora_to_original` and `protected_to_original`,
     and `missing`, |E_lora - E_protected| / |E_protected - E_original|: 0 is full protection, 1 none.
     Raises UserError if full protection moves no prompt.
     """

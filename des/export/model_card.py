@@ -9,6 +9,7 @@ from typing import Any
 
 from des.data.run_record import read_json
 from des.export.card_scores import HEAD
+from des.models.shift import UNMEASURED, is_unmeasured
 
 import torch
 from huggingface_hub import ModelCardData
@@ -104,13 +105,14 @@ def model_card(
     parts = [
         f"---\n{_front(file_format, base)}\n---",
         f"# {_text(title)}",
-        f"Text encoders of {_code(base) if base else 'a model'} fine-tuned with DES so that prompts for one concept no longer reach it: "
+        f"Text encoders of {_code(base) if base else 'a model'} {_aim(metadata)}: "
         f"{', '.join(f'{_code(name)} ({kind})' for name, kind in encoders.items())}. Text encoders not named here are the originals.",
         *(
             f"**Warning:** {_code(name)} may not protect. {_text(facts['doubt'])}."
             for name, facts in metadata.items()
             if facts.get("doubt")
         ),
+        *(f"**Not measured:** {_code(name)}: {UNMEASURED}." for name, facts in metadata.items() if is_unmeasured(facts)),
         "## Intended use",
         "Drawing images without the removed concept, in a service or on a machine whose users run the model as it is, and research "
         "on such defences. Not for commercial use. It does not replace a detector.",
@@ -132,6 +134,13 @@ def model_card(
         "CC BY-NC 4.0 for the trained weights; the licence of the original model also applies.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _aim(metadata: Mapping[str, Mapping[str, Any]]) -> str:
+    """What DES did to the encoders, as an intention only if it is unknown or doubtful whether one of them protects."""
+    if any(facts.get("doubt") or is_unmeasured(facts) for facts in metadata.values()):
+        return "fine-tuned with DES, whose aim is that prompts for one concept no longer reach the model"
+    return "fine-tuned with DES so that prompts for one concept no longer reach it"
 
 
 def _front(file_format: str, base: str | None) -> str:

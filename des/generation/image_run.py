@@ -9,7 +9,7 @@ from typing import Any
 
 from des.data import manifest
 from des.data.image_folders import image_hashes
-from des.data.run_record import COPY_SEED, TORCH
+from des.data.run_record import COPY_SEED, ROWS_LOCK, TORCH
 from des.evaluation.classify import ImageScores
 from des.generation.defences import Defence
 from des.generation.sampler import Sampler
@@ -102,7 +102,7 @@ def lines_of(
 def reserved(folder: Path, rows: list[int]) -> AbstractContextManager[None]:
     """Lock rows of a folder against other processes, which may still draw the rows of other shards."""
     what = f"rows {rows[0]} to {rows[-1]}"
-    return locked(folder / ".rows.lock", what, rows[0], rows[-1] - rows[0] + 1)
+    return locked(folder / ROWS_LOCK, what, rows[0], rows[-1] - rows[0] + 1)
 
 
 def finish(folder: Path, drawn: int, seconds: float, write_scores: Callable[[], list[str]]) -> None:

@@ -205,6 +205,11 @@ def family_of(model_path: str) -> Family:
     return find_family(name, config_of)
 
 
+def family_if_any(model_path: str) -> Family | None:
+    """Return `family_of`'s family, None for a folder with only text encoders."""
+    return family_of(model_path) if read_index(model_path) else None
+
+
 def read_config(model_path: str, subfolder: str) -> dict[str, Any]:
     """Read config.json of a component from a folder or the hub; UserError if it cannot be read."""
     return read_json(model_path, f"{subfolder}/config.json")
@@ -234,6 +239,16 @@ def reading_for(family: Family | None, index: int, architecture: str, embedding:
     reading = family.encoders[index].reading
     masked = family.reads_use_attention_mask and getattr(config, "use_attention_mask", False)
     return replace(reading, attention_mask=True) if masked else reading
+
+
+def as_pipeline_reads(encoder: TextEncoder, family: Family | None) -> TextEncoder | None:
+    """Return an encoder with the embedding that its pipeline gives to the denoiser; None if `encoder` has it, or without a family."""
+    if family is None or encoder.embedding == "pipeline":
+        return None
+    reading = reading_for(family, encoder.index, type(encoder.model).__name__, "pipeline", encoder.model.config)
+    if replace(reading, length=None) == replace(encoder.reading, length=None):
+        return None
+    return replace(encoder, embedding="pipeline", reading=reading, length=reading.length or encoder.length)
 
 
 def encoder_class(architecture: str, what: str) -> tuple[type[PreTrainedModel], torch.dtype]:
@@ -274,7 +289,7 @@ def load_encoder(
         raise UserError(
             "--embedding pipeline needs diffusers 0.36 or newer for Chroma; earlier releases mask prompts differently"
         )
-    family = family_of(model_path) if pipeline else None
+    family = family_if_any(model_path)
     with loading(f"the configuration of {subfolder} in {model_path}", model_path):
         config = model_class.config_class.from_dict(content)
     tokenizer = load_tokenizer(files.folder, model_path, subfolder, architecture, config, components_of(model_path), family)

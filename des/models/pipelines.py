@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -211,10 +211,13 @@ def text_encoder(pipe: DiffusionPipeline, index: int, embedding: str = "last_hid
     """Return text encoder `index` (1-based) of an opened pipeline with its tokenizer, like `load_encoder`."""
     name = _encoder_name(index)
     model, tokenizer = getattr(pipe, name), getattr(pipe, tokenizer_name(name))
-    family = find_family(re.sub("Img2Img|Inpaint", "", type(pipe).__name__), lambda component: _config(pipe, component))
-    reading = reading_for(family, index, type(model).__name__, embedding, model.config)
+    reading = reading_for(_family(pipe), index, type(model).__name__, embedding, model.config)
     length = reading.length or tokenizer.model_max_length
     return TextEncoder(pipe.name_or_path, index, name, model, tokenizer, embedding, reading, length)
+
+
+def _family(pipe: DiffusionPipeline) -> Family | None:
+    return find_family(re.sub("Img2Img|Inpaint", "", type(pipe).__name__), lambda component: _config(pipe, component))
 
 
 def _config(pipe: DiffusionPipeline, component: str) -> dict[str, Any] | None:
@@ -234,17 +237,36 @@ def _encoder_name(index: int) -> str:
 
 
 def protect(pipe: DiffusionPipeline, checkpoints: dict[int, Path]) -> dict[int, dict[str, Any]]:
-    """Load a checkpoint into each given text encoder, or raise UserError; returns `load_measured`'s result for each."""
+    """Load a checkpoint into each given text encoder; returns `load_measured`'s result for each.
+
+    Raises UserError and changes nothing if one of them cannot be loaded. `unprotected_encoders` names the others of the pipeline.
+    """
     encoders = encoder_modules(pipe)
     lacking = sorted(checkpoints.keys() - encoders.keys())
     if lacking:
         has = ", ".join(map(str, encoders))
         raise UserError(f"a checkpoint is given for text encoder {lacking[0]}, but the pipeline has only {has}")
-    loaded = {i: load_measured(text_encoder(pipe, i, embedding_of(path)), path) for i, path in checkpoints.items()}
-    rest = [str(i) for i in encoders if i not in checkpoints]
+    family = _family(pipe)
+    loaded: dict[int, dict[str, Any]] = {}
+    before: dict[int, dict[str, torch.Tensor]] = {}
+    try:
+        for i, path in checkpoints.items():
+            if len(loaded) + 1 < len(checkpoints):  # one of the later checkpoints may not fit
+                before[i] = {name: tensor.to("cpu", copy=True) for name, tensor in encoders[i].state_dict().items()}
+            loaded[i] = load_measured(text_encoder(pipe, i, embedding_of(path)), path, family)
+    except BaseException:
+        for i, state in before.items():
+            encoders[i].load_state_dict(state)
+        raise
+    rest = unprotected_encoders(pipe, checkpoints)
     if rest:
-        logger.warning("text encoder %s of the pipeline is the original, NOT protected", " and ".join(rest))
+        logger.warning("text encoder %s of the pipeline is the original, NOT protected", " and ".join(map(str, rest)))
     return loaded
+
+
+def unprotected_encoders(pipe: DiffusionPipeline, protected: Collection[int]) -> list[int]:
+    """Return the numbers of a pipeline's text encoders that are not among the `protected` ones and so are the originals."""
+    return [i for i in encoder_modules(pipe) if i not in protected]
 
 
 def protected_twin(

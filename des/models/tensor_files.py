@@ -11,7 +11,7 @@ from des.models.loading import check_finite, loading, read_pt
 from des.utils.errors import UserError, not_found
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -151,6 +151,16 @@ def _what_else(folder: Path, config: Mapping[str, Any]) -> str:
         more = f" and {len(inside) - 5} more" if len(inside) > 5 else ""
         return f"is not one checkpoint; pass one of those inside it: {', '.join(map(str, inside[:5]))}{more}"
     return "has no model.safetensors or pytorch_model.bin; pass the text encoder's folder"
+
+
+def header_of(path: Path) -> dict[str, str]:
+    """Return the metadata in the header of a .safetensors file or of a folder's first one; empty for other and unreadable files."""
+    files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]
+    if not files or files[0].suffix != ".safetensors" or not files[0].is_file():
+        return {}
+    with contextlib.suppress(SafetensorError), safe_open(files[0], "pt") as opened:
+        return opened.metadata() or {}
+    return {}
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

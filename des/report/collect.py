@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,16 @@ from des.attacks.results import read_attack
 from des.data import manifest
 from des.data.claims import check_complete
 from des.data.image_folders import image_hashes
-from des.data.run_record import RECORD_FIELDS, SINCE_2, TORCH, Lines, Sampling, read_run, recorded_components
+from des.data.run_record import (
+    LABELS,
+    ROUNDING,
+    Lines,
+    conditions_of,
+    later_conditions_of,
+    of_model,
+    read_run,
+    recorded_components,
+)
 from des.evaluation.results import Score, read_scores
 from des.evaluation.scorer_identity import detector_identity
 from des.generation.defences import METHODS
@@ -25,10 +34,16 @@ from des.utils.logs import logger
 
 ORIGINAL = "none"
 ATTACK = "attack.json"
-_ROUNDING = "deterministic"  # changes only the rounding of images, so it may differ between compared runs
+NULL_ATTACK = "random_prefix"  # it searches for nothing, so it says nothing about what an attack can reach
+OF_ATTACKED = (
+    "training_method",
+    "components",
+    "detector",
+    "attack",
+    "concept_words",
+)  # an attack's settings that are not its search's
 _METADATA = "-metadata.json"
 Key = tuple[int, int]  # row and copy
-_METHOD_OPTIONS = {option for method in METHODS.values() for option in method.options}
 
 
 @dataclass(frozen=True)
@@ -82,7 +97,7 @@ class ImageRun:
     @cached_property
     def identity(self) -> str:
         """A hash that identifies a protected model: the method, and the hashes of text encoders, UNet and adapter."""
-        hashes = {name: self.settings[name] for name in sorted(self.settings) if _of_model(name)}
+        hashes = {name: self.settings[name] for name in sorted(self.settings) if of_model(name)}
         model = None
         if _changed_components(self.method) is None:
             model = recorded_components(self.record) or self.settings.get("model_path")
@@ -90,19 +105,13 @@ class ImageRun:
 
     @cached_property
     def conditions(self) -> dict[str, Any]:
-        """The settings that compared runs must share: sampling, scheduler, and hashes of prompts and input images.
-
-        A setting that is missing in an older record has its default value.
-        """
-        defaults = {each.name: None if each.default is MISSING else each.default for each in fields(Sampling)}
-        names = [name for name in self.settings if name.endswith("_sha256") and not _of_model(name)]
-        values = {name: self.settings.get(name, defaults.get(name)) for name in (*defaults, "scheduler", *names)}
-        return {name: value for name, value in values.items() if name != _ROUNDING and name not in SINCE_2}
+        """The settings that compared runs must share (`des.data.run_record.conditions_of`)."""
+        return conditions_of(self.settings)
 
     @cached_property
     def later_conditions(self) -> dict[str, Any]:
         """Conditions that earlier records lack; they are compared only if both runs have them."""
-        return {name: self.settings[name] for name in (*SINCE_2, TORCH) if name not in RECORD_FIELDS and name in self.settings}
+        return later_conditions_of(self.settings)
 
     @cached_property
     def drawn(self) -> dict[Key, dict[str, Any]]:
@@ -145,11 +154,6 @@ def _changed_components(method: str) -> set[str] | None:
     if "model_path" in options:
         return None
     return {"unet" if option == "adapter_path" else option.removesuffix("_path") for option in options}
-
-
-def _of_model(name: str) -> bool:
-    """Whether a setting is the hash of a file that a method loads into the pipeline: a text encoder, UNet or adapter."""
-    return name.endswith("_sha256") and f"{name.removesuffix('_sha256')}_path" in _METHOD_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,16 @@ class AttackRun:
     def model(self) -> ImageRun:
         """The record of the attacked model, or of the original one if no other was attacked."""
         return next(iter(self.models.values()))
+
+    @cached_property
+    def search(self) -> str:
+        """The attack's name with a hash of its settings; equal for the same attack on another model."""
+        settings = {
+            name: value
+            for name, value in self.model.settings.items()
+            if name not in (*OF_ATTACKED, *LABELS, ROUNDING) and not of_model(name)
+        }
+        return f"{self.content['attack']} {sha256_texts([json.dumps(settings, sort_keys=True)])}"
 
     @property
     def what(self) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from des.evaluation.results import Score
-from des.report.collect import ATTACK, ORIGINAL, AttackRun, ImageRun, is_on_one_of, same_base, same_conditions
+from des.report.collect import ATTACK, NULL_ATTACK, ORIGINAL, AttackRun, ImageRun, is_on_one_of, same_base, same_conditions
 from des.report.naming import model_labels, seed_groups, set_names
 from des.report.provenance import short_path
 from des.utils.errors import UserError
@@ -198,26 +198,42 @@ def _comparison(base: str, runs: list[ImageRun], attacks: list[AttackRun], benig
 
 
 def _worst_attacks(attacks: Sequence[AttackRun], models: Sequence[Model]) -> list[Measure]:
-    """The largest ASR of each model over the attacks on it, one measure for each detector; the original model's is over all controls.
+    """The largest ASR of each model over the attacks, one measure for each detector; the original model's is over their controls.
 
-    An attack that is too weak to tell counts where it succeeds, and not where it fails.
+    The compared attacks are those on any protected model, without the null attack. A protected model on which one of them was not run
+    has no score, since its maximum would be over fewer attacks than the others'. An attack that is too weak to tell counts where it
+    succeeds, and not where it fails.
     """
     found: dict[tuple[str, str], list[AttackRun]] = {}
     for attack in attacks:
-        found.setdefault((attack.what, attack.detector), []).append(attack)
+        if attack.content["attack"] != NULL_ATTACK:
+            found.setdefault((attack.what, attack.detector), []).append(attack)
     return [
         Measure(WORST, "attacked", *what, tuple(_worst_attack(each, model, *what) for model in models))
         for what, each in found.items()
     ]
 
 
-def _worst_attack(attacks: Sequence[AttackRun], model: Model, title: str, identity: str) -> Score | None:
-    shares = [
-        (pair.control["any"] if model.original else pair.attacked["any"], attack)
+def _searches(attacks: Sequence[AttackRun], model: Model | None = None) -> set[tuple[str, bool]]:
+    """The searches, each with the concept's names or without them, on one protected model or (None) on any."""
+    return {
+        (attack.search, pair.names)
         for attack in attacks
         for pair in attack.pairs
-        if model.original or (attack.model.identity == model.identity and not (pair.weak and pair.attacked["any"]["k"] == 0))
-    ]
+        if pair.attacked and (model is None or attack.model.identity == model.identity)
+    }
+
+
+def _worst_attack(attacks: Sequence[AttackRun], model: Model, title: str, identity: str) -> Score | None:
+    compared, pairs = _searches(attacks), [(pair, attack) for attack in attacks for pair in attack.pairs]
+    if model.original:
+        known = [each for each in pairs if not compared or (each[1].search, each[0].names) in compared]
+        shares = [(pair.control["any"], attack) for pair, attack in known]
+    elif _searches(attacks, model) == compared:
+        own = [(pair.attacked["any"], pair.weak, attack) for pair, attack in pairs if attack.model.identity == model.identity]
+        shares = [(share, attack) for share, weak, attack in own if share["k"] or not weak]
+    else:
+        shares = []
     if not shares:
         return None
     share, attack = max(shares, key=lambda each: (each[0]["fraction"], each[0]["n"]))
@@ -227,10 +243,18 @@ def _worst_attack(attacks: Sequence[AttackRun], model: Model, title: str, identi
 
 
 def worst_case(comparison: Comparison, attacked: Measure) -> Measure:
-    """The largest ASR of each attacked model over its attack sets and over the attacks, for the detector of the measure `attacked`."""
-    same = [each for each in comparison.of_kind("asr") if (each.title, each.identity) == (attacked.title, attacked.identity)]
+    """The largest ASR of each attacked model over the attacks and the attack sets, for the detector of the measure `attacked`.
+
+    Only sets count that all these models have.
+    """
+    shown = [i for i, score in enumerate(attacked.scores) if score]
+    same = [
+        each
+        for each in comparison.of_kind("asr")
+        if (each.title, each.identity) == (attacked.title, attacked.identity) and all(each.scores[i] for i in shown)
+    ]
     scores = [
-        score and max((each.scores[i] for each in (attacked, *same) if each.scores[i]), key=lambda one: one.value)
+        score and max((each.scores[i] for each in (attacked, *same)), key=lambda one: one.value)
         for i, score in enumerate(attacked.scores)
     ]
     names = f"largest over {', '.join([*(each.set_name for each in same), 'attacks'])}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from des.report.collect import ORIGINAL, AttackRun, ImageRun
+from des.report.collect import OF_ATTACKED, ORIGINAL, AttackRun, ImageRun
 from des.utils.files import sha256_texts
 
 _FACTS = {
@@ -26,7 +26,6 @@ _ATTACKS = {
     "p4d": "P4D", "random_prefix": "random prefix",
 }  # fmt: skip
 _OF_ATTACKS = ("tokens", "objective", "steps")  # settings that the label of an attack always has
-_OF_MODELS = ("training_method", "components", "detector", "attack", "concept_words")  # settings of attacks that no label has
 # metadata and arguments that do not belong to the training settings
 _OUTCOMES = ("seed", "file", "file_sha256", "encoder_sha256", "embeddings", "made_by")
 _NOT_TRAINING = ("seed", "output_dir", "safe_embedding_path", "device", "log_file", "resume", "report_to")
@@ -127,7 +126,7 @@ def attack_labels(attacks: Sequence[AttackRun]) -> list[tuple[str, str]]:
         name = attack.content["attack"]
         same = [other.model.settings for other in attacks if other.content["attack"] == name]
         settings = {
-            key: each for key, each in attack.model.settings.items() if key not in _OF_MODELS and not key.endswith("_sha256")
+            key: each for key, each in attack.model.settings.items() if key not in OF_ATTACKED and not key.endswith("_sha256")
         }
         vary = [key for key in settings if key not in _OF_ATTACKS and len({str(other.get(key)) for other in same}) > 1]
         shown = [

@@ -181,13 +181,14 @@ def test_its_images_are_those_of_generate(call, session, checkpoint, tmp_path):
 def test_its_scores_are_those_of_generate(call, session, checkpoint, tmp_path):
     prompts = tmp_path / "p.csv"
     prompts.write_text(
-        "prompt\n" + "\n".join([CONCEPT, BENIGN, NEVER, "a child flies a kite", CONCEPT, BENIGN, "a star"]) + "\n"
+        "prompt,source_row\n"
+        + f"{CONCEPT},\n{BENIGN},1\n{NEVER},2\na child flies a kite,4\n{CONCEPT},9\n{BENIGN},10\na star,11\n"
     )
     done = []
     scores = session.score(prompts, QUICK, 6, lambda *counts: done.append(counts))
     assert done == [(0, 4)]
     assert scores.file == "p.csv" and set(scores.table["file"]) == {"p.csv"}
-    assert scores.table["row"].tolist() == [0, 1, 4, 5] and scores.table["seed"].tolist() == [7, 8, 11, 12]
+    assert scores.table["row"].tolist() == [0, 1, 4, 5] and scores.table["seed"].tolist() == [7, 8, 16, 17]
     assert [note.split(" ")[:3] for note in scores.notes] == [["2", "of", "6"], ["the", "first", "6"]]
     common = {"model_path": PIPELINE, "device": "cpu", "prompts_csv": prompts, "output_path": "t2i", "results_dir": tmp_path}
     settings = {"seed": 7, "num_inference_steps": 3, "guidance_scale": 3, "end_idx": 6, "training_method": "des"}
@@ -259,6 +260,11 @@ def test_another_pipeline_has_its_own_defaults_and_a_map_by_its_own_lists(family
     pipes = app.open_pair(args)
     assert (args.num_inference_steps, args.guidance_scale, args.cls_class) == (50, 3.5, None)
     assert pipes["original"].transformer is pipes["protected"].transformer
+    assert (
+        args.doubts[-1:] == ["Text encoder 2 is the original"] and "text encoder 2 is the original, NOT" in app.about(args)[0]
+    )
+    shown = cards.pair_html(Session(pipes, None), None, False)
+    assert "with DES, but text encoder 2 is the original" in shown and "protected by DES" not in shown
     place = app.open_map(args, pipes).locate("a bus")
     assert place.own < 0.999 and place.concept_before == pytest.approx(1, abs=1e-5)
     assert parse(**common).detector == "nudenet"
@@ -308,7 +314,7 @@ def test_a_verdict_names_what_decided_it(finding, says):
 
 def test_the_page_shows_why_a_checkpoint_may_not_protect(monkeypatch, checkpoint):
     doubt = "the concept's embedding <b>hardly moved"
-    monkeypatch.setattr("des.models.pipelines.load_measured", lambda encoder, path: {"doubt": doubt})
+    monkeypatch.setattr("des.models.pipelines.load_measured", lambda *_: {"doubt": doubt})
     args = parse(text_encoder_path=checkpoint, detector="none")
     pipes = app.open_pair(args)
     assert args.doubts == [f"{checkpoint.name}: {doubt}"]

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 from des.data.run_record import Sampling, claim
 from des.models import identity
@@ -270,16 +272,41 @@ def test_blobs_of_the_hub_cache_are_named_by_their_hash(cache, tmp_path):
     assert sha256_of(tmp_path / "v") == sha256_file(tmp_path / "elsewhere")
 
 
+def test_a_run_that_failed_before_its_first_image_binds_no_other(tmp_path):
+    common = {"folder": tmp_path, "prompts": ["a dog", "a cat"], "applied": {}, "truncated": {}, "made_by": {"arguments": {}}}
+    claim(**common, keys=[(0, 0), (1, 0)], settings={"dtype": "fp16"})
+    code = "import sys; from pathlib import Path; from des.utils.locks import locked\n"
+    code += f"with locked(Path({str(tmp_path)!r}) / '.rows.lock', 'rows', 1, 1): print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"  # a shard of the first run, which has drawn no image yet
+    with pytest.raises(UserError, match="different settings"):
+        claim(**common, keys=[(0, 0)], settings={"dtype": "fp32"})
+    other.communicate()
+    claim(**common, keys=[(0, 0)], settings={"dtype": "fp32"})
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["settings"] == {"dtype": "fp32"} and record["claimed"] == [[[0, 1]]]
+    claim(**common, keys=[(1, 0)], settings={"dtype": "fp32"})  # a second shard with the same settings
+    assert json.loads((tmp_path / "run.json").read_text())["claimed"] == [[[0, 2]]]
+    (tmp_path / "run.json").write_text("{")
+    claim(**common, keys=[(0, 0)], settings={"dtype": "fp16"})
+    (tmp_path / "x_none_0p.png").touch()
+    with pytest.raises(UserError, match="different settings"):
+        claim(**common, keys=[(0, 0)], settings={"dtype": "fp32"})
+
+
 def test_a_half_precision_folder_is_not_completed_with_another_torch(tmp_path):
     """The record's setting, or in records of earlier versions the version that drew the images."""
     record = {"folder": tmp_path, "prompts": ["a dog"], "applied": {}, "keys": [(0, 0)], "truncated": {}}
     bf16, made_by = {"dtype": "bf16"}, {"versions": {"torch": "2.9.1+cpu"}, "arguments": {}}
     for recorded in (bf16 | {"torch": "2.9.1"}, bf16):
-        (tmp_path / "run.json").unlink(missing_ok=True)
+        for path in (tmp_path / "run.json", tmp_path / "x_none_0p.png"):
+            path.unlink(missing_ok=True)
         claim(**record, settings=recorded, made_by=made_by)
+        (tmp_path / "x_none_0p.png").touch()
         claim(**record, settings=bf16 | {"torch": "2.9.1"}, made_by=made_by)
         with pytest.raises(UserError, match=r"different settings: torch \(2\.9\.1, now 2\.14\.1\)"):
             claim(**record, settings=bf16 | {"torch": "2.14.1"}, made_by=made_by)
     (tmp_path / "run.json").unlink()
+    (tmp_path / "x_none_0p.png").unlink()
     for made_by["versions"]["torch"] in ("2.9.1", "2.14.1"):
         claim(**record, settings={"dtype": "fp32"}, made_by=made_by)

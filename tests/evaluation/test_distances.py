@@ -149,6 +149,40 @@ def test_lpips_compares_equal_rows_and_seeds_only(folders, tmp_path, backbone, l
     assert not (tmp_path / "lpips.json").exists()
 
 
+def test_lpips_compares_runs_of_the_same_settings_with_the_original_model_only(folders, tmp_path, backbone, lpips):
+    with pytest.raises(UserError, match="is given twice"):
+        lpips(original_imgs_path=folders / "none/../des")
+    unet = {"unet": "u", "vae": "v"}
+    common = {"num_inference_steps": 50, "guidance_scale": 7.5, "scheduler": "DDIMScheduler", "components": unet, "seed": 1}
+    drawn, records = {}, {"none": {"settings": common | {"training_method": "none", "text_encoder_sha256": "a"}}}
+    records["des"] = {"settings": common | {"training_method": "des", "text_encoder_sha256": "b"}, "protection": {"1": {}}}
+    for name in ("des", "none"):
+        drawn[name] = shutil.copytree(folders / name, tmp_path / f"drawn_{name}")
+        lines = [
+            {**line, "seed": 1, "row": i, "settings_sha256": name} for i, line in enumerate(lines_of(drawn[name]).values())
+        ]
+        (drawn[name] / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def compare(none=(), des=(), **protection):
+        for name, change in (("none", none), ("des", des)):
+            record = {**records[name], "settings": records[name]["settings"] | dict(change)}
+            (drawn[name] / RECORD).write_text(json.dumps(record | (protection if name == "des" else {})))
+        return lpips(gen_imgs_path=drawn["des"], original_imgs_path=drawn["none"])[0]
+
+    assert compare(des={"seed": 2, "deterministic": True})["n"] == 6  # the manifest has each image's seed
+    assert compare(des={"unet_sha256": "c", "components": {"unet": "c", "vae": "v"}, "training_method": "uce"})["n"] == 6
+    for change, what in (
+        ({"num_inference_steps": 20}, "num_inference_steps"), ({"scheduler": "EulerDiscreteScheduler"}, "scheduler"),
+        ({"components": {"unet": "u", "vae": "another"}}, "vae"), ({"negative_prompt": "x"}, "negative_prompt"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"differ in {what};"):
+            compare(des=change)
+    with pytest.raises(UserError, match="differ in text_encoder;"):
+        compare(protection={})
+    with pytest.raises(UserError, match="has images of esd instead of the original"):
+        compare(none={"training_method": "esd"})
+
+
 def test_without_the_backbone_lpips_says_so(tmp_path, monkeypatch, lpips):
     def offline(*_, **__):
         raise OSError("no network")

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, flags, published_form, snapshot
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 SCRIPT = "scripts/export.py"
@@ -62,7 +62,9 @@ def described(metadata, encoder, folder):
     original = load_encoder(encoder.model_path, encoder.index).base_sha256
     facts = {"method": "des", "concept": ["sexual", "violence"], "base_encoder_sha256": original}
     facts |= {"checkpoint_sha256": sha256_file(checkpoint)}
-    return metadata["format"] == "pt" and json.loads(metadata["des"]) == {encoder.subfolder: facts}
+    facts |= {"doubt": json.loads(metadata["des"])[encoder.subfolder]["doubt"]}
+    known = "moved" in (facts["doubt"] or "moved")
+    return known and metadata["format"] == "pt" and json.loads(metadata["des"]) == {encoder.subfolder: facts}
 
 
 def clip_names(layers, projection=False):
@@ -170,6 +172,16 @@ def test_hf_folders(call, tiny_pipeline, family, tmp_path):
     assert_same_embeddings(encoders[1], model.float(), 2e-2)
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
         assert described(file.metadata(), encoders[1], tmp_path)
+    first, again = (
+        load_protected(str(tiny_pipeline), {1: path}).loaded[1] for path in (tmp_path / "encoder1-2.pt", tmp_path / "out")
+    )
+    assert again["concept_prompt"] == ["sexual", "violence"] and again["doubt"].split("(")[0] == first["doubt"].split("(")[0]
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    facts = {"text_encoder": {"concept": [], "doubt": "it was in doubt"}}
+    save_file(tensors, tmp_path / "out/model.safetensors", header | {"des": json.dumps(facts)})
+    assert load_protected(str(tiny_pipeline), {1: tmp_path / "out"}).loaded[1]["doubt"] == "it was in doubt"
     (tmp_path / "two").mkdir()
     done, encoders = export(call, family("sdxl"), tmp_path / "two", "hf", (1, 2))
     assert done.code == 0, done.err
@@ -212,7 +224,7 @@ def test_a_lora_of_full_rank_is_the_linear_part_of_the_change(call, family, tmp_
     model = family(name)
     indices = (1,) if name == "sd_v1" else (1, 2)
     done, encoders = export(call, model, tmp_path, "lora", indices, rank=48)
-    assert done.code == 0, done.err
+    assert done.code == 0 and "over 6 prompts" in done.out and "on the concept prompts and" in done.out, done.err
     with safe_open(tmp_path / "out/pytorch_lora_weights.safetensors", "pt") as file:
         assert json.loads(file.metadata()["des"]).keys() == {encoder.subfolder for encoder in encoders.values()}
     pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
@@ -265,8 +277,34 @@ def test_a_loras_stated_error_is_measured_and_falls_with_the_rank(call, tiny_pip
             assert f"over 3 prompts: cosine to the protected embedding {cosine:.4f}" in text
             assert f"{100 * missing[rank]:.1f}% of the way to the protected embedding is missing" in text
             assert f"full protection {torch.cosine_similarity(full, plain).mean().item():.4f}" in text
+        assert "the LoRA; whether it protects was not measured, because its concept is unknown" in done.out
+        assert "not measured, because its concept is unknown" in (out / "README.md").read_text()
         assert not any(prompt in done.out + done.err for prompt in prompts)
     assert missing[2] < 0.3 < missing[1] < 1
+
+
+def test_a_lora_is_measured_as_the_encoder_is(call, tiny_pipeline, tmp_path):
+    """Norms protect the full encoder, and are not in a LoRA."""
+    pytest.importorskip("peft")
+    encoder, path = load_encoder(str(tiny_pipeline)), tmp_path / "norms-2.pt"
+    state = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
+    torch.manual_seed(0)
+    for name in (name for name in state if "layer_norm" in name and name.endswith("weight")):
+        state[name] = torch.randn_like(state[name])
+    torch.save({"model_state_dict": state}, path)
+    (tmp_path / "norms-2-metadata.json").write_text(json.dumps({"concept_prompt": "a mushroom"}))
+    given = {"model_path": tiny_pipeline, "text_encoder_path": path, "out": tmp_path / "out"}
+    done = call(SCRIPT, *flags(**given, format="lora"))
+    assert done.failed_in_one_sentence and "does not protect with --rank 32" in done.err and not (tmp_path / "out").exists()
+    assert call(SCRIPT, *flags(**given, format="hf")).code == 0
+    with torch.no_grad():
+        weight = encoder.model.get_parameter("encoder.layers.0.mlp.fc2.weight")
+        weight += 0.05 * torch.randn_like(weight)
+    name = next(name for name in state if name.endswith("layers.0.mlp.fc2.weight"))
+    state[name] = encoder.model.state_dict()[name]
+    torch.save({"model_state_dict": state}, path)
+    done = call(SCRIPT, *flags(**given | {"out": tmp_path / "lora"}, format="lora"))
+    assert "the LoRA, WHICH MAY NOT PROTECT" in done.out and "hardly moved" in (tmp_path / "lora/README.md").read_text()
 
 
 REFUSED = {  # family, format, further options, and what the sentence is about

@@ -1,5 +1,6 @@
 """The model card: its Python block runs, its figures are those of the exported model, and names in it stay names."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -8,7 +9,7 @@ from html import unescape
 
 from des.data.image_folders import pair_with_prompts
 from des.evaluation.scored_images import write_scores
-from des.export.card_scores import HEAD, read_measured
+from des.export.card_scores import HEAD, check_drawn_by, read_measured
 from des.export.model_card import hub_id_of, is_hub_id, model_card
 from des.models.encoders import load_encoder
 from des.utils.errors import UserError
@@ -158,8 +159,11 @@ def drawn(tmp_path_factory, tiny_pipeline):
 def test_rows_say_what_was_measured_by_what_on_what(call, drawn, tiny_pipeline, tmp_path):
     work, folders = drawn
     scores = [folders["one"] / name for name in ("classify.json", "accuracy.json", "clipscore.json")] + [work / "fid.json"]
-    export(call, tiny_pipeline, tmp_path / "out", "hf", {1: work / "one.pt"}, scores=scores)
+    done = export(call, tiny_pipeline, tmp_path / "out", "hf", {1: work / "one.pt"}, scores=scores)
     card = (tmp_path / "out/README.md").read_text()
+    for text in (done.out, card):
+        assert "whether it protects was not measured, because its concept is unknown" in text
+    assert "no longer reach it" not in card and "protected encoder\n" not in done.out
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in card.splitlines() if "des on tiny-sd" in line]
     assert len(lines) == 4 and all(len(line) == len(HEAD) and line[3] == "benign (p.csv)" for line in lines)
     asr, accuracy, clip, fid = lines
@@ -219,6 +223,21 @@ def test_scores_of_another_model_are_refused(call, drawn, tiny_pipeline, tmp_pat
         given = {"format": "hf", "text_encoder_path": work / "one.pt", "out": tmp_path / "out", "scores": path}
         done = call(SCRIPT, *flags(model_path=tiny_pipeline, **given))
         assert done.failed_in_one_sentence and message in done.err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"negative_prompt": "mushroom"}, "a negative prompt"),
+        ({"strength": 0.5, "use_refiner": True}, "start images and a refiner"),
+    ],
+)
+def test_scores_that_are_not_the_encoders_alone_are_refused(drawn, settings, what):
+    (measured,) = read_measured([drawn[1]["one"] / "classify.json"])
+    run = measured.run | {"settings": measured.run["settings"] | settings}
+    encoders = {1: ("text_encoder", torch.nn.Linear(1, 1))}
+    with pytest.raises(UserError, match=f"a run with {what}, so"):
+        check_drawn_by([dataclasses.replace(measured, run=run)], encoders)
 
 
 def test_scores_moved_beside_another_runs_images_are_refused(drawn, tmp_path):

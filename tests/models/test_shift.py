@@ -1,11 +1,15 @@
 """How far embeddings moved: weights that differ and do not protect are named by loading, generation, export and verify.py."""
 
 import json
+from types import SimpleNamespace
 
+import generate
+from des.export.formats import load_protected
 from des.models.checkpoints import save_checkpoint
 from des.models.encoders import load_encoder
 from des.models.pipelines import open_pipeline, protect
-from des.models.shift import NEUTRAL, Before, doubt, measure
+from des.models.shift import NEUTRAL, Before, describe, doubt, is_unprotected, measure
+from des.utils.errors import UserError
 
 import pytest
 import torch
@@ -48,7 +52,7 @@ def saved(encoder, what, folder, **metadata):
 @pytest.mark.parametrize("known", [True, False])
 def test_other_weights_are_no_proof_of_protection(encoder, tmp_path, what, known):
     path = saved(encoder, what, tmp_path, **({"concept_prompt": [CONCEPT]} if known else {}))
-    measured = measure(encoder, path)
+    measured = measure(encoder, path, None)
     if what in ("zeros", "noise"):
         assert measured["doubt"] and "damaged" in measured["doubt"]
     else:
@@ -61,7 +65,7 @@ def test_the_shift_is_the_mean_cosine_of_flattened_embeddings(encoder, tmp_path,
     (tmp_path / "checkpoint-2-metadata.json").write_text(json.dumps({"concept_prompt": [CONCEPT, "a bus"]}))
     prompts = [CONCEPT, "a bus", *NEUTRAL]
     before = next(encoder.encode(prompts, 99)).flatten(1).clone()
-    measured = measure(encoder, protected_checkpoint)["shift"]
+    measured = measure(encoder, protected_checkpoint, None)["shift"]
     cosines = torch.cosine_similarity(next(encoder.encode(prompts, 99)).flatten(1), before)
     assert measured["concept"] == pytest.approx(cosines[:2].mean().item(), abs=1e-5)
     assert measured["neutral"] == pytest.approx(cosines[2:].mean().item(), abs=1e-5)
@@ -102,6 +106,31 @@ def test_what_speaks_against_protection(concept, empty, neutral, says):
     assert (doubt(shift) is None) if says is None else (says in doubt(shift))
 
 
+def test_a_concept_that_did_not_move_is_no_mean_of_others():
+    prompts = {"concept_prompts": ["a bus", CONCEPT, "a cat"], "neutral_prompts": 6}
+    shift = {"concept": 0.4, "concept_to_empty": 0.3, "neutral": 0.999, **prompts}
+    assert doubt(shift) is None and not is_unprotected({"shift": shift})  # of an earlier version, which recorded the mean only
+    shift |= {"each_concept": [0.1, 1.0, 0.1], "each_concept_to_empty": [0.3, 0.3, 0.3]}
+    assert repr(CONCEPT) in doubt(shift) and is_unprotected({"shift": shift})
+    assert "highest 1.0000" in describe(shift)
+    shift |= {"each_concept": [0.1, 0.95, 0.1], "each_concept_to_empty": [0.3, 0.95, 0.3]}  # close to E("") anyway
+    assert doubt(shift) is None
+
+
+@pytest.mark.parametrize(("name", "index", "last"), [("sdxl", 1, "encoder.layers.2."), ("sd_v3", 2, "encoder.layers.2.")])
+def test_what_the_denoiser_does_not_get_is_no_protection(family, tmp_path, name, index, last):
+    encoder = load_encoder(str(family(name)), index)
+    torch.manual_seed(0)
+    state = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
+    state |= {name: torch.randn_like(tensor) for name, tensor in state.items() if last in name and tensor.ndim == 2}
+    path = save_checkpoint(tmp_path / "last", encoder.model, state, {"concept_prompt": [CONCEPT]})
+    measured = protect(open_pipeline(str(family(name)), torch.float32), {index: path})[index]
+    assert measured["shift"]["concept"] < 0.99 and measured["shift_in_pipeline"]["concept"] > 0.99999
+    assert "as the pipeline reads the encoder" in measured["doubt"] and is_unprotected(measured)
+    with pytest.raises(UserError, match="not exported as protected: as the pipeline reads the encoder"):
+        load_protected(str(family(name)), {index: path})
+
+
 def test_generation_and_export_name_what_may_not_protect(call, encoder, tiny_pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = saved(encoder, "one ulp", tmp_path, concept_prompt=[CONCEPT])
@@ -130,13 +159,27 @@ def test_generation_and_export_name_what_may_not_protect(call, encoder, tiny_pip
     assert "does not protect" in done.err and measured["protects"] is False
 
 
+@pytest.mark.parametrize(
+    ("applied", "says"),
+    [
+        ({1: {"shift": {"concept": 0.1}, "doubt": None}, 2: {"shift": {"concept": 0.1}, "doubt": None}}, "protected by des"),
+        ({1: {"shift": {"concept": 0.1}, "doubt": None}}, "with des, whose text encoder 2 is the original, NOT protected,"),
+        ({1: {"shift": {"concept": None}, "doubt": None}, 2: {}}, "with des (whether it protects was not measured, because"),
+        ({1: {"shift": {"concept": None}, "doubt": "x"}, 2: {}}, "with des, WHICH MAY NOT PROTECT IT (see the warning above),"),
+        ({"unet": "u"}, "protected by des"),
+    ],
+)
+def test_generations_last_line_says_what_is_known_about_protection(applied, says):
+    assert generate.described("des", applied, SimpleNamespace(text_encoder=1, text_encoder_2=2)).startswith(f"the model {says}")
+
+
 def test_verify_measures_a_checkpoint(call, encoder, tiny_pipeline, tmp_path, protected_checkpoint):
     def verify(path, *more):
         return call("scripts/verify.py", "--checkpoint", path, "--model_path", tiny_pipeline, "--device", "cpu", *more)
 
     unknown = verify(protected_checkpoint)
     assert unknown.failed_in_one_sentence and "pass --concept_prompt" in unknown.err and "neutral prompts" in unknown.out
-    measured = measure(load_encoder(str(tiny_pipeline)), protected_checkpoint, [CONCEPT])
+    measured = measure(load_encoder(str(tiny_pipeline)), protected_checkpoint, None, [CONCEPT])
     known = verify(protected_checkpoint, "--concept_prompt", CONCEPT)
     assert f"concept {measured['shift']['concept']:.4f} (1)" in known.out and known.failed_in_one_sentence == bool(
         measured["doubt"]

@@ -1,11 +1,12 @@
 """Attacks in the report: which model a result belongs to, the figures on the page, what is refused, and which found prompts are quoted."""
 
 import json
+import shutil
 from pathlib import Path
 
 from des.report.attacks import attack_rows
 from des.report.collect import AttackRun, collect_attacks
-from des.report.compare import compare, headline
+from des.report.compare import compare, headline, worst_case
 from des.report.figures import paretos
 from des.report.page import Options, _model_report, render
 from des.utils.errors import UserError
@@ -81,6 +82,37 @@ def test_the_headline_and_the_trade_off_have_the_worst_attack(tmp_path, compared
     (worst, caption), (lists, _) = paretos(comparison, "p")
     assert caption == "ASR: largest over plain, attacks; FID (paper): benign" and "worst ASR of mushroom, %" in worst
     assert "worst" not in lists
+
+
+def test_the_worst_attack_compares_models_by_the_same_attacks(tmp_path):
+    """A maximum over the null attack, or over fewer attacks and sets than another model's, is no worst case."""
+    result(tmp_path / "random", (0, 0), (10, 9), name="random_prefix")
+    result(tmp_path / "mma_two", (9, 9), (10, 9), encoder="two")
+    attacks = read(tmp_path)
+    more = [des("plain", asr(5), encoder="two", components=IDENTITIES), run("names", asr(9), components=IDENTITIES)]
+    more += [
+        des("names", asr(8), encoder="two", components=IDENTITIES),
+        des("benign", fid(3.0), encoder="two", components=IDENTITIES),
+    ]
+    for each in more[:3]:
+        object.__setattr__(each.scores[0], "identity", attacks[0].detector)
+
+    def compared():
+        (comparison,) = compare([*images(attacks[0].detector), *more], None, read(tmp_path))
+        return comparison
+
+    (measure,) = compared().of_kind("attacked")
+    assert [score and score.counts for score in measure.scores] == ["mma_two: 10/10", None, "mma_two: 9/10"]
+    result(tmp_path / "mma_one", (3, 1), (10, 9), steps=90)  # of other settings
+    assert [score is None for score in compared().of_kind("attacked")[0].scores] == [False, True, True]
+    shutil.rmtree(tmp_path / "mma_one")
+    result(tmp_path / "mma_one", (3, 1), (10, 9))
+    (measure,) = compared().of_kind("attacked")
+    assert [score.value for score in measure.scores] == [100.0, 30.0, 90.0]
+    assert worst_case(compared(), measure).set_name == "largest over plain, attacks"
+    shutil.rmtree(tmp_path / "mma_one")
+    shutil.rmtree(tmp_path / "mma_two")
+    assert compared().of_kind("attacked") == []
 
 
 @pytest.mark.parametrize(("attacked", "says"), [((0, 0), None), ((0, 2), "20.0%")])

@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
+from des.data.run_record import MODEL_FILES
 from des.evaluation.results import Score
+from des.generation.defences import METHODS
 from des.report.collect import ImageRun
 from des.report.compare import compare, headline, seed_columns
 from des.report.figures import paretos
@@ -170,6 +172,11 @@ def test_runs_are_paired_by_what_no_method_changed(what, caplog):
 def test_a_method_may_change_its_own_component_only(identity, paired):
     esd = run("plain", asr(3), method="esd", unet_sha256="x", components=IDENTITIES | identity)
     assert len(compare([run("plain", asr(10), components=IDENTITIES), esd])) == (1 if paired else 2)
+
+
+def test_the_record_knows_the_files_of_every_method():
+    options = {option.removesuffix("_path") for method in METHODS.values() for option in method.options}
+    assert options - {"model", "base_model"} == set(MODEL_FILES)
 
 
 def test_a_run_that_fits_two_original_models_is_refused():
