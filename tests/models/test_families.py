@@ -150,7 +150,7 @@ def test_max_sequence_length_is_t5s(run, family, tmp_path):
     assert done.failed_in_one_sentence and "T5" in done.err
     train = {"unsafe_csv_path": GOLDEN / "A/unsafe.csv", "safe_csv_path": GOLDEN / "A/safe.csv", "output_dir": "out"}
     done = run("train_des.py", model_path=family("flux"), codebook_dir="cb", text_encoder_idx=2, **train)
-    assert done.failed_in_one_sentence and "another sequence length (40, now 64)" in done.err
+    assert done.failed_in_one_sentence and "other inputs (sequence length: 40, now 64)" in done.err
 
 
 def test_all_encoders_at_once_and_no_other_ones_codebook(run, family, tmp_path):
