@@ -161,7 +161,7 @@ def test_all_encoders_at_once_and_no_other_ones_codebook(run, family, tmp_path):
         find_codebook(tmp_path / "cb", str(family("sd_v3")), i).check(load_encoder(str(family("sd_v3")), i))
     (tmp_path / "cb_encoder1").rename(tmp_path / "cb")
     train = {"unsafe_csv_path": GOLDEN / "A/unsafe.csv", "safe_csv_path": GOLDEN / "A/safe.csv", "output_dir": "out"}
-    for folder, says in {"cb": "another encoder", "nowhere": "neither nowhere_encoder2 nor nowhere exists"}.items():
+    for folder, says in {"cb": "other inputs (encoder)", "nowhere": "neither nowhere_encoder2 nor nowhere exists"}.items():
         (tmp_path / "cb_encoder2").rename(tmp_path / "aside") if folder == "cb" else None
         done = run("train_des.py", model_path=family("sd_v3"), codebook_dir=folder, text_encoder_idx=2, **train)
         assert done.failed_in_one_sentence and says in done.err, done.err
