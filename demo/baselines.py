@@ -7,8 +7,8 @@
 
 --method writes OUT/esd.safetensors, OUT/uce.safetensors or OUT/advunlearn.safetensors, for the method of that name of generate.py, and
 {method}-metadata.json beside it. --table trains what is missing, draws and scores the test lists with every method, runs the attacks of
-scripts/attacks/ on each, and writes table.md, table.json and pareto.png. This takes about two and a half hours on two idle cores, most of it for the attacks.
-The same command resumes after an interruption.
+scripts/attacks/ on each, and writes table.md, table.json and pareto.png. This takes about two and a half hours on two idle cores, most
+of it for the attacks. The same command resumes after an interruption.
 """
 
 import argparse
