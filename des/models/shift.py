@@ -148,7 +148,7 @@ def shifts_of(measured: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 class Guard:
-    """Tells whether other weights of an encoder may not protect; create it before training or loading changes the encoder."""
+    """Measures whether other weights of an encoder protect; create it before training or loading changes the encoder."""
 
     def __init__(self, encoder: TextEncoder, family: Family | None, concepts: Sequence[str] | None):
         """`family` is that of the encoder's pipeline, None for an encoder without one; `concepts` are as in `Before`."""
