@@ -88,7 +88,9 @@ def read_pt(path: Path) -> Any:
                 if file.testzip() is not None:  # torch.load does not verify checksums
                     return None
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except OSError as error:
+        if error.filename is None:  # torch seeks beyond the end of some truncated files
+            return None
         raise
     except Exception:  # the restricted unpickler raises errors of any class for damaged bytes
         return None
