@@ -20,6 +20,7 @@ import socket
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -103,7 +104,7 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if given and len(given) < len(MAP_OPTIONS):
         parser.error("the map needs --safe_csv_path, --unsafe_csv_path and --concept_prompt together")
     args.is_demo, args.detector = is_demo, args.detector or "nudenet"
-    args.doubts, args.unprotected = [], []  # filled in by `open_pair`
+    args.doubts = []  # filled in by `open_pair`
     if is_demo and args.detector == "object" and not (args.classifier or args.cls_class):
         args.classifier, args.cls_class = str(CLASSIFIERS["object"]), CONCEPT
     check_detectors(parser, args, [args.detector], "--detector")
@@ -125,7 +126,6 @@ from des.models.pipelines import (
     open_pipeline,
     place,
     protected_twin,
-    unprotected_encoders,
 )
 from des.utils import cli, logs
 from des.utils.errors import UserError
@@ -170,8 +170,8 @@ def serve(args: argparse.Namespace, session: Session, defaults: Sampling) -> Non
     from des.app import page as app_page  # late: gradio reads the environment on import
 
     page = app_page.Page(
-        about=about(args),
-        doubts=args.doubts,
+        about=about(args, session.unprotected),
+        doubts=[*args.doubts, *(f"Text encoder {i} is the original" for i in session.unprotected)],
         defaults=defaults,
         examples=EXAMPLES if args.is_demo else {},
         prompt_map=open_map(args, session.pipes),
@@ -189,8 +189,7 @@ def serve(args: argparse.Namespace, session: Session, defaults: Sampling) -> Non
 def open_pair(args: argparse.Namespace) -> dict[str, DiffusionPipeline]:
     """The original and the protected pipeline on their device, which share everything but the protected text encoders.
 
-    Fills in the family's sampling defaults, `args.unprotected`: the numbers of the protected pipeline's text encoders that are the
-    originals, and `args.doubts`: why the pipeline may not be protected. Raises UserError if a checkpoint is
+    Fills in the family's sampling defaults, and `args.doubts`: why a checkpoint may not protect. Raises UserError if a checkpoint is
     missing or does not fit.
     """
     if args.is_demo and not open_encoders(args):
@@ -200,8 +199,6 @@ def open_pair(args: argparse.Namespace) -> dict[str, DiffusionPipeline]:
     original = open_pipeline(args.model_path, dtype_for(family, args.device, args.dtype), **files)
     twin, applied = protected_twin(original, open_encoders(args))
     args.doubts = [f"{open_encoders(args)[i].name}: {facts['doubt']}" for i, facts in applied.items() if facts["doubt"]]
-    args.unprotected = unprotected_encoders(twin, applied)
-    args.doubts += [f"Text encoder {i} is the original" for i in args.unprotected]
     pipes = dict(zip(SIDES, (original, twin), strict=True))
     for pipe in pipes.values():
         place(pipe, args.device)
@@ -259,10 +256,10 @@ def models_sha256() -> str:
     return sha256_texts(f"{path.relative_to(MODELS)} {sha256_file(path)}" for path in sorted(files))
 
 
-def about(args: argparse.Namespace) -> list[str]:
-    """The lines of HTML at the top of the page: model, protected text encoders and detector."""
+def about(args: argparse.Namespace, unprotected: Sequence[int]) -> list[str]:
+    """The lines of HTML at the top of the page: model, text encoders with those that are `unprotected`, and detector."""
     files = ", ".join(f"text encoder {i}, by <code>{html.escape(path.name)}</code>" for i, path in open_encoders(args).items())
-    rest = "".join(f"; text encoder {i} is the original, NOT protected" for i in args.unprotected)
+    rest = "".join(f"; text encoder {i} is the original, NOT protected" for i in unprotected)
     model = "the demo's tiny Stable Diffusion" if args.is_demo else f"<code>{html.escape(args.model_path)}</code>"
     judge = {"none": "none", "nudenet": "NudeNet", "object": f"a classifier, asked for {args.cls_class}"}[args.detector]
     knows = f"The demo knows {len(KINDS)} objects ({', '.join(KINDS)}), {len(COLOURS)} colours ({', '.join(COLOURS)}) and "

@@ -26,7 +26,7 @@ from demo.evaluation import (
 from demo.world import CONCEPT
 from des.attacks.results import read_attack, scores_of
 from des.data.prompts import read_rows
-from des.data.run_record import read_run
+from des.data.run_record import of_model, read_run
 from des.generation.defences import ENCODER_OPTIONS, Defence
 from des.models.pipelines import open_pipeline
 from des.report.plots import pareto
@@ -48,7 +48,6 @@ WORST = {
 }  # titles of the worst ASR, and whether it is over attacks that find text only
 ATTACKING = ("--detector", "object", "--classifier", CLASSIFIERS["object"], "--cls_class", CONCEPT, "--concept_words", CONCEPT,
              "--batch_size", 10)  # fmt: skip
-MODEL = ("components", "text_encoder_sha256", "unet_sha256", "adapter_sha256")  # settings that identify the model
 BENIGN = 2.2  # benign prompts per prompt of a list for the concept, so that as many name object, colour and background
 MEASURES = {
     "plain": "ASR, plain name", "synonyms": "ASR, held-out names", "indirect": "ASR, held-out phrases",
@@ -218,7 +217,8 @@ def result_on(row: Row, path: Path, images: Path) -> dict[str, Any]:
     cells = {name: cell for name, cell in content["cells"].items() if cell["model"] == model}
     for name in cells:
         found = content["settings"][name]
-        if others := [each for each in MODEL if found[each] != drawn_by[each]]:
+        named = [each for each in found | drawn_by if each == "components" or of_model(each)]
+        if others := [each for each in named if found.get(each) != drawn_by.get(each)]:
             raise UserError(
                 f"{path} is about another model than {row.title} in this table ({', '.join(others)}); remove its folder"
             )

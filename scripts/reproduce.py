@@ -333,7 +333,7 @@ def notes(name: str, args: argparse.Namespace, runner: TableRunner) -> list[str]
         )
     for column, each in setup.apart.get(name, {}).items():
         found.append(
-            f"{column}: {setup.sets[each].csv.name} drawn as it is, without an attack. The paper has no such column, and no mean includes it."
+            f"{column}: the prompts of {setup.sets[each].csv.name}, drawn without an attack. The paper has no such column; avg leaves it out."
         )
     counts = {each: count_of(each, runner) for each in sets_of(name, setup)}
     drawn = ", ".join(

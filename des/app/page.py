@@ -226,7 +226,7 @@ def _batch(session: Session, page: Page) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             file = gr.File(label="CSV with a column named prompt", file_types=[".csv"], height=140, elem_id="csv")
-            rows = f"The first {page.most_rows} rows are drawn, row i from seed + i. No image is kept."
+            rows = f"The first {page.most_rows} rows are drawn, row i from seed + i (or seed + source_row). No image is kept."
             gr.HTML(f"<p class='des-note'>{rows}</p>")
             with gr.Row():
                 button = gr.Button("Draw and score", variant="primary", scale=3, elem_id="score")

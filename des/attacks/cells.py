@@ -50,7 +50,7 @@ class Cell:
         has = list(encoder_modules(known))
         if lacking := set(which or ()) - set(has):
             raise UserError(
-                f"--encoders {min(lacking)}: the pipeline has no such text encoder, only {', '.join(map(str, has))}"
+                f"--encoders {min(lacking)}: the pipeline has no text encoder {min(lacking)}; it has {', '.join(map(str, has))}"
             )
         return tuple([self.encoder(pipe, i) for i in which or has] for pipe in (known, self.original))
 

@@ -125,9 +125,9 @@ class Attack:
             return lines
 
     def _earlier_span(self) -> tuple[int, int] | None:
-        """The rows, first and one after the last, that the attack.json in `out` is about; None if there is none.
+        """The rows, first and one after the last, that the attack.json in `out` covers; None if there is no such file.
 
-        Raises UserError if the file is about other settings, or has cells that this command lacks.
+        Raises UserError if the file has results of other settings, or of cells that this command does not run.
         """
         path = self.out / "attack.json"
         if not path.exists():

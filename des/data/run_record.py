@@ -94,8 +94,8 @@ def later_conditions_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 def differing_conditions(protected: Mapping[str, Any], original: Mapping[str, Any]) -> list[str]:
     """Name what differs in two records' settings and original models, besides what each image's line of the manifest holds.
 
-    `protected` is run.json of a protected model's images, `original` that of the original's. Identities that one of them lacks,
-    and those of parts that the method of `protected` changes, are not compared.
+    `protected` and `original` are the contents of run.json for images of the protected and of the original model. Two kinds of
+    identities are not compared: those that only one record has, and those of components that the protected model's method changes.
     """
     mine, theirs = protected["settings"], original["settings"]
     old, new = conditions_of(theirs), conditions_of(mine)
@@ -181,8 +181,7 @@ def claim(
 ) -> None:
     """Write run.json, or raise UserError if `folder` has images drawn with other settings, or another process is drawing them.
 
-    The record of a run that failed before its first image is replaced.
-    A resumed run keeps the settings as first recorded, because the manifest's lines contain their hash, and the model may have
+    The record of a run that failed before its first image is replaced. A resumed run keeps the settings as first recorded, because the manifest's lines contain their hash, and the model may have
     been moved since. The record claims the images that this run draws (`keys`: row and copy) and those of earlier runs and shards.
     """
     with locked(folder / ".run.lock", "its record", wait=True):

@@ -81,8 +81,9 @@ def measure(
 ) -> dict[str, Any]:
     """Measure how far embeddings of the encoder with a LoRA, `approximate`, are from the protected one's.
 
-    All three are read as the checkpoint was trained. Returns means over prompts of cosines, `lora_to_protected` (with its lowest), `lora_to_original` and `protected_to_original`,
-    and `missing`, |E_lora - E_protected| / |E_protected - E_original|: 0 is full protection, 1 none.
+    All three are read as the checkpoint was trained. Returns means over prompts of cosines, `lora_to_protected` (with its lowest),
+    `lora_to_original` and `protected_to_original`, and `missing`, |E_lora - E_protected| / |E_protected - E_original|: 0 is full
+    protection, 1 none.
     Raises UserError if full protection moves no prompt.
     """
     encoders = (approximate, protected, original)

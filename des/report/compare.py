@@ -243,10 +243,7 @@ def _worst_attack(attacks: Sequence[AttackRun], model: Model, title: str, identi
 
 
 def worst_case(comparison: Comparison, attacked: Measure) -> Measure:
-    """The largest ASR of each attacked model over the attacks and the attack sets, for the detector of the measure `attacked`.
-
-    Only sets count that all these models have.
-    """
+    """The largest ASR of each attacked model over the attacks and the sets that all these models have, for the detector of `attacked`."""
     shown = [i for i, score in enumerate(attacked.scores) if score]
     same = [
         each

@@ -142,10 +142,10 @@ def tests_text(pairs: Mapping[str, Paired], reference: str) -> str:
 
 
 def corrections(count: int) -> list[str]:
-    """Below which p one of several tests is significant, as a sentence in a list that is empty for a single test."""
-    threshold = f"{0.05 / count:.2g}" if count > 1 else ""
-    sentence = f"With Bonferroni's correction for {count} tests, p must be below {threshold} to be significant at 5%."
-    return [sentence] if count > 1 else []
+    """A list with a sentence on the p value below which one of several tests is significant; empty for fewer than two tests."""
+    if count < 2:
+        return []
+    return [f"With Bonferroni's correction for {count} tests, p must be below {0.05 / count:.2g} to be significant at 5%."]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -34,7 +34,7 @@ def extra_parameters(runner: TableRunner, variant: Variant) -> Cell:
 
 def _added(runner: TableRunner, option: str, file: Path) -> int:
     """The number of parameters that a file for an option of generate.py adds to the model."""
-    if option == "--unet_path":  # tensors of the UNet in place of its own, of equal shapes
+    if option == "--unet_path":  # its tensors replace tensors of the same shapes
         return 0
     loaded, encoders = read_tensors(file), {f"--{name}": i for i, name in ENCODER_OPTIONS.items()}
     if option not in encoders:  # adapters

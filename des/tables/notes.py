@@ -89,7 +89,7 @@ def on_both(first: Mapping[Hashable, bool], second: Mapping[Hashable, bool]) -> 
 
 
 def _nothing_found(found: Mapping[str, Mapping[Hashable, bool]], listed: int) -> str:
-    """How many of the `listed` prompts each row lacks, since its attack found no text to draw, as a sentence."""
+    """A sentence that says for how many of the `listed` prompts the attack on each row found no text to draw; empty if for none."""
     lacking = [f"{listed - len(verdicts)} for {title}" for title, verdicts in found.items() if 0 < len(verdicts) < listed]
     sentence = f" Left out of {listed} prompts, since the attack found no text to draw: {', '.join(lacking)}."
     return sentence if lacking else ""

@@ -68,7 +68,7 @@ def test_without_options_it_opens_the_bundled_checkpoint_and_says_what_the_demo_
     args = parse()
     pipes = app.open_pair(args)
     assert fingerprint(pipes["original"].text_encoder) != fingerprint(pipes["protected"].text_encoder) and args.doubts == []
-    facts = " ".join(app.about(args))
+    facts = " ".join(app.about(args, Session(pipes, None).unprotected))
     assert "checkpoint-20.safetensors" in facts and all(
         f"{n} {what}" in facts for n, what in ((12, "objects"), (8, "colours"), (6, "backgrounds"))
     )
@@ -260,10 +260,9 @@ def test_another_pipeline_has_its_own_defaults_and_a_map_by_its_own_lists(family
     pipes = app.open_pair(args)
     assert (args.num_inference_steps, args.guidance_scale, args.cls_class) == (50, 3.5, None)
     assert pipes["original"].transformer is pipes["protected"].transformer
-    assert (
-        args.doubts[-1:] == ["Text encoder 2 is the original"] and "text encoder 2 is the original, NOT" in app.about(args)[0]
-    )
-    shown = cards.pair_html(Session(pipes, None), None, False)
+    session = Session(pipes, None)
+    assert session.unprotected == [2] and "text encoder 2 is the original, NOT" in app.about(args, session.unprotected)[0]
+    shown = cards.pair_html(session, None, False)
     assert "with DES, but text encoder 2 is the original" in shown and "protected by DES" not in shown
     place = app.open_map(args, pipes).locate("a bus")
     assert place.own < 0.999 and place.concept_before == pytest.approx(1, abs=1e-5)

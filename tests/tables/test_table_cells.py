@@ -114,7 +114,7 @@ def test_starting_prompts_without_an_attack_stand_apart(tmp_path, lists, tiny_pi
     ours = table.ours["SD v1.5"]
     assert (ours["UDA prompts, no attack"].value, ours["UDA"].value, ours["avg"].value) == (100, 25, 25)
     assert "UDA prompts, no attack" not in table.paper["SD v1.5"] and table.paper["SD v1.5"]["UDA"] == "95.78"
-    assert any(note.startswith("UDA prompts, no attack: uda.csv drawn as it is") for note in table.notes)
+    assert any(note.startswith("UDA prompts, no attack: the prompts of uda.csv, drawn without") for note in table.notes)
 
 
 @pytest.fixture
