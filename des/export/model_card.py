@@ -105,7 +105,7 @@ def model_card(
     parts = [
         f"---\n{_front(file_format, base)}\n---",
         f"# {_text(title)}",
-        f"Text encoders of {_code(base) if base else 'a model'} {_aim(metadata)}: "
+        f"Text encoders of {_code(base) if base else 'a model'} {_aim(metadata, lost)}: "
         f"{', '.join(f'{_code(name)} ({kind})' for name, kind in encoders.items())}. Text encoders not named here are the originals.",
         *(
             f"**Warning:** {_code(name)} may not protect. {_text(facts['doubt'])}."
@@ -136,9 +136,9 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _aim(metadata: Mapping[str, Mapping[str, Any]]) -> str:
-    """What DES did to the encoders, as an intention only if it is unknown or doubtful whether one of them protects."""
-    if any(facts.get("doubt") or is_unmeasured(facts) for facts in metadata.values()):
+def _aim(metadata: Mapping[str, Mapping[str, Any]], lost: Sequence[str]) -> str:
+    """What DES did to the encoders; as an aim only, if one of them may not protect, was not measured, or lost protection as a LoRA."""
+    if lost or any(facts.get("doubt") or is_unmeasured(facts) for facts in metadata.values()):
         return "fine-tuned with DES, whose aim is that prompts for one concept no longer reach the model"
     return "fine-tuned with DES so that prompts for one concept no longer reach it"
 

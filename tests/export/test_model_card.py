@@ -108,6 +108,9 @@ def test_a_second_lora_does_not_switch_the_protection_off(call, tiny_pipeline, t
         drawn = pipe.text_encoder(input_ids=IDS)[0]
         assert (drawn - full).norm() < 0.1 * (original - full).norm()
     assert "switches it off" in block(tmp_path / "out") and "fuse_lora" in block(tmp_path / "out")
+    assert (
+        "whose aim is that prompts for one concept" in (tmp_path / "out/README.md").read_text()
+    )  # it loses some of the protection
 
 
 @pytest.mark.parametrize(("name", "indices"), [("sd_v1", (1,)), ("sd_v3", (1, 2, 3))])
