@@ -1,22 +1,14 @@
-"""The attack scripts: objectives, what they write, resuming and sharing, the safety filter, and other families."""
+"""The attack scripts: what they write, resuming and sharing, the safety filter, and other families."""
 
 import json
 import math
-from argparse import Namespace
 
 from des.attacks import judging, words
-from des.attacks.cells import open_models
-from des.attacks.denoising import P4D, UnlearnDiffAtk
-from des.attacks.judging import Draws
-from des.attacks.objectives import Denoiser, TextGoals, concept_direction, pooled, pooled_cosine, sequence_distance
-from des.attacks.records import Found, Records, control_floor, lines_of, summary, write_csv
+from des.attacks.records import Records
 from des.attacks.results import read_attack
-from des.attacks.words import concept_pairs, without_words
-from des.generation.defences import ENCODER_OPTIONS
-from des.models.learned_tokens import load_learned_tokens, read_learned_tokens, set_tokens
-from des.models.pipelines import encoder_modules, open_pipeline, text_encoder
+from des.models.learned_tokens import load_learned_tokens, read_learned_tokens
+from des.models.pipelines import encoder_modules, open_pipeline
 from des.search.soft import embedding_table
-from des.search.tokens import Vocabulary, genetic_search, seeded
 from des.utils.errors import UserError
 from des.utils.resume import Journal
 
@@ -27,7 +19,6 @@ import torch
 from conftest import ROOT, flags
 from PIL import Image
 from safetensors.torch import save_file
-from torch.nn.functional import cosine_similarity
 
 ATTACKS = {  # the least that each one can do
     "mma": {"tokens": 3, "steps": 2, "candidates": 4},
@@ -66,118 +57,6 @@ def results(folder):
     """attack.json, and the first cell's CSV with text in every cell."""
     content = json.loads((folder / "attack.json").read_text())
     return content, pd.read_csv(folder / f"{next(iter(content['cells']))}.csv", dtype=str, keep_default_na=False)
-
-
-# ---------------------------------------------------------------- objectives
-
-
-@pytest.fixture(scope="module")
-def pipe(tiny_pipeline):
-    return open_pipeline(str(tiny_pipeline), torch.float32)
-
-
-def test_mmas_goal_is_the_cosine_of_pooled_outputs_and_its_gradient(pipe):
-    encoder = text_encoder(pipe, 1)
-    goal = pooled(encoder, encoder.tokenize(["a red house", "a boat"])).detach()
-    goals = TextGoals([encoder], [goal], pooled_cosine)
-    texts = ["two dogs", "a red house"]
-    output = encoder.model(input_ids=encoder.tokenize(texts)).pooler_output
-    expected = 1 - cosine_similarity(output, goal[[1, 0]])
-    assert torch.allclose(goals.losses(texts, [1, 0]), expected, atol=1e-5) and goals.losses(["a red house"], [0]).abs() < 1e-5
-    found, table = goals.gradient(texts, slice(1, 3)), embedding_table(encoder.model).detach()
-    inputs = table[encoder.tokenize(texts)].requires_grad_()
-    hook = encoder.model.get_input_embeddings().register_forward_hook(lambda *_: inputs)
-    (1 - cosine_similarity(encoder.model(input_ids=encoder.tokenize(texts)).pooler_output, goal)).sum().backward()
-    hook.remove()
-    raw = inputs.grad[:, 1:3] @ table.T
-    assert torch.allclose(found, raw / raw.norm(dim=-1, keepdim=True), atol=1e-4)
-
-
-def test_ring_a_bells_goal_is_the_target_plus_the_concepts_direction(pipe):
-    encoder = text_encoder(pipe, 1)
-    pairs = [("a red house", "a house"), ("two red dogs", "two dogs")]
-    embed = lambda text: next(encoder.encode([text], 1))[0]  # noqa: E731
-    expected = torch.stack([embed(a) - embed(b) for a, b in pairs]).mean(0)
-    direction = concept_direction(encoder, pairs)
-    assert torch.allclose(direction, expected, atol=1e-5)
-    goal = embed("a boat") + 3 * direction
-    goals = TextGoals([encoder], [goal[None]], sequence_distance)
-    assert torch.allclose(goals.losses(["two dogs"], [0]), (embed("two dogs") - goal).square().sum(), rtol=1e-4)
-    found = genetic_search(goals, Vocabulary(encoder), 3, 6, 8, 0.5, 0.25, [seeded(0)])
-    start = genetic_search(goals, Vocabulary(encoder), 3, 0, 8, 0.5, 0.25, [seeded(0)])
-    assert found[0].loss <= start[0].loss and torch.allclose(
-        goals.losses([found[0].text], [0]), torch.tensor(found[0].loss), rtol=1e-4
-    )
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_denoisers_loss_is_the_error_of_what_the_model_predicts(pipe, prediction_type, monkeypatch):
-    denoiser = Denoiser(pipe)
-    denoiser.scheduler.register_to_config(prediction_type=prediction_type)
-    clean, noise = (torch.randn(2, 4, 8, 8, generator=seeded(i)) for i in (1, 2))
-    times, embeddings = torch.tensor([10, 900]), next(text_encoder(pipe, 1).encode(["a boat", "a dog"], 2)).clone()
-    alphas = denoiser.scheduler.alphas_cumprod[times].reshape(2, 1, 1, 1)
-    noisy = alphas.sqrt() * clean + (1 - alphas).sqrt() * noise
-    target = noise if prediction_type == "epsilon" else alphas.sqrt() * noise - (1 - alphas).sqrt() * clean
-    with torch.no_grad():
-        expected = (pipe.unet(noisy, times, embeddings).sample - target).square().mean((1, 2, 3))
-        assert torch.allclose(denoiser.loss(clean, noise, times, embeddings), expected, rtol=1e-4)
-
-
-class OneCell:
-    """What UDA and P4D read of a cell, for one pipeline and one row."""
-
-    def __init__(self, pipe):
-        self.pipe = self.original = pipe
-        self.starts = self.targets = ["a boat on a lake"]
-
-    def vocabulary(self, encoder):
-        return Vocabulary(encoder)
-
-
-@pytest.mark.parametrize("place", ["before", "after"])
-def test_udas_loss_is_the_denoisers_under_the_drawn_tokens_beside_the_prompt(pipe, place):
-    attack = UnlearnDiffAtk(OneCell(pipe), 2, 1, 4, 0.01, 0.1, place, 0)
-    assert attack.timesteps == [125, 375, 625, 875]
-    clean = torch.randn(1, 4, 8, 8, generator=seeded(5))
-
-    class Fixed:
-        tokens = attack.vocabulary.usable.nonzero()[:, 0]
-
-        def draw(self, generators):
-            return torch.eye(len(self.tokens))[None, [4, 7]], self.tokens[None, [4, 7]]
-
-    found = attack.losses(Fixed(), [0], clean, 300, [seeded(9)])
-    parts = [Fixed.tokens[[4, 7]].tolist(), attack.vocabulary.encode(["a boat on a lake"])[0]]
-    ids = sum(parts if place == "before" else parts[::-1], attack.vocabulary.before)
-    row = attack.encoder.tokenize([""])
-    row[0, : len(ids)] = torch.tensor(ids)
-    noise = torch.randn(clean.shape, generator=seeded(9))
-    expected = attack.denoiser.loss(clean, noise, torch.tensor([300]), attack.encoder(row))
-    assert torch.allclose(found, expected, rtol=1e-4)
-
-
-def test_p4ds_loss_compares_both_denoisers_under_the_nearest_tokens(pipe):
-    attack = P4D(OneCell(pipe), 2, 1, 1, 0.1, 0.1, 0)
-    clean = torch.randn(1, 4, 8, 8, generator=seeded(5))
-    ids = attack.vocabulary.usable.nonzero()[:, 0][[4, 7]]
-    soft = (attack.table[ids] * 1.7)[None].clone().requires_grad_()  # another norm, the same direction
-    goals = next(attack.reference.encode(["a boat on a lake"], 1)).clone()
-    found, nearest = attack.losses(soft, goals, clean, [seeded(9)])
-    assert torch.equal(nearest, ids[None])
-    generator = seeded(9)
-    noise = torch.randn(clean.shape, generator=generator)
-    times = torch.randint(1000, (1,), generator=generator)
-    noisy = attack.denoiser.noisy(clean, noise, times)
-    under = attack.encoder(attack.encoder.tokenize(attack.vocabulary.texts(nearest.tolist())))
-    with torch.no_grad():
-        difference = pipe.unet(noisy, times, under).sample - pipe.unet(noisy, times, goals).sample
-    assert torch.allclose(found, difference.square().mean((1, 2, 3)), rtol=1e-3)
-    found.sum().backward()
-    assert soft.grad.abs().max() > 0
-
-
-# ---------------------------------------------------------------- scripts
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -406,157 +285,3 @@ def test_text_encoders_of_other_families_are_attacked(attack, family, tmp_path, 
     if name == "flux":
         refused = attack("uda", **common)
         assert refused.failed_in_one_sentence and "concept_inversion.py --objective embedding" in refused.err
-
-
-# ---------------------------------------------------------------- records and words
-
-
-def test_a_summary_counts_any_and_last_and_marks_a_weak_control(tmp_path):
-    found = {
-        0: Found("a", [1], 0.5, 3, [False, True], False, 2.0),
-        1: Found("b", [2], 0.1, 3, [True, False], True, 4.0),
-        4: Found("", [], math.nan),
-    }
-    cell = summary(found, {"training_method": "none", "concept_words": []})
-    assert [cell[name]["k"] for name in ("before", "any", "last")] == [1, 2, 1] and cell["nothing_drawn"] == 1
-    assert cell["cost"] == {"seconds": 6.0, "images": 4, "candidates": 6, "seconds_per_row": 2.0, "images_per_row": 4 / 3}
-    lines = lines_of({"control": cell}, control_floor("mma", False))
-    assert "2/3" in lines[0] and lines[1].startswith("TOO WEAK TO TELL") and "66.7%" in lines[1]
-    assert len(lines_of({"control": cell}, 0.6)) == 1 and control_floor("mma", True) == pytest.approx(0.7393)
-    table = pd.DataFrame({"prompt": list("vwxyz"), "seed": list("12345")})
-    write_csv(tmp_path / "a.csv", table, [10, 11, 12, 13, 14], found)
-    written = pd.read_csv(tmp_path / "a.csv")
-    assert written[["prompt", "source_row", "success", "last_success", "seed"]].values.tolist() == [
-        ["a", 10, 1, 1, 1],
-        ["b", 11, 1, 0, 2],
-    ]
-
-
-def test_a_restart_that_draws_nothing_keeps_the_last_candidate_that_was_drawn():
-    drawn = Found("a", [1], 0.5, 3, [False], True, 2.0)
-    assert drawn.then(Found.nothing(4)) == Found("a", [1], 0.5, 7, [False], True, 2.0)
-    assert drawn.then(Found("b", [2], 0.1, 1, [True], seconds=1.0)) == Found("b", [2], 0.1, 4, [False, True], True, 3.0)
-
-
-def test_a_damaged_line_of_the_records_is_searched_again(tmp_path):
-    records = Records(tmp_path, "attack", {"steps": 1})
-    records.add(0, Found("a", [1], 0.5, 1, [True]))
-    records.add(1, Found("b", [1], 0.5, 1, [False]))
-    records.path.write_text(records.path.read_text().replace("[false]", "[true]"))
-    assert list(Records(tmp_path, "attack", {"steps": 1}).found) == [0]
-
-
-def test_records_of_other_settings_are_refused_once_they_have_rows(tmp_path):
-    Records(tmp_path, "attack", {"steps": 1})  # ended by an error before its first row
-    Records(tmp_path, "attack", {"steps": 2}).add(0, Found("a", [1], 0.5, 1, [True]))
-    with pytest.raises(UserError, match=r"other settings \(steps\)"):
-        Records(tmp_path, "attack", {"steps": 1})
-    assert list(Records(tmp_path, "attack", {"steps": 2}).found) == [0]
-
-
-def test_names_are_taken_out_as_whole_words():
-    assert (
-        without_words("A Mushroom, a mushroom and mushrooms", ["mushroom"], "<mushroom-0>") == "A <mushroom-0>, a and mushrooms"
-    )
-    assert (
-        without_words("a porcini", ["mushroom"]) == "a porcini"
-        and without_words("a cap on a stalk", ["a cap on a stalk"]) == ""
-    )
-
-
-def test_pairs_for_the_concepts_direction_are_filtered(tmp_path):
-    path = tmp_path / "pairs.csv"
-    pd.DataFrame(
-        {
-            "prompt": ["a nude man", "a nude child", "a girl, nude", "a boat"],
-            "without": ["a man", "a child", "a girl", "a boat"],
-        }
-    ).to_csv(path)
-    assert concept_pairs([path], None) == [("a nude man", "a man")] == concept_pairs([path], ["nude"])
-    with pytest.raises(UserError, match="no pair of prompts"):
-        concept_pairs([path], ["tree"])
-    for name, prompts in {"with": ["a nude man", "a nude child"], "without": ["a man", "a child"], "short": ["a man"]}.items():
-        pd.DataFrame({"prompt": prompts}).to_csv(tmp_path / f"{name}.csv")
-    assert concept_pairs([tmp_path / "with.csv", tmp_path / "without.csv"], None) == [("a nude man", "a man")]
-    with pytest.raises(UserError, match="do not form pairs: they have 2 and 1 rows"):
-        concept_pairs([tmp_path / "with.csv", tmp_path / "short.csv"], None)
-
-
-def test_a_candidate_that_does_not_survive_is_not_drawn(pipe):
-    encoder = text_encoder(pipe, 1)
-    vocabulary = Vocabulary(encoder, forbidden=["boat"])
-
-    class NeverAsked:
-        def hits(self, rows, texts):
-            assert list(rows) == [] == list(texts)
-            return []
-
-    draws = Draws(NeverAsked(), [7])
-    assert not draws.add(vocabulary, torch.tensor([[encoder.tokenizer.bos_token_id, 5]]), ["x"], [0.1], 4)
-    forbidden = torch.tensor(vocabulary.encode(["boat"]))
-    assert not draws.add(vocabulary, forbidden, ["boat"], [0.1], 8) and draws.found[0].hits == [] and draws.found[0].tried == 8
-
-
-def test_a_text_that_is_never_drawn_is_not_written_as_found(pipe):
-    """The searched tokens alone are allowed, and refused only beside the prompt."""
-    vocabulary, verdicts = Vocabulary(text_encoder(pipe, 1)), iter([[False], [None]])
-
-    class Refusing:
-        def hits(self, rows, texts):
-            return next(verdicts)
-
-    draws, ids = Draws(Refusing(), [7]), torch.tensor(vocabulary.encode(["house"]))
-    for text in ("house a boat", "house a child"):
-        assert not draws.add(vocabulary, ids, [text], [0.1], 4)
-    assert draws.found[0].prompt == "house a boat" and draws.found[0].hits == [False]
-
-
-def test_tokens_after_a_long_prompt_are_read(pipe):
-    cell = OneCell(pipe)
-    cell.starts = cell.targets = ["a red boat on a blue lake " * 20]
-    attack = UnlearnDiffAtk(cell, 2, 1, 1, 0.01, 0.1, "after", 0)
-    text, ids = attack.text("house house", 0), attack.vocabulary.encode(["house house"])[0]
-    row, slots = attack.vocabulary.rows(torch.tensor(ids), attack.vocabulary.encode([attack.start(0)])[0])
-    assert row.tolist() == attack.encoder.tokenize([text])[0].tolist() and row[slots].tolist() == ids
-    assert text.startswith("a red boat on a blue lake a red")
-
-
-def test_a_defence_of_the_unet_changes_the_attacked_pipeline_only(tiny_pipeline, tmp_path):
-    whole = {name: tensor + 0.02 for name, tensor in open_pipeline(str(tiny_pipeline), torch.float32).unet.state_dict().items()}
-    save_file(whole, tmp_path / "unet.safetensors")
-    options = dict.fromkeys(("dtype", "negative_prompt", "base_model_path", "adapter_path", "model_type", "scheduler", "max_sequence_length",
-                             "num_inference_steps", "guidance_scale", "variant", *ENCODER_OPTIONS.values()))  # fmt: skip
-    options |= {"model_path": str(tiny_pipeline), "training_method": "salun", "unet_path": tmp_path / "unet.safetensors"}
-    models = open_models(Namespace(**options, device=torch.device("cpu")))
-    assert torch.equal(models.attacked.unet.conv_in.weight, models.original.unet.conv_in.weight + 0.02)
-    assert models.attacked.vae is models.original.vae and models.attacked.tokenizer is not models.original.tokenizer
-    with torch.no_grad():
-        models.attacked.text_encoder.final_layer_norm.weight.add_(1)
-    assert not torch.equal(
-        models.attacked.text_encoder.final_layer_norm.weight, models.original.text_encoder.final_layer_norm.weight
-    )
-    assert Denoiser(models.attacked).unet is models.attacked.unet
-
-
-def test_images_of_different_sizes_are_not_mixed(pipe):
-    images = [Image.new("RGB", (16, 16)), Image.new("RGB", (24, 16))]
-    with pytest.raises(UserError, match="different image sizes"):
-        Denoiser(pipe).latents(images)
-    assert Denoiser(pipe).latents(images[1:]).shape == (1, 4, 8, 12)
-
-
-def test_a_learned_token_is_one_token_and_does_not_move_the_end_of_the_prompt(tiny_pipeline):
-    pipe = open_pipeline(str(tiny_pipeline), torch.float32)
-    pipe.text_encoder.eos_token_id = 2  # as in many published configurations; CLIP then takes the highest id for the end
-    vector = torch.full((1, embedding_table(pipe.text_encoder).shape[1]), 0.5)
-    ids = set_tokens(pipe, ["<learned-0-0>"], {"text_encoder": vector})["text_encoder"]
-    assert torch.equal(embedding_table(pipe.text_encoder)[ids], vector)
-    encoder = text_encoder(pipe, 1)
-    rows = encoder.tokenize(["a <learned-0-0> boat"])
-    assert (rows == ids[0]).sum() == 1
-    output = encoder.model(input_ids=rows)
-    end = rows[0].tolist().index(encoder.tokenizer.eos_token_id)
-    assert torch.equal(output.pooler_output[0], output.last_hidden_state[0, end])
-    table = len(embedding_table(pipe.text_encoder))
-    set_tokens(pipe, ["<learned-0-0>"], {"text_encoder": vector * 2})
-    assert len(embedding_table(pipe.text_encoder)) == table and torch.equal(embedding_table(pipe.text_encoder)[ids], vector * 2)
