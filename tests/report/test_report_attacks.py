@@ -63,7 +63,7 @@ def test_the_page_has_each_attack_beside_its_control(tmp_path, compared):
     assert shown == ["30.0%", "10.0%", "100.0%", "90.0%"]  # attacked and original, each with and without names
     assert "3/10 [10.8, 60.3]" in short and "before: 0/10" in short and "2.0 s<small>1.5 images" in short
     assert "too weak" not in short and long.count("too weak to tell") == 1 and long.count("below 80.0%") == 1
-    assert "counts only if it succeeds on the original model" in html
+    assert "only if the same attack succeeds on the original model, its control" in html
     assert "found attack" not in html and "x/&lt;b&gt;" in html
 
 
